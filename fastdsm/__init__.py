@@ -1,0 +1,1 @@
+"""fastdsm: doubly-stochastic matrices, projected, measured and differentiated."""

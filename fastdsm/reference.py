@@ -1,0 +1,147 @@
+"""The oracle: log-domain Sinkhorn and sigma2 in plain PyTorch, differentiated by autograd through every sweep.
+
+Nothing here is fast. It is what the kernels and the PyTorch path are measured against: in float64 it is the truth, in
+float32 it is the usual log-domain loop whose error the others must not exceed twice. Any dtype and device; float16 and
+bfloat16 compute in float32. Symbols as in the README: S = logits / temperature, P = exp(S + f 1^T + 1 g^T).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .results import SinkhornInfo, SinkhornSpectrum, default_tol
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """log sum exp along ``dim``; 0 where every entry is -inf, so that an excluded line keeps a finite potential."""
+    top = x.detach().amax(dim, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    total = (x - top).exp().sum(dim)
+    return torch.where(total == 0, 0.0, total.where(total != 0, 1.0).log() + top.squeeze(dim))
+
+
+def _valid_entries(mask: Tensor | None, like: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+    """Entries that take part: not masked, and on no line whose marginal is zero."""
+    valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.expand(like.shape)
+    if row is not None:
+        valid = valid & (row != 0).unsqueeze(-1)
+    if col is not None:
+        valid = valid & (col != 0).unsqueeze(-2)
+    return valid
+
+
+def _marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row."""
+    rows, cols = valid.any(-1).to(dtype), valid.any(-2).to(dtype)
+    n_rows, n_cols = rows.sum(-1, keepdim=True).clamp(min=1), cols.sum(-1, keepdim=True).clamp(min=1)
+    if row is not None:
+        total = (row * rows).sum(-1, keepdim=True)
+    else:
+        total = rows.sum(-1, keepdim=True) if col is None else (col * cols).sum(-1, keepdim=True)
+    r = total / n_rows if row is None else row
+    c = total / n_cols if col is None else col
+    return torch.where(rows > 0, r, 0.0), torch.where(cols > 0, c, 0.0)
+
+
+def sinkhorn(
+    logits: Tensor,
+    *,
+    n_iters: int = 20,
+    temperature: float | Tensor = 1.0,
+    first: str = "col",
+    tol: float | None = None,
+    f0: Tensor | None = None,
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SinkhornInfo]:
+    """Sinkhorn projection as :func:`fastdsm.sinkhorn` defines it, one line of mathematics per line of code."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    valid = _valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
+    r, c = _marginals(valid, row_marginal, col_marginal, dtype)
+    tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
+    scaled = (logits.masked_fill(~valid, 0.0).to(dtype) / tau).masked_fill(~valid, -torch.inf)
+    log_r, log_c = r.where(r != 0, 1.0).log(), c.where(c != 0, 1.0).log()
+
+    def row_step(g: Tensor) -> Tensor:
+        return torch.where(r != 0, log_r - _log_sum_exp(scaled + g.unsqueeze(-2), -1), 0.0)
+
+    def col_step(f: Tensor) -> Tensor:
+        return torch.where(c != 0, log_c - _log_sum_exp(scaled + f.unsqueeze(-1), -2), 0.0)
+
+    def plan_of(f: Tensor, g: Tensor) -> Tensor:
+        return (scaled + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
+
+    def residual_of(f: Tensor, g: Tensor) -> Tensor:
+        dim, target = (-2, c) if first == "col" else (-1, r)
+        error = plan_of(f, g).sum(dim) / target.where(target != 0, 1.0) - 1.0
+        return torch.where(target != 0, error.abs(), 0.0).detach().amax(-1)
+
+    start = torch.zeros_like(r if first == "col" else c) if f0 is None or n_iters == 0 else f0.to(dtype).expand_as(r if first == "col" else c)
+    start = torch.where((r if first == "col" else c) != 0, start, 0.0)
+    f, g = (start, torch.zeros_like(c)) if first == "col" else (torch.zeros_like(r), start)
+    if n_iters == 0:
+        f, g = (row_step(g), g) if first == "col" else (f, col_step(f))
+    sweeps = torch.zeros(logits.shape[:-2], dtype=torch.int32, device=logits.device)
+    active = torch.ones_like(sweeps, dtype=torch.bool)
+    for _ in range(n_iters):
+        if first == "col":
+            new_g = col_step(f)
+            new_f = row_step(new_g)
+        else:
+            new_f = row_step(g)
+            new_g = col_step(new_f)
+        f, g = torch.where(active.unsqueeze(-1), new_f, f), torch.where(active.unsqueeze(-1), new_g, g)
+        sweeps = sweeps + active
+        if tol is not None:
+            active = active & ~(residual_of(f, g) <= tol)
+    poisoned = (valid & ~(logits < torch.inf)).flatten(-2).any(-1)[..., None, None]
+    plan = plan_of(f, g).masked_fill(poisoned, torch.nan).to(logits.dtype)
+    if not return_info:
+        return plan
+    residual = residual_of(f, g).masked_fill(poisoned[..., 0, 0], torch.nan)
+    converged = residual <= (default_tol(dtype) if tol is None else tol)
+    return plan, SinkhornInfo(residual, converged, sweeps, f.detach(), g.detach())
+
+
+def sigma2(
+    plan: Tensor,
+    *,
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Largest singular value of diag(r)^-1/2 P diag(c)^-1/2 with sqrt(r), sqrt(c) projected out, by a full SVD."""
+    dtype = torch.promote_types(plan.dtype, torch.float32)
+    valid = _valid_entries(mask, plan, row_marginal, col_marginal)
+    r, c = _marginals(valid, row_marginal, col_marginal, dtype)
+    matrix = deflated(plan.masked_fill(~valid, 0.0).to(dtype), r, c)
+    broken = ~matrix.isfinite().flatten(-2).all(-1)
+    norm = torch.linalg.matrix_norm(matrix.masked_fill(broken[..., None, None], 0.0), ord=2)
+    return norm.masked_fill(broken, torch.nan)
+
+
+def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    """M = (I - q q^T) N (I - p p^T), N = diag(r)^-1/2 P diag(c)^-1/2, q = sqrt(r / total), p = sqrt(c / total).
+
+    ``plan`` (..., n, m), ``r`` (..., n) and ``c`` (..., m) in one dtype; excluded lines have marginal 0 and stay zero.
+    """
+    root_r, root_c = (torch.where(x != 0, x.where(x != 0, 1.0).sqrt(), 0.0) for x in (r, c))
+    inv_r, inv_c = (torch.where(x != 0, 1.0 / x.where(x != 0, 1.0), 0.0) for x in (root_r, root_c))
+    q = (root_r / root_r.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny)).unsqueeze(-1)
+    p = (root_c / root_c.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(c.dtype).tiny)).unsqueeze(-2)
+    scaled = inv_r.unsqueeze(-1) * plan * inv_c.unsqueeze(-2)
+    scaled = scaled - q * (q * scaled).sum(-2, keepdim=True)
+    return scaled - (scaled * p).sum(-1, keepdim=True) * p
+
+
+def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
+    """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
+    plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type, misc]
+    row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
+    valid = _valid_entries(mask, logits, row, col) & (logits != -torch.inf)  # type: ignore[arg-type]
+    lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+    value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
+    return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)

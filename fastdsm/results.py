@@ -1,0 +1,42 @@
+"""What the calls return beside the plan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def default_tol(dtype: torch.dtype) -> float:
+    """Relative residual under which a plan counts as converged when the caller names none."""
+    return 1e-12 if dtype == torch.float64 else 1e-6
+
+
+class SinkhornInfo(NamedTuple):
+    """How a projection ended, per matrix. Batch shape (...,); float32, or float64 for float64 logits; no gradient.
+
+    residual: largest relative error of a column sum (first="col") or row sum (first="row"), the side not exact by
+        construction: max over valid j of abs(colsum_j / c_j - 1).
+    converged: bool, residual <= tol (1e-6, or 1e-12 in float64, where no tol was given).
+    sweeps: int32, sweeps done.
+    f, g: row potential (..., n) and column potential (..., m), plan = exp(logits / temperature + f + g); 0 on lines that
+        take no part.
+    """
+
+    residual: Tensor
+    converged: Tensor
+    sweeps: Tensor
+    f: Tensor
+    g: Tensor
+
+
+class SinkhornSpectrum(NamedTuple):
+    """A plan and its sigma2, both differentiable, with residual, sweeps, f and g as in :class:`SinkhornInfo`."""
+
+    plan: Tensor
+    sigma2: Tensor
+    residual: Tensor
+    sweeps: Tensor
+    f: Tensor
+    g: Tensor
