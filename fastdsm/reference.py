@@ -21,7 +21,7 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
     return torch.where(total == 0, 0.0, total.where(total != 0, 1.0).log() + top.squeeze(dim))
 
 
-def _valid_entries(mask: Tensor | None, like: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+def valid_entries(mask: Tensor | None, like: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
     """Entries that take part: not masked, and on no line whose marginal is zero."""
     valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.expand(like.shape)
     if row is not None:
@@ -59,7 +59,7 @@ def sinkhorn(
 ) -> Tensor | tuple[Tensor, SinkhornInfo]:
     """Sinkhorn projection as :func:`fastdsm.sinkhorn` defines it, one line of mathematics per line of code."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    valid = _valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
+    valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
     r, c = _marginals(valid, row_marginal, col_marginal, dtype)
     tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
     scaled = (logits.masked_fill(~valid, 0.0).to(dtype) / tau).masked_fill(~valid, -torch.inf)
@@ -114,13 +114,17 @@ def sigma2(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Largest singular value of diag(r)^-1/2 P diag(c)^-1/2 with sqrt(r), sqrt(c) projected out, by a full SVD."""
-    dtype = torch.promote_types(plan.dtype, torch.float32)
-    valid = _valid_entries(mask, plan, row_marginal, col_marginal)
-    r, c = _marginals(valid, row_marginal, col_marginal, dtype)
-    matrix = deflated(plan.masked_fill(~valid, 0.0).to(dtype), r, c)
+    matrix = deflated_plan(plan, row_marginal, col_marginal, mask)
     broken = ~matrix.isfinite().flatten(-2).all(-1)
     norm = torch.linalg.matrix_norm(matrix.masked_fill(broken[..., None, None], 0.0), ord=2)
     return norm.masked_fill(broken, torch.nan)
+
+
+def deflated_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+    """:func:`deflated` with the default marginals of what the mask leaves."""
+    dtype = torch.promote_types(plan.dtype, torch.float32)
+    valid = valid_entries(mask, plan, row, col)
+    return deflated(plan.masked_fill(~valid, 0.0).to(dtype), *_marginals(valid, row, col, dtype))
 
 
 def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
     plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type, misc]
     row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
-    valid = _valid_entries(mask, logits, row, col) & (logits != -torch.inf)  # type: ignore[arg-type]
+    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)  # type: ignore[arg-type]
     lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
     value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
     return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)

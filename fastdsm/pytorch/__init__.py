@@ -1,0 +1,6 @@
+"""The PyTorch path: the same operations as the kernels, for CPU tensors and for matrices no kernel serves yet."""
+
+from .projection import sinkhorn_backward, sinkhorn_forward
+from .spectrum import sigma2, sigma2_bounds
+
+__all__ = ["sigma2", "sigma2_bounds", "sinkhorn_backward", "sinkhorn_forward"]

@@ -1,0 +1,140 @@
+"""The two memory layouts of a batch of matrices on a CPU, and the contractions each does fast.
+
+``BatchFirst`` (B, n, m) contracts by batched row-vector products: measured 20 entries/ns on two cores where the batched
+column-vector product of the same matrices reaches 2. ``BatchLast`` (n, m, B) makes the batch the vector lane, which wins
+when a matrix is too small to fill one (n, m <= 16 and hundreds of matrices).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BATCH_LAST_MAX_SIDE = 16  # beyond, row-vector products read a matrix faster than lanes of matrices do
+_BATCH_LAST_MIN_BATCH = 32  # times max(n, m): fewer lanes do not pay for the larger number of calls
+_ADDCMUL_MAX_SIDE = 8  # beyond, one product and one sum need fewer calls than a chain of addcmul
+
+
+class BatchFirst:
+    """Matrices (B, n, m), vectors (B, n)."""
+
+    rows, cols, line = -2, -1, -1
+
+    @staticmethod
+    def matrix(x: Tensor) -> Tensor:
+        """View a (B, n, m) tensor in this layout."""
+        return x
+
+    @staticmethod
+    def batch_first(x: Tensor) -> Tensor:
+        """View a matrix of this layout as (B, n, m)."""
+        return x
+
+    @staticmethod
+    def vector(x: Tensor) -> Tensor:
+        """View a (B, n) tensor in this layout, and back."""
+        return x
+
+    @staticmethod
+    def scalar(x: Tensor) -> Tensor:
+        """View a (B,) tensor so that it broadcasts over vectors."""
+        return x.unsqueeze(-1)
+
+    @staticmethod
+    def down(x: Tensor) -> Tensor:
+        """A row-indexed vector, to broadcast over columns."""
+        return x.unsqueeze(-1)
+
+    @staticmethod
+    def across(x: Tensor) -> Tensor:
+        """A column-indexed vector, to broadcast over rows."""
+        return x.unsqueeze(-2)
+
+    @staticmethod
+    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
+        """K^T u."""
+        return torch.bmm(u.unsqueeze(1), kernel).squeeze(1)
+
+    @staticmethod
+    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+        """K v."""
+        return torch.bmm(v.unsqueeze(1), kernel.mT).squeeze(1)
+
+    @staticmethod
+    def sum_of_outer(a: list[Tensor], b: list[Tensor], out: Tensor) -> Tensor:
+        """Sum of the rank-one matrices a_k b_k^T, as one product."""
+        return torch.bmm(torch.stack(a, -1), torch.stack(b, -2), out=out)
+
+
+class BatchLast:
+    """Matrices (n, m, B), vectors (n, B)."""
+
+    rows, cols, line = 0, 1, 0
+
+    @staticmethod
+    def matrix(x: Tensor) -> Tensor:
+        """View a (B, n, m) tensor in this layout."""
+        return x.permute(1, 2, 0)
+
+    @staticmethod
+    def batch_first(x: Tensor) -> Tensor:
+        """View a matrix of this layout as (B, n, m)."""
+        return x.permute(2, 0, 1)
+
+    @staticmethod
+    def vector(x: Tensor) -> Tensor:
+        """View a (B, n) tensor in this layout, and back."""
+        return x.T
+
+    @staticmethod
+    def scalar(x: Tensor) -> Tensor:
+        """View a (B,) tensor so that it broadcasts over vectors."""
+        return x.unsqueeze(0)
+
+    @staticmethod
+    def down(x: Tensor) -> Tensor:
+        """A row-indexed vector, to broadcast over columns."""
+        return x.unsqueeze(1)
+
+    @staticmethod
+    def across(x: Tensor) -> Tensor:
+        """A column-indexed vector, to broadcast over rows."""
+        return x.unsqueeze(0)
+
+    @staticmethod
+    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
+        """K^T u."""
+        return _contract(kernel, u, scratch)
+
+    @staticmethod
+    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+        """K v."""
+        return _contract(kernel.transpose(0, 1), v, scratch.transpose(0, 1))
+
+    @staticmethod
+    def sum_of_outer(a: list[Tensor], b: list[Tensor], out: Tensor) -> Tensor:
+        """Sum of the rank-one matrices a_k b_k^T, accumulated in place."""
+        torch.mul(a[0].unsqueeze(1), b[0].unsqueeze(0), out=out)
+        for left, right in zip(a[1:], b[1:], strict=True):
+            out.addcmul_(left.unsqueeze(1), right.unsqueeze(0))
+        return out
+
+
+Layout = type[BatchFirst] | type[BatchLast]
+
+
+def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
+    """Sum over the first axis of ``kernel`` (k, l, B), weighted by ``weights`` (k, B)."""
+    if kernel.shape[0] > _ADDCMUL_MAX_SIDE:
+        return torch.mul(kernel, weights.unsqueeze(1), out=scratch).sum(0)
+    total = kernel[0] * weights[0]
+    for k in range(1, kernel.shape[0]):
+        total.addcmul_(kernel[k], weights[k])
+    return total
+
+
+def choose_layout(logits: Tensor) -> Layout:
+    """The faster layout for a (B, n, m) batch; on an accelerator always ``BatchFirst``."""
+    batch, side = logits.shape[0], max(logits.shape[1:])
+    small = side <= _BATCH_LAST_MAX_SIDE and batch >= _BATCH_LAST_MIN_BATCH * side
+    return BatchLast if small and logits.device.type == "cpu" else BatchFirst

@@ -1,0 +1,109 @@
+"""Sinkhorn projection and its exact gradient in plain PyTorch, one cache-sized chunk of the batch at a time.
+
+Forward: the sweeps leave P = diag(u) K diag(v). Backward: the sweeps are run again for the chunk with the factors u_t, v_t
+of every sweep recorded, then the adjoint goes back through them. With A_t = diag(u_t) K diag(v_t) after the row step,
+B_t = diag(u_(t-1)) K diag(v_t) after the column step and D the cotangent of P:
+
+    df = (P * D) 1,  dg = (P * D)^T 1
+    for t = T..1:  dS -= A_t * (df / r) 1^T;  dg -= A_t^T (df / r);  dS -= B_t * 1 (dg / c)^T;  df = -B_t (dg / c);  dg = 0
+
+Both corrections of dS are K times a rank-one matrix, so dS = P * D - K * (sum of 2T outer products): vectors are stored
+per sweep, never a matrix. A segment with another K contributes a product of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Gradients, Outputs, Problem
+from ..reference import deflated
+from .chunk import chunks
+from .spectrum import largest_singular_value
+from .sweeps import Chunk, Segment, Swept, log_of, run
+
+
+def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
+    """Fill ``outputs`` for ``problem``."""
+    for part, chunk in chunks(problem, backward=False):
+        at = chunk.layout
+        swept = run(chunk, problem.n_iters, problem.tol, record=False)
+        if outputs.residual is not None:
+            error = chunk.column_error(swept.v, chunk.col_sums(swept.u)) + swept.poison
+            outputs.residual[part] = error
+            outputs.sweeps[part] = swept.sweeps
+            at.vector(outputs.f[part]).copy_(swept.f + log_of(swept.u))
+            at.vector(outputs.g[part]).copy_(swept.g + log_of(swept.v))
+        plan = _plan(chunk, swept)
+        at.matrix(outputs.plan[part]).copy_(plan)
+        if outputs.sigma2 is not None:
+            r, c = at.vector(chunk.r), at.vector(chunk.c)
+            outputs.sigma2[part] = largest_singular_value(deflated(at.batch_first(plan), r, c))
+
+
+def _plan(chunk: Chunk, swept: Swept) -> Tensor:
+    """P = diag(u) K diag(v), overwriting K."""
+    at = chunk.layout
+    return chunk.K.mul_(at.down(swept.u + at.scalar(swept.poison))).mul_(at.across(swept.v))
+
+
+def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
+    """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
+    for part, chunk in chunks(problem, backward=True):
+        at = chunk.layout
+        stops = None if sweeps is None else sweeps[part]
+        swept = run(chunk, problem.n_iters, -1.0, record=True, stops=stops)
+        cotangent = at.matrix(grad_plan[part]).to(chunk.S.dtype)
+        if chunk.excluded_rows is not None:
+            cotangent = cotangent.masked_fill(chunk.S == -torch.inf, 0.0)
+        d_logits, lines = _adjoint(chunk, swept, cotangent, stops)
+        tau = problem.temperature
+        if isinstance(tau, Tensor):
+            d_logits.div_(tau[part].view(-1, 1, 1) if at.line == -1 else tau[part])
+        elif tau != 1.0:
+            d_logits.div_(tau)
+        at.matrix(gradients.logits[part]).copy_(d_logits)
+        for target, line in zip((gradients.f0, gradients.log_row, gradients.log_col), lines, strict=True):
+            if target is not None:
+                at.vector(target[part]).copy_(line)
+
+
+def _adjoint(
+    chunk: Chunk, swept: Swept, cotangent: Tensor, stops: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """dS, and the adjoints of f0, log r, log c."""
+    at = chunk.layout
+    u, v = swept.u + at.scalar(swept.poison), swept.v
+    weighted = cotangent * chunk.K
+    weighted.mul_(at.down(u)).mul_(at.across(v))
+    df, dg = weighted.sum(at.cols), weighted.sum(at.rows)
+    d_row, d_col = torch.zeros_like(df), torch.zeros_like(dg)
+    if not swept.segments:
+        return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, d_col)
+    done = sum(len(segment.u) for segment in swept.segments)
+    for segment in reversed(swept.segments):
+        if segment is not swept.segments[-1]:
+            chunk.set_kernel(segment.f, segment.g)
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        for k in reversed(range(len(segment.u))):
+            active = None if stops is None else at.scalar(stops >= done)
+            done -= 1
+            u_k, v_k = segment.u[k], segment.v[k]
+            u_before = segment.u[k - 1] if k else segment.u_before
+            a = _where(active, u_k * chunk.over_r(df))
+            d_row += _where(active, df)
+            dg = dg.addcmul_(v_k, chunk.col_sums(a), value=-1.0)
+            b = _where(active, v_k * chunk.over_c(dg))
+            d_col += _where(active, dg)
+            df_before = -u_before * chunk.row_sums(b)
+            df = df_before if active is None else torch.where(active, df_before, df)
+            dg = torch.zeros_like(dg) if active is None else torch.where(active, 0.0, dg)
+            left += [a, u_before]
+            right += [v_k, b]
+        weighted.sub_(at.sum_of_outer(left, right, chunk.scratch).mul_(chunk.K))
+    return weighted, (df, d_row, d_col)
+
+
+def _where(active: Tensor | None, x: Tensor) -> Tensor:
+    return x if active is None else torch.where(active, x, 0.0)

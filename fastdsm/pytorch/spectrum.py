@@ -1,0 +1,248 @@
+"""sigma2 of given plans in plain PyTorch: Jacobi, repeated squaring, Lanczos and power iteration on the deflated matrix.
+
+Each method takes M (B, n, m), from which sqrt(r) and sqrt(c) are projected out, and returns (value, u, v): unit vectors and
+value = ||M v||, the Rayleigh lower bound. M is formed in float64, so that a plan next to uniform keeps a relative error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..problem import compute_dtype
+from ..reference import deflated_plan
+
+JACOBI_MAX_SIDE = 8
+_SQUARING_MAX_SIDE = 32  # beyond, a few products with vectors cost less than a product of matrices
+_CHUNK_ENTRIES = 1 << 20
+_DEFAULT_ITERATIONS = {"jacobi": 16, "squaring": 24, "lanczos": 128, "power": 1000}
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def jacobi(M: Tensor, tol: float, max_iters: int) -> Triple:
+    """One-sided (Hestenes) Jacobi: rotate pairs of columns until they are orthogonal; batch innermost."""
+    if M.shape[1] < M.shape[2]:
+        return _swapped(jacobi(M.mT, tol, max_iters))
+    columns = list(M.permute(2, 1, 0).contiguous().unbind(0))
+    size = len(columns)
+    basis = list(torch.eye(size, dtype=M.dtype, device=M.device)[:, :, None].expand(-1, -1, M.shape[0]).unbind(0))
+    for _ in range(max_iters):
+        worst = torch.zeros((), dtype=M.dtype, device=M.device)
+        for i in range(size - 1):
+            for j in range(i + 1, size):
+                a, b = columns[i], columns[j]
+                aa, bb, ab = (a * a).sum(0), (b * b).sum(0), (a * b).sum(0)
+                zeta = (bb - aa) / torch.where(ab == 0, 1.0, 2 * ab)
+                t = torch.where(zeta < 0, -1.0, 1.0) / (zeta.abs() + (1 + zeta * zeta).sqrt())
+                t = torch.where(ab == 0, 0.0, t)
+                cos = (1 + t * t).rsqrt()
+                sin = cos * t
+                columns[i], columns[j] = cos * a - sin * b, sin * a + cos * b
+                basis[i], basis[j] = cos * basis[i] - sin * basis[j], sin * basis[i] + cos * basis[j]
+                cosine = ab.abs() / (aa * bb).sqrt().clamp(min=torch.finfo(M.dtype).tiny)
+                worst = torch.maximum(worst, cosine.nan_to_num(nan=0.0).amax())
+        if _stop(worst <= torch.finfo(M.dtype).eps * size):
+            break
+    norms = torch.stack([column.norm(dim=0) for column in columns])
+    best = norms.argmax(0).view(1, 1, -1)
+    chosen = (torch.stack(x).take_along_dim(best, 0)[0].T for x in (columns, basis))
+    left, right = chosen
+    return norms.amax(0), _unit(left), _unit(right * (left.norm(dim=-1, keepdim=True) > 0))
+
+
+def squaring(M: Tensor, tol: float, max_iters: int) -> Triple:
+    """The largest column of (M^T M)^(2^k), k until the power has rank one to ``tol`` or its bound says so."""
+    if M.shape[1] < M.shape[2]:
+        return _swapped(squaring(M.mT, tol, max_iters))
+    power, _ = _squared(M, tol, max_iters)
+    return _rayleigh(M, power)
+
+
+def _squared(M: Tensor, tol: float, max_iters: int) -> tuple[Tensor, Tensor]:
+    """G^(2^k) scaled to trace 1, and log ||G^(2^k)||_F^(1 / 2^(k+1)), G = M^T M: an upper bound of log ||M||.
+
+    ||G^p||_F^(1 / 2p) exceeds ||M|| by at most the factor d^(1 / 4p), d the rank; the largest column's Rayleigh quotient
+    falls short of ||M|| by at most n^(1 / 4p).
+    """
+    power = M.mT @ M
+    log_scale = torch.zeros(M.shape[0], dtype=M.dtype, device=M.device)
+    rank, exponent = max(M.shape[2], 2), 2.0  # power = G^(exponent / 2), up to its scale
+    while True:
+        trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)
+        power = power / torch.where(trace == 0, 1.0, trace)[:, None, None]
+        log_scale = log_scale + torch.where(trace == 0, -torch.inf, trace.log()) / exponent
+        square = power.square().sum((-2, -1))
+        enough = math.log(rank) / (2 * exponent) <= tol
+        if enough or exponent >= 2.0**max_iters or _stop(((square > 1 - tol * tol) | ~(square > 0)).all()):
+            return power, log_scale + square.log() / (2 * exponent)
+        power = power @ power
+        exponent *= 2
+
+
+def _rayleigh(M: Tensor, power: Tensor) -> Triple:
+    """value, u, v of the largest column of a power of M^T M."""
+    best = power.square().sum(-2).argmax(-1)
+    v = _unit(power.take_along_dim(best.view(-1, 1, 1), -1).squeeze(-1))
+    image = _times(M, v)
+    return image.norm(dim=-1), _unit(image), v
+
+
+def lanczos(M: Tensor, tol: float, max_iters: int) -> Triple:
+    """Lanczos on M^T M with full reorthogonalisation, from a fixed start, until the estimated relative error is ``tol``."""
+    batch, _, m = M.shape
+    steps = min(max_iters, m)
+    v = _unit(_times(M.mT, _times(M, _start(M))))
+    basis, diagonal, off = [v], [], []
+    for step in range(steps):
+        w = _times(M.mT, _times(M, v))
+        diagonal.append((w * v).sum(-1))
+        stacked = torch.stack(basis, 1)
+        for _ in range(2):
+            w = w - _times(stacked.mT, _times(stacked, w))
+        off.append(w.norm(dim=-1))
+        last = step == steps - 1
+        if last or step % 4 == 3:
+            ritz, weights, error = _top_of_tridiagonal(diagonal, off)
+            if last or _stop((error <= 2 * tol * ritz).all()):
+                break
+        v = w / off[-1].clamp(min=torch.finfo(M.dtype).tiny)[:, None]
+        basis.append(v)
+    v = _unit(_times(torch.stack(basis, 1).mT, weights))
+    image = _times(M, v)
+    return image.norm(dim=-1), _unit(image), v
+
+
+def _top_of_tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest eigenvalue, its vector, and an estimate of the error: min(residual, residual^2 / gap)."""
+    between = torch.stack(off[:-1], -1) if len(off) > 1 else diagonal[0].new_zeros((diagonal[0].shape[0], 0))
+    T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
+    values, vectors = torch.linalg.eigh(T.nan_to_num())
+    residual = off[-1] * vectors[:, -1, -1].abs()
+    if len(diagonal) == 1:
+        return values[:, -1], vectors[..., -1], residual
+    gap = (values[:, -1] - values[:, -2]).clamp(min=torch.finfo(T.dtype).tiny)
+    return values[:, -1], vectors[..., -1], torch.minimum(residual, residual.square() / gap).nan_to_num()
+
+
+def power(M: Tensor, tol: float, max_iters: int, v0: Tensor | None = None) -> Triple:
+    """Power iteration on M^T M from ``v0``, until a step changes the value by less than ``tol``."""
+    v, value = _unit(_start(M) if v0 is None else v0.to(M.dtype)), None
+    for _ in range(max_iters):
+        image = _times(M, v)
+        before, value = value, image.norm(dim=-1)
+        v = _unit(_times(M.mT, image))
+        if before is not None and _stop(((value - before).abs() <= tol * value).nan_to_num(nan=1.0).all()):
+            break
+    image = _times(M, v)
+    return image.norm(dim=-1), _unit(image), v
+
+
+def largest_singular_value(M: Tensor) -> Tensor:
+    """||M|| by the method that suits the size."""
+    return _METHODS[_suited(M)](M, 1e-4, _DEFAULT_ITERATIONS[_suited(M)])[0]
+
+
+def sigma2(
+    plan: Tensor,
+    row_marginal: Tensor | None,
+    col_marginal: Tensor | None,
+    mask: Tensor | None,
+    v0: Tensor | None,
+    method: str,
+    tol: float,
+    max_iters: int,
+    value: Tensor,
+    u: Tensor,
+    v: Tensor,
+) -> None:
+    """Fill ``value`` (B,), ``u`` (B, n), ``v`` (B, m); ``max_iters`` 0 is each method's own default."""
+    chosen = _suited(plan) if method == "auto" else method
+    iterations = max_iters or _DEFAULT_ITERATIONS[chosen]
+    for part in _parts(plan):
+        M = _deflated(plan, row_marginal, col_marginal, mask, part).to(compute_dtype(plan.dtype))
+        if chosen == "power":
+            found = power(M, tol, iterations, None if v0 is None else v0[part])
+        else:
+            found = _METHODS[chosen](M, tol, iterations)
+        for target, x in zip((value, u, v), found, strict=True):
+            target[part] = x
+
+
+def sigma2_bounds(
+    plan: Tensor,
+    row_marginal: Tensor | None,
+    col_marginal: Tensor | None,
+    mask: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+) -> None:
+    """Fill ``lower`` and ``upper`` (B,): squaring in float64, widened by the rounding of both arithmetics.
+
+    Forming G errs by at most size * eps relative to ||M||_F^2 <= rank * ||M||^2, and each squaring likewise at half the
+    weight of the one before: together less than rank * size * eps of sigma2.
+    """
+    size = max(plan.shape[1:])
+    slack = 4 * size * size * torch.finfo(torch.float64).eps + torch.finfo(lower.dtype).eps
+    for part in _parts(plan):
+        M = _deflated(plan, row_marginal, col_marginal, mask, part)
+        M = M.mT if M.shape[1] < M.shape[2] else M
+        matrix, log_upper = _squared(M, 1e-4, 24)
+        lower[part] = _rayleigh(M, matrix)[0] * (1 - slack)
+        upper[part] = log_upper.exp() * (1 + slack)
+
+
+def _deflated(
+    plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice
+) -> Tensor:
+    cut = (None if x is None else x[part] for x in (row, col, mask))
+    row, col, mask = cut
+    row, col = (None if x is None else x.double() for x in (row, col))
+    return deflated_plan(plan[part].double(), row, col, mask)
+
+
+def _parts(plan: Tensor) -> list[slice]:
+    batch, n, m = plan.shape
+    size = max(_CHUNK_ENTRIES // (n * m), 1) if plan.device.type == "cpu" else max(batch, 1)
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def _suited(matrices: Tensor) -> str:
+    side = max(matrices.shape[-2:])
+    if min(matrices.shape[-2:]) <= JACOBI_MAX_SIDE and matrices.device.type == "cpu":
+        return "jacobi"
+    return "squaring" if side <= _SQUARING_MAX_SIDE else "lanczos"
+
+
+def _stop(done: Tensor) -> bool:
+    """Whether to stop early; on an accelerator never, since looking would stall the host."""
+    return done.device.type == "cpu" and bool(done)
+
+
+def _start(M: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(M.shape[2], generator=generator, dtype=torch.float64)
+    return start.to(M).expand(M.shape[0], -1)
+
+
+def _times(M: Tensor, x: Tensor) -> Tensor:
+    """M x for a batch, as the row vector times M^T: on a CPU ten times faster than the column form."""
+    return torch.bmm(x.unsqueeze(1), M.mT).squeeze(1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / ||x||, 0 for 0; scaled first so that no square underflows."""
+    top = x.abs().amax(-1, keepdim=True)
+    x = x / torch.where(top == 0, 1.0, top)
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=0.5)
+
+
+def _swapped(triple: Triple) -> Triple:
+    value, u, v = triple
+    return value, v, u
+
+
+_METHODS: dict[str, Callable[[Tensor, float, int], Triple]] = {"jacobi": jacobi, "squaring": squaring, "lanczos": lanczos}
+METHODS = (*_METHODS, "power")

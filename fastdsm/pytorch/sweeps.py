@@ -1,0 +1,263 @@
+"""Sinkhorn sweeps in the scaling domain with log-domain safety, on one cache-sized chunk of a batch.
+
+The first sweep runs in the log domain: B = exp(S + f0 + g1) has exact column sums, and u = r / (B 1) makes it
+K = diag(u) B with exact row sums. Should a row of B be so small that float32 underflow could have dropped what matters in
+it (below ``_SMALL_ROW``), the row step is redone from the logits with the maximum taken out.
+
+Every later sweep multiplies: v <- c / (K^T u), u <- r / (K v), P = diag(u) K diag(v).
+
+How long may that go on? K has exact row sums, so a column sum K^T 1 lies between c_j / b and c_j b with
+b = max(total / min r, total / min c, 2), which is max(n, m) for uniform marginals: one sweep multiplies u and v by
+factors within [1/b, b]. An entry that float32 dropped from K (below 2^-126) is at most 2^-126 max(u) max(v) in P, thus at
+most 2^-36 as long as max(u) max(v) <= 2^90: true for R = 45 / log2 b sweeps a priori, and after those it is looked up
+and R extended by what is left. Then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. On an
+accelerator nothing is looked up (it would stall the host): R sweeps, then a rebuild; marginals there run in the log domain
+throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+_SMALL_ROW = 2.0**-60
+_MAX_LOG2_GAIN = 90.0
+
+
+@dataclass
+class Segment:
+    """Consecutive sweeps that share one K = exp(S + f + g).
+
+    ``u_before``: row factors, in this K's gauge, that the first column step here started from. ``u[k]``, ``v[k]``: factors
+    after the k-th sweep of the segment.
+    """
+
+    f: Tensor
+    g: Tensor
+    u_before: Tensor
+    u: list[Tensor] = field(default_factory=list)
+    v: list[Tensor] = field(default_factory=list)
+
+    def append(self, u: Tensor, v: Tensor, record: bool = True) -> None:
+        """The factors after one more sweep; without ``record`` only these are kept."""
+        if not record:
+            self.u.clear()
+            self.v.clear()
+        self.u.append(u)
+        self.v.append(v)
+
+
+@dataclass
+class Chunk:
+    """Some matrices of a problem, in one layout.
+
+    S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
+    ``K`` and ``scratch`` are buffers of S's shape: fresh ones would cost a page fault per 4 kB at every use.
+    """
+
+    layout: Layout
+    S: Tensor
+    K: Tensor
+    scratch: Tensor
+    r: Tensor
+    c: Tensor
+    excluded_rows: Tensor | None
+    excluded_cols: Tensor | None
+    f0: Tensor | None
+    uniform: bool
+
+    @property
+    def looks(self) -> bool:
+        """Whether values may be looked at: on an accelerator that would stall the host."""
+        return self.S.device.type == "cpu"
+
+    def set_kernel(self, f: Tensor, g: Tensor) -> None:
+        """K = exp(S + f + g)."""
+        at = self.layout
+        torch.add(self.S, at.down(f), out=self.K).add_(at.across(g)).exp_()
+
+    def col_sums(self, u: Tensor) -> Tensor:
+        """K^T u."""
+        return self.layout.col_sums(self.K, u, self.scratch)
+
+    def row_sums(self, v: Tensor) -> Tensor:
+        """K v."""
+        return self.layout.row_sums(self.K, v, self.scratch)
+
+    def row_factor(self, sums: Tensor) -> Tensor:
+        """r / sums, 0 on excluded rows."""
+        return self.r / (sums if self.excluded_rows is None else sums + self.excluded_rows)
+
+    def col_factor(self, sums: Tensor) -> Tensor:
+        """c / sums, 0 on excluded columns."""
+        return self.c / (sums if self.excluded_cols is None else sums + self.excluded_cols)
+
+    def over_r(self, x: Tensor) -> Tensor:
+        """x / r, 0 / 0 = 0 on excluded rows."""
+        return x / (self.r if self.excluded_rows is None else self.r + self.excluded_rows)
+
+    def over_c(self, x: Tensor) -> Tensor:
+        """x / c, 0 / 0 = 0 on excluded columns."""
+        return x / (self.c if self.excluded_cols is None else self.c + self.excluded_cols)
+
+    def column_error(self, v: Tensor, sums: Tensor) -> Tensor:
+        """Residual (B,): largest |v_j sums_j / c_j - 1| over the columns that take part, sums = K^T u."""
+        if self.excluded_cols is not None:
+            return ((v * sums + self.excluded_cols) / (self.c + self.excluded_cols) - 1.0).abs().amax(self.layout.line)
+        return (v * sums / self.c - 1.0).abs().amax(self.layout.line)
+
+
+@dataclass
+class Swept:
+    """Where the sweeps ended: P = diag(u) K diag(v), K the chunk's, with potentials ``f``, ``g``; ``sweeps`` (B,) int32.
+
+    ``poison`` (B,): NaN for a matrix with NaN or +inf among its logits, else 0.
+    """
+
+    u: Tensor
+    v: Tensor
+    f: Tensor
+    g: Tensor
+    sweeps: Tensor
+    poison: Tensor
+    segments: list[Segment]
+
+
+def log_of(x: Tensor) -> Tensor:
+    """Log x, 0 where x is 0 (an excluded line)."""
+    return torch.where(x == 0, 0.0, x.log())
+
+
+def _shifted_exp(x: Tensor, dim: int, out: Tensor) -> Tensor:
+    """out = exp(x - top); top, the maximum along ``dim`` (0 for lines of -inf only), is returned."""
+    top = x.amax(dim)
+    top = top.masked_fill_(top == -torch.inf, 0.0)
+    torch.sub(x, top.unsqueeze(dim), out=out).exp_()
+    return top
+
+
+def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
+    """From S + g: K with row sums r; returned are its row potential and the largest entry of S + g per row."""
+    at = chunk.layout
+    top = _shifted_exp(shifted, at.cols, chunk.K)
+    sums = chunk.K.sum(at.cols)
+    chunk.K.mul_(at.down(chunk.row_factor(sums)))
+    return torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top), top
+
+
+def _log_sweep(chunk: Chunk, f: Tensor | None) -> tuple[Segment, Tensor]:
+    """One sweep in the log domain from row potential f: sets K; its segment, and the largest S + f per column.
+
+    Potentials of large logits are rounded by more than a plan's sums may err, so that where K comes from potentials the
+    sweep is done once more in their gauge: u and v, both near 1, carry what the rounding took.
+    """
+    at, c, K = chunk.layout, chunk.c, chunk.K
+    top = _shifted_exp(chunk.S if f is None else torch.add(chunk.S, at.down(f), out=K), at.rows, K)
+    sums = K.sum(at.rows)
+    g = torch.where(c == 0, 0.0, log_of(c) - sums.log() - top)
+    start = torch.zeros_like(chunk.r) if f is None else f
+    if chunk.looks:
+        K.mul_(at.across(chunk.col_factor(sums)))
+        rows = K.sum(at.cols)
+        if bool((rows >= _SMALL_ROW * chunk.r).all()):
+            u = chunk.row_factor(rows)
+            K.mul_(at.down(u))
+            segment = Segment(start + log_of(u), g, chunk.over_r(rows))
+            segment.append(torch.ones_like(start), torch.ones_like(g))
+            return segment, top
+    f_new, _ = _row_step(chunk, torch.add(chunk.S, at.across(g), out=K))
+    chunk.set_kernel(f_new, g)
+    segment = Segment(f_new, g, torch.where(chunk.r == 0, 0.0, (start - f_new).exp()))
+    v = chunk.col_factor(chunk.col_sums(segment.u_before))
+    segment.append(chunk.row_factor(chunk.row_sums(v)), v)
+    return segment, top
+
+
+def _sweeps_before_rebuild(chunk: Chunk) -> tuple[int, float]:
+    """R, and log2 b for extending it. R = 0: every sweep in the log domain."""
+    if chunk.uniform:
+        n, m = chunk.S.shape[chunk.layout.rows], chunk.S.shape[chunk.layout.cols]
+        log_b = math.log2(max(n, m, 2))
+        return int(_MAX_LOG2_GAIN / 2 / log_b), log_b
+    if not chunk.looks:
+        return 0, math.inf
+    gain = 2.0
+    for x in (chunk.r, chunk.c):
+        least = x.masked_fill(x == 0, math.inf).amin(chunk.layout.line)
+        gain = max(gain, float((x.sum(chunk.layout.line) / least).nan_to_num_(nan=math.inf).amax()))
+    log_b = math.log2(gain)
+    return max(int(_MAX_LOG2_GAIN / 2 / log_b) - 1, 0), log_b
+
+
+def _extension(u: Tensor, v: Tensor, log_b: float) -> int:
+    """Sweeps that the factors' actual growth still allows with this K."""
+    growth = math.log2(max(float(u.amax()), 1.0)) + math.log2(max(float(v.amax()), 1.0))
+    return int((_MAX_LOG2_GAIN - growth) / (2 * log_b)) if growth < _MAX_LOG2_GAIN else 0
+
+
+def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | None = None) -> Swept:
+    """``n_iters`` sweeps, each matrix stopping at residual <= tol (if tol >= 0), or after its ``stops`` (B,) sweeps.
+
+    ``record`` keeps the factors of every sweep for the adjoint.
+    """
+    at = chunk.layout
+    counts = torch.zeros(chunk.r.shape[1 + at.line], dtype=torch.int32, device=chunk.r.device)
+    if n_iters == 0:
+        f, top = _row_step(chunk, chunk.S)
+        one_u, one_v = torch.ones_like(chunk.r), torch.ones_like(chunk.c)
+        return Swept(one_u, one_v, f, torch.zeros_like(chunk.c), counts, _poison(top, at), [])
+    segment, top = _log_sweep(chunk, chunk.f0)
+    segments = [segment]
+    poison, counts, active = _poison(top, at), counts + 1, torch.ones_like(counts, dtype=torch.bool)
+    budget, log_b = _sweeps_before_rebuild(chunk)
+    left, freezing = budget, tol >= 0.0 or stops is not None
+
+    for done in range(1, n_iters):
+        u, v = segment.u[-1], segment.v[-1]
+        sums = chunk.col_sums(u)
+        if freezing:
+            active = stops > done if stops is not None else active & ~(chunk.column_error(v, sums) <= tol)
+            if chunk.looks and not bool(active.any()):
+                break
+        counts = counts + active
+        if left == 0 and budget > 0 and chunk.looks:
+            left = _extension(u, v, log_b)
+        if left == 0:
+            f, g = segment.f + log_of(u), segment.g + log_of(v)
+            if budget == 0:
+                segment, _ = _log_sweep(chunk, f)
+                if freezing:
+                    segment = _only_active(chunk, active, segment, f, g)
+            else:
+                chunk.set_kernel(f, g)
+                segment, left = Segment(f, g, torch.ones_like(u)), budget
+                u, v = segment.u_before, torch.ones_like(v)
+                sums = chunk.col_sums(u)
+            segments = [*segments, segment] if record else [segment]
+        if budget > 0:
+            new_v = chunk.col_factor(sums)
+            new_u = chunk.row_factor(chunk.row_sums(new_v))
+            if freezing:
+                new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
+            segment.append(new_u, new_v, record)
+            left -= 1
+    return Swept(segment.u[-1], segment.v[-1], segment.f, segment.g, counts, poison, segments)
+
+
+def _only_active(chunk: Chunk, active: Tensor, new: Segment, f: Tensor, g: Tensor) -> Segment:
+    """The one-sweep segment ``new`` and its K for the active matrices, the plan exp(S + f + g) for the others."""
+    on = chunk.layout.scalar(active)
+    one_u, one_v = torch.ones_like(f), torch.ones_like(g)
+    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), torch.where(on, new.u_before, one_u))
+    segment.append(torch.where(on, new.u[0], one_u), torch.where(on, new.v[0], one_v))
+    chunk.set_kernel(segment.f, segment.g)
+    return segment
+
+
+def _poison(top: Tensor, at: Layout) -> Tensor:
+    return torch.where(top.amax(at.line) < torch.inf, 0.0, torch.nan)

@@ -1,0 +1,61 @@
+"""A kernel with everything that decides its machine code: the row of the one finite table of what can be launched.
+
+No run-time argument is specialised on (``finite_jit``), so machine code depends on the pointer types, the constants and
+the launch numbers alone; batch size, strides, temperature and sweeps never compile anything anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "fp64"}
+
+
+def finite_jit(function: Callable[..., None]) -> Any:
+    """``triton.jit`` that specialises on nothing: every scalar carries a dtype annotation, pointers end in ``_ptr``."""
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
+    names = [name for name in names if "constexpr" not in str(function.__annotations__.get(name, ""))]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One launchable kernel.
+
+    kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}.
+    constants: every constexpr argument. matrices: matrices handled by one program.
+    """
+
+    kernel: Any
+    pointers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    matrices: int
+    num_stages: int = 1
+    label: str = field(default="", compare=False)
+
+    def signature(self) -> dict[str, str]:
+        """Argument types as ahead-of-time compilation wants them."""
+        types = {}
+        for parameter in inspect.signature(self.kernel.fn).parameters.values():
+            name = parameter.name
+            if name in self.constants:
+                types[name] = "constexpr"
+            elif name in self.pointers:
+                types[name] = "*" + self.pointers[name]
+            else:
+                types[name] = _SCALARS[parameter.annotation]
+        return types
+
+    def launch(self, programs: int, **arguments: Any) -> None:
+        """Run ``programs`` programs; nothing to do when there are none."""
+        if programs:
+            self.kernel[(programs,)](
+                **arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            )
