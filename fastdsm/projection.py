@@ -142,7 +142,7 @@ class _Checked:
         def flat(x: Any) -> Any:
             if not isinstance(x, Tensor) or len(self.batch) == 1:
                 return x
-            return x.reshape(count, *x.shape[len(self.batch) :])
+            return x.reshape((count, *x.shape[len(self.batch) :]))
 
         tau = scale if isinstance(scale, Tensor) else None
         tensors = (logits, tau, start, row, col, mask)
@@ -161,4 +161,4 @@ class _Checked:
 
     def restore(self, x: Tensor) -> Tensor:
         """Give a result its batch shape back."""
-        return x if len(self.batch) == 1 else x.reshape(*self.batch, *x.shape[1:])
+        return x if len(self.batch) == 1 else x.reshape((*self.batch, *x.shape[1:]))

@@ -44,6 +44,14 @@ def _marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: tor
     return torch.where(rows > 0, r, 0.0), torch.where(cols > 0, c, 0.0)
 
 
+def marginals_of(
+    logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The marginals (r, c) that :func:`sinkhorn` uses for these logits, differentiable in those given."""
+    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+    return _marginals(valid, row, col, torch.promote_types(logits.dtype, torch.float32))
+
+
 def sinkhorn(
     logits: Tensor,
     *,

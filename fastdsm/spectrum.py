@@ -66,11 +66,11 @@ def sigma2(
             raise ValueError('backend="reference" gives no vectors; use return_vectors=False or another backend')
         return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask)
     count = math.prod(plan.shape[:-2])
-    flat = [x if x is None else x.reshape(count, *x.shape[len(plan.shape) - 2 :]) for x in (plan, row, col, mask, start)]
+    flat = [x if x is None else x.reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask, start)]
     if plan.requires_grad and torch.is_grad_enabled():
         tol = tol * tol
     found = transforms.sigma2(*flat, method, tol, max_iters or 0, resolved)
-    value, u, v = (x.reshape(*plan.shape[:-2], *x.shape[1:]) for x in found)
+    value, u, v = (x.reshape((*plan.shape[:-2], *x.shape[1:])) for x in found)
     return (value, u, v) if return_vectors else value
 
 
@@ -92,7 +92,7 @@ def sigma2_bounds(
     resolved = arguments.resolve_backend(backend, plan)
     row, col, mask = _lines(plan, row_marginal, col_marginal, mask)
     count = math.prod(plan.shape[:-2])
-    flat = [x if x is None else x.detach().reshape(count, *x.shape[len(plan.shape) - 2 :]) for x in (plan, row, col, mask)]
+    flat = [x if x is None else x.detach().reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask)]
     if resolved == "reference":
         value = reference.sigma2(flat[0].double(), row_marginal=flat[1], col_marginal=flat[2], mask=flat[3])
         lower = upper = value

@@ -1,36 +1,44 @@
-"""Calls of the operators, inside functorch's transforms as well as outside.
+"""Calls of the operators, differentiable inside functorch's transforms as well as outside.
 
-Inside ``torch.func`` an operator's own autograd registration is not composable, so that there the same operator and the
-same gradient are wrapped once more in an ``autograd.Function`` that generates its rule for vmap.
+Outside, an operator's own autograd registration serves. Inside ``torch.func`` (grad, vmap, jacrev, ...) that registration
+does not compose, so that there the operator and the same gradient are wrapped in an ``autograd.Function`` that generates
+its rule for vmap. Forward-mode derivatives are an error there, not a silent zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import operators  # noqa: F401  (registers torch.ops.fastdsm)
-
-_ops = torch.ops.fastdsm
+from . import gradients
+from .operators import LIBRARY
 
 
-def sinkhorn(*inputs: Any) -> Tensor:
-    """``torch.ops.fastdsm.sinkhorn``."""
-    return _ops.sinkhorn(*inputs)
+def _composable(name: str) -> Callable[..., Any]:
+    """A call of ``torch.ops.fastdsm.<name>``, its gradient registered both ways."""
+    operator = getattr(torch.ops.fastdsm, name).default
+    context, gradient = gradients.AUTOGRAD[name]
+    torch.library.register_autograd(f"fastdsm::{name}", gradient, setup_context=context, lib=LIBRARY)
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(operator),
+        "setup_context": staticmethod(context),
+        "backward": staticmethod(gradient),
+    }
+    function: Any = type(f"Fastdsm_{name}", (torch.autograd.Function,), members)
+
+    def call(*inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        return operator(*inputs)
+
+    return call
 
 
-def sinkhorn_info(*inputs: Any) -> tuple[Tensor, ...]:
-    """``torch.ops.fastdsm.sinkhorn_info``."""
-    return _ops.sinkhorn_info(*inputs)
-
-
-def sigma2(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.ops.fastdsm.sigma2``."""
-    return _ops.sigma2(*inputs)
-
-
-def sigma2_bounds(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """``torch.ops.fastdsm.sigma2_bounds``."""
-    return _ops.sigma2_bounds(*inputs)
+sinkhorn = _composable("sinkhorn")
+sinkhorn_info = _composable("sinkhorn_info")
+sinkhorn_backward = _composable("sinkhorn_backward")
+sigma2 = _composable("sigma2")
+sigma2_bounds: Callable[..., Any] = torch.ops.fastdsm.sigma2_bounds.default

@@ -1,0 +1,218 @@
+"""Gradients of the operators, as (context, gradient) pairs for autograd.
+
+First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjoint, sigma2 is bilinear in its fixed
+vectors. ``sinkhorn_backward`` is itself differentiable: its gradient is autograd through the oracle, twice, so that double
+backward is right whatever enters the loss. sigma2's second derivative likewise goes through the oracle's SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+def _calls() -> Any:
+    """The differentiable calls, which are made of these gradients and therefore imported late."""
+    from . import transforms
+
+    return transforms
+
+
+Gradients = tuple[Tensor | None, ...]
+_TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
+
+
+def _save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
+    ctx.kinds = [x is None or isinstance(x, Tensor) for x in inputs]
+    ctx.save_for_backward(*(x for x, kept in zip(inputs, ctx.kinds, strict=True) if kept), *extra)
+    ctx.options = [x for x, kept in zip(inputs, ctx.kinds, strict=True) if not kept]
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor | None]]:
+    """The inputs as they came, and the extra tensors."""
+    tensors, options = list(ctx.saved_tensors), list(ctx.options)
+    inputs = [tensors.pop(0) if kept else options.pop(0) for kept in ctx.kinds]
+    return inputs, tensors
+
+
+def _padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradients:
+    return (*gradients, *(None,) * (len(inputs) - len(gradients)))
+
+
+def _through(
+    function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any
+) -> Gradients:
+    """Gradients of ``function`` of the inputs by autograd, themselves differentiable."""
+    where = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and isinstance(x, Tensor)]
+
+    def of_needed(*values: Tensor) -> Any:
+        full = list(inputs)
+        for i, value in zip(where, values, strict=True):
+            full[i] = value
+        return function(*full)
+
+    _, pull = torch.func.vjp(of_needed, *(inputs[i] for i in where))
+    found = dict(zip(where, pull(cotangents), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def _oracle_keywords(options: Sequence[Any]) -> dict[str, Any]:
+    scale, n_iters, columns_first, tol = options[:4]
+    return {
+        "temperature": scale,
+        "n_iters": n_iters,
+        "first": "col" if columns_first else "row",
+        "tol": tol if tol >= 0 else None,
+    }
+
+
+def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``sinkhorn_backward`` returns, from the oracle."""
+    logits, temperature, f0, row, col, mask, *options = inputs
+    keywords = _oracle_keywords(options)
+    if temperature is not None:
+        keywords["temperature"] = temperature
+    r, c = reference.marginals_of(logits, row, col, mask)
+    side = r if keywords["first"] == "col" else c
+    start = torch.zeros_like(side) if f0 is None else f0
+
+    def plan(logits: Tensor, f0: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        found = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, **keywords)
+        assert isinstance(found, Tensor)
+        return found
+
+    _, pull = torch.func.vjp(plan, logits, start, r, c)
+    d_logits, d_f0, d_r, d_c = pull(grad_plan)
+    if not lines:
+        return (d_logits, *(x.new_empty((0,)) for x in (d_f0, d_r, d_c)))
+    return d_logits, d_f0, d_r * r, d_c * c
+
+
+def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    if not inputs[2]:
+        ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs)
+
+
+def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+    inputs, _ = _saved(ctx)
+    return _through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
+
+
+def _projection(
+    needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]
+) -> list[Tensor | None]:
+    """Gradients of logits, temperature, f0 and the marginals by the backward operator."""
+    logits, temperature, _, row, col, mask = inputs[:_TENSORS]
+    d_logits, d_f0, d_log_row, d_log_col = _calls().sinkhorn_backward(grad_plan, sweeps, any(needed[2:5]), *inputs)
+    gradients: list[Tensor | None] = [d_logits, None, d_f0 if needed[2] else None, None, None]
+    if needed[1]:
+        product = torch.where(d_logits == 0, 0.0, d_logits.to(temperature.dtype) * logits)
+        gradients[1] = -product.sum((-2, -1)) / temperature
+    if needed[3] or needed[4]:
+        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        gradients[3] = _of_marginal(row, d_log_row, None if col is not None else d_log_col, valid.any(-1))
+        gradients[4] = _of_marginal(col, d_log_col, None if row is not None else d_log_row, valid.any(-2))
+    return gradients
+
+
+def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Tensor) -> Tensor | None:
+    """From d log x to d x; where the other marginal is uniform it has x's total, and its gradient comes through that."""
+    if x is None:
+        return None
+    gradient = torch.where(x == 0, 0.0, own / x.masked_fill(x == 0, 1.0))
+    if other is None:
+        return gradient
+    total = torch.where(valid, x, 0.0).sum(-1, keepdim=True)
+    return gradient + torch.where(valid, other.sum(-1, keepdim=True) / total, 0.0)
+
+
+def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    _save(ctx, inputs)
+
+
+def _sinkhorn_gradient(ctx: Any, grad: Tensor) -> Gradients:
+    inputs, _ = _saved(ctx)
+    return _padded(_projection(ctx.needs_input_grad, grad, None, inputs), inputs)
+
+
+def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    plan, residual, sweeps, f, g, sigma2 = output
+    with_sigma2 = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    _save(ctx, inputs, sweeps, plan)
+
+
+def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+    grad_sigma2 = others[-1]
+    inputs, (sweeps, plan) = _saved(ctx)
+    if grad_plan is None and grad_sigma2 is None:
+        return (None,) * len(inputs)
+    *projection, _ = inputs
+    tol, backend = projection[-2:]
+    needed, d_row, d_col = ctx.needs_input_grad, None, None
+    if grad_sigma2 is not None:
+        logits, _, _, row, col, mask = projection[:_TENSORS]
+        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+        d_plan, d_row, d_col, _ = _of_sigma2(
+            (plan, row, col, lines),
+            (True, needed[3], needed[4], False),
+            grad_sigma2,
+            lambda: _calls().sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
+        )
+        assert d_plan is not None
+        grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
+    assert grad_plan is not None
+    found = _projection(needed, grad_plan, sweeps if tol >= 0 else None, projection)
+    for index, extra in ((3, d_row), (4, d_col)):
+        if extra is not None:
+            found[index] = extra + found[index]
+    return _padded(found, inputs)
+
+
+def _of_sigma2(
+    leaves: Sequence[Any], needed: Sequence[bool], grad: Tensor, vectors: Callable[[], tuple[Tensor, Tensor]]
+) -> Gradients:
+    """Gradients of sigma2 in (plan, row, col, mask): u2^T M v2 with fixed vectors, or the SVD's where graphs go on."""
+    if torch.is_grad_enabled():
+        return _through(_oracle_sigma2, leaves, needed, grad)
+    u, v = vectors()
+
+    def fixed(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+        return (u * (reference.deflated_plan(plan, row, col, mask) * v.unsqueeze(-2)).sum(-1)).sum(-1)
+
+    return _through(fixed, leaves, needed, grad)
+
+
+def _oracle_sigma2(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+    return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask)
+
+
+def _sigma2_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    _, u, v = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(u, v)
+    _save(ctx, inputs, u, v)
+
+
+def _sigma2_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
+    inputs, (u, v) = _saved(ctx)
+    if grad is None:
+        return (None,) * len(inputs)
+    assert u is not None
+    assert v is not None
+    return _padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
+
+
+AUTOGRAD = {
+    "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
+    "sinkhorn_info": (_info_context, _info_gradient),
+    "sinkhorn_backward": (_backward_context, _backward_gradient),
+    "sigma2": (_sigma2_context, _sigma2_gradient),
+}
