@@ -3,38 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .layout import BatchLast, Layout, choose_layout
-from .sweeps import Chunk
+from .layout import BatchLast, Layout, choose_layout, copy
+from .sweeps import TAME_RANGE, Chunk
 
 # Entries per chunk, so that K and its temporaries stay in cache; the backward also holds 2 T (n + m) vectors.
 _FORWARD_ENTRIES = 1 << 18
 _BACKWARD_ENTRIES = 1 << 16
 
 
-def chunks(problem: Problem, backward: bool) -> Iterator[tuple[slice, Chunk]]:
-    """Each part of the batch with its loaded chunk; on an accelerator the whole batch is one."""
+@dataclass(frozen=True)
+class Part:
+    """A slice of the batch, loaded; ``chosen`` (B,): the matrices this pass is for, None for all."""
+
+    where: slice
+    chunk: Chunk
+    chosen: Tensor | None
+
+    def write(self, target: Tensor, value: Tensor) -> None:
+        """Copy ``value`` (batch first) to this slice of ``target``, where chosen."""
+        kept = target[self.where]
+        if self.chosen is None:
+            copy(kept, value)
+        else:
+            kept.copy_(torch.where(self.chosen.view(-1, *(1,) * (value.dim() - 1)), value, kept))
+
+
+def parts(problem: Problem, backward: bool) -> Iterator[Part]:
+    """The batch in pieces; a piece with tame and wild matrices comes twice, once for each kind.
+
+    On an accelerator the batch is one piece, and wild: looking at values would stall the host.
+    """
     batch, n, m = problem.logits.shape
-    size = batch
-    if problem.logits.device.type == "cpu":
-        size = max((_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) // (n * m), 2)
+    on_cpu = problem.logits.device.type == "cpu"
+    size = max((_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) // (n * m), 2) if on_cpu else batch
     layout = choose_layout(problem.logits)
-    buffers = problem.logits.new_empty((2, min(size, batch) * n * m), dtype=problem.compute_dtype)
+    buffers = problem.logits.new_empty((3, min(size, batch) * n * m), dtype=problem.compute_dtype)
     for start in range(0, batch, max(size, 1)):
-        part = slice(start, min(start + size, batch))
-        yield part, _load(problem, layout, part, buffers)
+        where = slice(start, min(start + size, batch))
+        chunk = _load(problem, layout, where, buffers)
+        wild = _wild(chunk, problem) if on_cpu else None
+        if wild is None or bool(wild.all()):
+            yield Part(where, chunk, None)
+        elif bool(wild.any()):
+            yield Part(where, _tame(chunk, problem), ~wild)
+            yield Part(where, chunk, wild)
+        else:
+            yield Part(where, _tame(chunk, problem), None)
+
+
+def _wild(chunk: Chunk, problem: Problem) -> Tensor:
+    """(B,): where not all that ``sweeps`` asks of a tame matrix holds."""
+    dims = (chunk.layout.rows, chunk.layout.cols)
+    spread = chunk.S.amax(dims) - chunk.S.amin(dims)
+    return ~(spread <= TAME_RANGE) | (not chunk.uniform or chunk.f0 is not None)
+
+
+def _tame(chunk: Chunk, problem: Problem) -> Chunk:
+    """The chunk for its tame matrices: nothing excluded, marginals constant."""
+    n, m = chunk.matrix_shape
+    r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
+    whole_r, whole_c = (chunk.S.new_full((), x).expand(old.shape) for x, old in ((r, chunk.r), (c, chunk.c)))
+    return replace(chunk, r=whole_r, c=whole_c, excluded_rows=None, excluded_cols=None, tame=True)
 
 
 def _load(problem: Problem, layout: Layout, part: slice, buffers: Tensor) -> Chunk:
     dtype = problem.compute_dtype
-    S = layout.matrix(problem.logits[part])
-    if layout is BatchLast:
-        S = S.contiguous()
-    S = S.to(dtype)
+    logits = problem.logits[part]
+    S, K, scratch = (layout.buffer(buffer, logits.shape) for buffer in buffers)
+    if layout is BatchLast or logits.dtype != dtype:
+        copy(layout.batch_first(S), logits)
+    else:
+        S = logits
     if isinstance(problem.temperature, Tensor):
         tau = problem.temperature[part]
         S = S / (tau.view(-1, 1, 1) if layout.line == -1 else tau)
@@ -46,19 +91,9 @@ def _load(problem: Problem, layout: Layout, part: slice, buffers: Tensor) -> Chu
     for marginal, spread in ((row, layout.down), (col, layout.across)):
         if marginal is not None:
             S = S.masked_fill(spread(marginal == 0), -torch.inf)
-    K, scratch = (buffer[: S.numel()].view(S.shape) for buffer in buffers)
-    f0 = None if problem.f0 is None else layout.vector(problem.f0[part])
-    uniform = row is None and col is None
-    if uniform and S.device.type == "cpu" and bool(S.amin() > -torch.inf):
-        n, m = S.shape[layout.rows], S.shape[layout.cols]
-        r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
-        shapes = (S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape)
-        whole_r, whole_c = (S.new_full((), x).expand(shape) for x, shape in zip((r, c), shapes, strict=True))
-        return Chunk(layout, S, K, scratch, whole_r, whole_c, None, None, f0, uniform)
     r, c, out_r, out_c = _marginals(S, row, col, layout, problem.unit_rows)
-    if f0 is not None:
-        f0 = torch.where(r == 0, 0.0, f0)
-    return Chunk(layout, S, K, scratch, r, c, out_r, out_c, f0, uniform)
+    f0 = None if problem.f0 is None else torch.where(r == 0, 0.0, layout.vector(problem.f0[part]))
+    return Chunk(layout, S, K, scratch, r, c, out_r, out_c, f0, row is None and col is None, tame=False)
 
 
 def _marginals(

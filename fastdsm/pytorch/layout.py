@@ -21,6 +21,11 @@ class BatchFirst:
     rows, cols, line = -2, -1, -1
 
     @staticmethod
+    def buffer(flat: Tensor, shape: torch.Size) -> Tensor:
+        """A matrix of this layout for (B, n, m) ``shape`` in a flat buffer."""
+        return flat[: shape.numel()].view(shape)
+
+    @staticmethod
     def matrix(x: Tensor) -> Tensor:
         """View a (B, n, m) tensor in this layout."""
         return x
@@ -70,6 +75,11 @@ class BatchLast:
     """Matrices (n, m, B), vectors (n, B)."""
 
     rows, cols, line = 0, 1, 0
+
+    @staticmethod
+    def buffer(flat: Tensor, shape: torch.Size) -> Tensor:
+        """A matrix of this layout for (B, n, m) ``shape`` in a flat buffer."""
+        return flat[: shape.numel()].view(shape[1], shape[2], shape[0])
 
     @staticmethod
     def matrix(x: Tensor) -> Tensor:
@@ -131,6 +141,22 @@ def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
     for k in range(1, kernel.shape[0]):
         total.addcmul_(kernel[k], weights[k])
     return total
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    """``target.copy_(source)`` for (B, n, m): between layouts as one 2-D transpose, which torch does in blocks."""
+    if target.dim() == 3 and target.stride() != source.stride() and target.dtype == source.dtype:
+        flat = [_as_2d(x) for x in (target, source)]
+        if flat[0] is not None and flat[1] is not None:
+            flat[0].copy_(flat[1])
+            return
+    target.copy_(source)
+
+
+def _as_2d(x: Tensor) -> Tensor | None:
+    """(B, n m) as a view, if the strides allow."""
+    batch, n, m = x.shape
+    return x.as_strided((batch, n * m), (x.stride(0), x.stride(2))) if n == 1 or x.stride(1) == m * x.stride(2) else None
 
 
 def choose_layout(logits: Tensor) -> Layout:

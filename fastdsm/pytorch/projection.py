@@ -18,27 +18,27 @@ from torch import Tensor
 
 from ..problem import Gradients, Outputs, Problem
 from ..reference import deflated
-from .chunk import chunks
+from .chunk import parts
 from .spectrum import largest_singular_value
-from .sweeps import Chunk, Segment, Swept, log_of, run
+from .sweeps import Chunk, Swept, log_of, run
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Fill ``outputs`` for ``problem``."""
-    for part, chunk in chunks(problem, backward=False):
-        at = chunk.layout
+    for part in parts(problem, backward=False):
+        chunk, at = part.chunk, part.chunk.layout
         swept = run(chunk, problem.n_iters, problem.tol, record=False)
-        if outputs.residual is not None:
-            error = chunk.column_error(swept.v, chunk.col_sums(swept.u)) + swept.poison
-            outputs.residual[part] = error
-            outputs.sweeps[part] = swept.sweeps
-            at.vector(outputs.f[part]).copy_(swept.f + log_of(swept.u))
-            at.vector(outputs.g[part]).copy_(swept.g + log_of(swept.v))
-        plan = _plan(chunk, swept)
-        at.matrix(outputs.plan[part]).copy_(plan)
+        if outputs.residual is not None and outputs.sweeps is not None:
+            part.write(outputs.residual, chunk.column_error(swept.v, chunk.col_sums(swept.u)) + swept.poison)
+            part.write(outputs.sweeps, swept.sweeps)
+        if outputs.f is not None and outputs.g is not None:
+            part.write(outputs.f, at.vector(swept.f + log_of(swept.u)))
+            part.write(outputs.g, at.vector(swept.g + log_of(swept.v)))
+        plan = at.batch_first(_plan(chunk, swept))
+        part.write(outputs.plan, plan)
         if outputs.sigma2 is not None:
-            r, c = at.vector(chunk.r), at.vector(chunk.c)
-            outputs.sigma2[part] = largest_singular_value(deflated(at.batch_first(plan), r, c))
+            M = deflated(plan.double(), at.vector(chunk.r).double(), at.vector(chunk.c).double())
+            part.write(outputs.sigma2, largest_singular_value(M.to(plan.dtype)))
 
 
 def _plan(chunk: Chunk, swept: Swept) -> Tensor:
@@ -49,23 +49,24 @@ def _plan(chunk: Chunk, swept: Swept) -> Tensor:
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
     """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
-    for part, chunk in chunks(problem, backward=True):
-        at = chunk.layout
-        stops = None if sweeps is None else sweeps[part]
+    for part in parts(problem, backward=True):
+        chunk, at = part.chunk, part.chunk.layout
+        stops = None if sweeps is None else sweeps[part.where]
         swept = run(chunk, problem.n_iters, -1.0, record=True, stops=stops)
-        cotangent = at.matrix(grad_plan[part]).to(chunk.S.dtype)
-        if chunk.excluded_rows is not None:
+        cotangent = at.matrix(grad_plan[part.where]).to(chunk.S.dtype)
+        if not chunk.tame:
             cotangent = cotangent.masked_fill(chunk.S == -torch.inf, 0.0)
         d_logits, lines = _adjoint(chunk, swept, cotangent, stops)
         tau = problem.temperature
         if isinstance(tau, Tensor):
-            d_logits.div_(tau[part].view(-1, 1, 1) if at.line == -1 else tau[part])
+            tau = tau[part.where]
+            d_logits.div_(tau.view(-1, 1, 1) if at.line == -1 else tau)
         elif tau != 1.0:
             d_logits.div_(tau)
-        at.matrix(gradients.logits[part]).copy_(d_logits)
+        part.write(gradients.logits, at.batch_first(d_logits))
         for target, line in zip((gradients.f0, gradients.log_row, gradients.log_col), lines, strict=True):
             if target is not None:
-                at.vector(target[part]).copy_(line)
+                part.write(target, at.vector(line))
 
 
 def _adjoint(

@@ -1,18 +1,20 @@
 """Sinkhorn sweeps in the scaling domain with log-domain safety, on one cache-sized chunk of a batch.
 
-The first sweep runs in the log domain: B = exp(S + f0 + g1) has exact column sums, and u = r / (B 1) makes it
-K = diag(u) B with exact row sums. Should a row of B be so small that float32 underflow could have dropped what matters in
-it (below ``_SMALL_ROW``), the row step is redone from the logits with the maximum taken out.
+After a first sweep, K = exp(S + f + g) has exact row sums, and every later sweep multiplies: v <- c / (K^T u),
+u <- r / (K v), P = diag(u) K diag(v). How a matrix gets there and how long it may go on depends on that matrix alone, so
+that no neighbour in the batch changes a bit of it.
 
-Every later sweep multiplies: v <- c / (K^T u), u <- r / (K v), P = diag(u) K diag(v).
+*Tame*: uniform marginals, no f0, nothing excluded, and D = max S - min S <= ``TAME_RANGE`` nats. log-sum-exp moves by no
+more than its arguments, hence f_t and g_t spread over at most D each after any step. K has row sums r, and entries of a
+row differ by at most e^(2D), so none is below r e^(-2D) / m: float32 drops nothing. log u_t spreads over at most 2 D, and
+its mean (weighted by r; v likewise) never falls and rises by no more than the dual objective can, KL(P* | K) <= 2 D + log m.
+So |log u|, |log v| <= 4 D + log m, which float32 holds. One K serves all sweeps, whatever their number.
 
-How long may that go on? K has exact row sums, so a column sum K^T 1 lies between c_j / b and c_j b with
-b = max(total / min r, total / min c, 2), which is max(n, m) for uniform marginals: one sweep multiplies u and v by
-factors within [1/b, b]. An entry that float32 dropped from K (below 2^-126) is at most 2^-126 max(u) max(v) in P, thus at
-most 2^-36 as long as max(u) max(v) <= 2^90: true for R = 45 / log2 b sweeps a priori, and after those it is looked up
-and R extended by what is left. Then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. On an
-accelerator nothing is looked up (it would stall the host): R sweeps, then a rebuild; marginals there run in the log domain
-throughout.
+*Wild*, everything else: the first sweep takes maxima out twice, and K is rebuilt in time. A column sum K^T 1 of a matrix
+with row sums r lies between c_j / b and c_j b, b = max(total / min r, total / min c, 2), which is max(n, m) for uniform
+marginals; so one sweep multiplies u and v by factors within [1/b, b]. An entry that float32 dropped from K (below 2^-126)
+is at most 2^-126 max(u) max(v) in P, thus at most 2^-36 for R = floor(45 / log2 b) sweeps (one less for uneven marginals);
+then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R = 0: every sweep in the log domain.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from torch import Tensor
 
 from .layout import Layout
 
-_SMALL_ROW = 2.0**-60
-_MAX_LOG2_GAIN = 90.0
+TAME_RANGE = 20.0
+_LOG2_GAIN = 45.0
 
 
 @dataclass
@@ -70,11 +72,12 @@ class Chunk:
     excluded_cols: Tensor | None
     f0: Tensor | None
     uniform: bool
+    tame: bool
 
     @property
-    def looks(self) -> bool:
-        """Whether values may be looked at: on an accelerator that would stall the host."""
-        return self.S.device.type == "cpu"
+    def matrix_shape(self) -> tuple[int, int]:
+        """(n, m)."""
+        return self.S.shape[self.layout.rows], self.S.shape[self.layout.cols]
 
     def set_kernel(self, f: Tensor, g: Tensor) -> None:
         """K = exp(S + f + g)."""
@@ -150,54 +153,50 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top), top
 
 
-def _log_sweep(chunk: Chunk, f: Tensor | None) -> tuple[Segment, Tensor]:
+def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor]:
+    """The first sweep of tame matrices, with one exponential per entry; the largest logit per column."""
+    at, c, K = chunk.layout, chunk.c, chunk.K
+    top = _shifted_exp(chunk.S, at.rows, K)
+    sums = K.sum(at.rows)
+    K.mul_(at.across(chunk.col_factor(sums)))
+    rows = K.sum(at.cols)
+    u = chunk.row_factor(rows)
+    K.mul_(at.down(u))
+    segment = Segment(u.log(), c.log() - sums.log() - top, chunk.over_r(rows))
+    segment.append(torch.ones_like(chunk.r), torch.ones_like(c))
+    return segment, top
+
+
+def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor]:
     """One sweep in the log domain from row potential f: sets K; its segment, and the largest S + f per column.
 
-    Potentials of large logits are rounded by more than a plan's sums may err, so that where K comes from potentials the
-    sweep is done once more in their gauge: u and v, both near 1, carry what the rounding took.
+    Potentials of large logits are rounded by more than a plan's sums may err, so the sweep is done once more in their
+    gauge: u and v, both near 1, carry what the rounding took.
     """
     at, c, K = chunk.layout, chunk.c, chunk.K
-    top = _shifted_exp(chunk.S if f is None else torch.add(chunk.S, at.down(f), out=K), at.rows, K)
-    sums = K.sum(at.rows)
-    g = torch.where(c == 0, 0.0, log_of(c) - sums.log() - top)
-    start = torch.zeros_like(chunk.r) if f is None else f
-    if chunk.looks:
-        K.mul_(at.across(chunk.col_factor(sums)))
-        rows = K.sum(at.cols)
-        if bool((rows >= _SMALL_ROW * chunk.r).all()):
-            u = chunk.row_factor(rows)
-            K.mul_(at.down(u))
-            segment = Segment(start + log_of(u), g, chunk.over_r(rows))
-            segment.append(torch.ones_like(start), torch.ones_like(g))
-            return segment, top
+    top = _shifted_exp(torch.add(chunk.S, at.down(f), out=K), at.rows, K)
+    g = torch.where(c == 0, 0.0, log_of(c) - K.sum(at.rows).log() - top)
     f_new, _ = _row_step(chunk, torch.add(chunk.S, at.across(g), out=K))
     chunk.set_kernel(f_new, g)
-    segment = Segment(f_new, g, torch.where(chunk.r == 0, 0.0, (start - f_new).exp()))
+    segment = Segment(f_new, g, torch.where(chunk.r == 0, 0.0, (f - f_new).exp()))
     v = chunk.col_factor(chunk.col_sums(segment.u_before))
     segment.append(chunk.row_factor(chunk.row_sums(v)), v)
     return segment, top
 
 
-def _sweeps_before_rebuild(chunk: Chunk) -> tuple[int, float]:
-    """R, and log2 b for extending it. R = 0: every sweep in the log domain."""
+def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
+    """How many scaling sweeps one K serves: all, R, or 0 where every sweep is in the log domain."""
+    if chunk.tame:
+        return n_iters
     if chunk.uniform:
-        n, m = chunk.S.shape[chunk.layout.rows], chunk.S.shape[chunk.layout.cols]
-        log_b = math.log2(max(n, m, 2))
-        return int(_MAX_LOG2_GAIN / 2 / log_b), log_b
-    if not chunk.looks:
-        return 0, math.inf
+        return int(_LOG2_GAIN / math.log2(max(*chunk.matrix_shape, 2)))
+    if chunk.S.device.type != "cpu":
+        return 0  # looking at the marginals would stall the host
     gain = 2.0
     for x in (chunk.r, chunk.c):
         least = x.masked_fill(x == 0, math.inf).amin(chunk.layout.line)
         gain = max(gain, float((x.sum(chunk.layout.line) / least).nan_to_num_(nan=math.inf).amax()))
-    log_b = math.log2(gain)
-    return max(int(_MAX_LOG2_GAIN / 2 / log_b) - 1, 0), log_b
-
-
-def _extension(u: Tensor, v: Tensor, log_b: float) -> int:
-    """Sweeps that the factors' actual growth still allows with this K."""
-    growth = math.log2(max(float(u.amax()), 1.0)) + math.log2(max(float(v.amax()), 1.0))
-    return int((_MAX_LOG2_GAIN - growth) / (2 * log_b)) if growth < _MAX_LOG2_GAIN else 0
+    return max(int(_LOG2_GAIN / math.log2(gain)) - 1, 0)
 
 
 def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | None = None) -> Swept:
@@ -211,10 +210,13 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
         f, top = _row_step(chunk, chunk.S)
         one_u, one_v = torch.ones_like(chunk.r), torch.ones_like(chunk.c)
         return Swept(one_u, one_v, f, torch.zeros_like(chunk.c), counts, _poison(top, at), [])
-    segment, top = _log_sweep(chunk, chunk.f0)
+    if chunk.tame:
+        segment, top = _tame_sweep(chunk)
+    else:
+        segment, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
     segments = [segment]
     poison, counts, active = _poison(top, at), counts + 1, torch.ones_like(counts, dtype=torch.bool)
-    budget, log_b = _sweeps_before_rebuild(chunk)
+    budget = _sweeps_per_kernel(chunk, n_iters)
     left, freezing = budget, tol >= 0.0 or stops is not None
 
     for done in range(1, n_iters):
@@ -222,11 +224,9 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
         sums = chunk.col_sums(u)
         if freezing:
             active = stops > done if stops is not None else active & ~(chunk.column_error(v, sums) <= tol)
-            if chunk.looks and not bool(active.any()):
+            if active.device.type == "cpu" and not bool(active.any()):
                 break
         counts = counts + active
-        if left == 0 and budget > 0 and chunk.looks:
-            left = _extension(u, v, log_b)
         if left == 0:
             f, g = segment.f + log_of(u), segment.g + log_of(v)
             if budget == 0:

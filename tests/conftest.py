@@ -1,0 +1,28 @@
+"""Every test runs with the kernels interpreted and with uninitialised memory filled with NaN."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, hence before anything else
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> None:
+    """torch.empty and its kin return NaN: an output that a kernel leaves unwritten cannot pass for a number."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
