@@ -1,0 +1,47 @@
+# Each target prepares .venv by itself; `make setup` only does that. PYTHON names the interpreter, 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py constraints.txt
+
+.PHONY: setup demo test verify bench report static lint format clean
+
+setup: .venv/dev.done
+
+.venv/python.done:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# One stamp for each extra, so that a test run does not wait for the demo's model.
+.venv/%.done: .venv/python.done $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+demo: .venv/demo.done
+	$(BIN)/fastdsm demo
+
+test: .venv/dev.done
+	$(BIN)/python -m pytest tests
+
+verify: .venv/dev.done
+	$(BIN)/fastdsm verify
+
+bench: .venv/bench.done
+	$(BIN)/fastdsm bench
+
+report: .venv/bench.done
+	$(BIN)/python -m benchmarks.report
+
+static: .venv/dev.done
+	$(BIN)/python -m benchmarks.static
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info

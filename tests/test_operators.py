@@ -1,0 +1,166 @@
+"""How the operators live in PyTorch: compile, transforms, opcheck, autocast, checkpointing, meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.library import opcheck
+
+import fastdsm
+from fastdsm import reference
+
+ops = torch.ops.fastdsm
+
+
+def project(x: Tensor) -> Tensor:
+    """Five sweeps."""
+    return fastdsm.sinkhorn(x, n_iters=5)
+
+
+def plain(x: Tensor) -> Tensor:
+    return reference.sinkhorn(x, n_iters=5)
+
+
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sinkhorn": project,
+    "row first": lambda x: fastdsm.sinkhorn(x, first="row", temperature=0.5),
+    "with info": lambda x: fastdsm.sinkhorn(x, tol=1e-3, return_info=True)[0],
+    "temperature": lambda x: fastdsm.sinkhorn(x, temperature=torch.full(x.shape[:-2], 2.0)),
+    "mask and marginal": lambda x: fastdsm.sinkhorn(x, mask=torch.eye(4) < 1, row_marginal=torch.arange(1.0, 5)),
+    "sinkhorn_sigma2": lambda x: fastdsm.sinkhorn_sigma2(x).sigma2,
+    "sigma2": lambda x: fastdsm.sigma2(x.exp()),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(name: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    logits = torch.randn(3, 4, 4, requires_grad=True)
+    values, gradients = [], []
+    for function in (call, compiled):
+        found = function(logits)
+        values.append(found)
+        weights = torch.arange(found.numel(), dtype=found.dtype).view(found.shape)
+        gradients.append(torch.autograd.grad((found * weights).sum(), logits)[0])
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+def test_one_graph_serves_every_batch_and_temperature() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda x, t: fastdsm.sinkhorn(x, temperature=t), fullgraph=True, dynamic=True, backend=counter
+    )
+    for batch in (2, 5, 9, 16):
+        compiled(torch.randn(batch, 4, 4), torch.full((batch,), 0.1 * batch))
+    assert counter.frame_count == 1
+
+
+def test_vmap() -> None:
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    temperature = torch.arange(1.0, 7, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(project)(x), project(x))
+    torch.testing.assert_close(torch.vmap(project, in_dims=1, out_dims=1)(x), project(x))
+    torch.testing.assert_close(torch.vmap(torch.vmap(project))(x), project(x))
+    torch.testing.assert_close(torch.vmap(fastdsm.sigma2)(x.exp()), fastdsm.sigma2(x.exp()))
+    torch.testing.assert_close(torch.vmap(fastdsm.sigma2_bounds)(x.exp()), fastdsm.sigma2_bounds(x.exp()))
+    found = torch.vmap(lambda a, t: fastdsm.sinkhorn(a, temperature=t))(x, temperature)
+    torch.testing.assert_close(found, fastdsm.sinkhorn(x, temperature=temperature[:, None]))
+
+
+def test_transforms_compose() -> None:
+    x, weights = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(plain(leaf), leaf, weights)
+
+    def loss(a: Tensor, w: Tensor) -> Tensor:
+        return (project(a) * w).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x, weights), expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x, weights), expected)
+    torch.testing.assert_close(torch.func.grad(lambda a: (torch.vmap(project)(a) * weights).sum())(x), expected)
+    torch.testing.assert_close(torch.func.jacrev(project)(x[0]), torch.func.jacrev(plain)(x[0]))
+    second = torch.func.jacrev(torch.func.jacrev(lambda a: (project(a) ** 3).sum()))(x[0])
+    torch.testing.assert_close(second, torch.func.hessian(lambda a: (plain(a) ** 3).sum())(x[0]))
+    slopes = torch.vmap(torch.func.grad(lambda a: fastdsm.sinkhorn_sigma2(a).sigma2))(x)
+    oracle = torch.vmap(torch.func.grad(lambda a: reference.sinkhorn_sigma2(a).sigma2))(x)
+    torch.testing.assert_close(slopes, oracle)
+
+
+def test_forward_mode_is_an_error_not_a_silent_zero() -> None:
+    x = torch.randn(2, 3, 3)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(project, (x,), (x,))
+
+
+def _projection_inputs(x: Tensor) -> tuple[object, ...]:
+    return (x, None, None, None, None, None, 1.0, 5, True, -1.0, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "empty"])
+def test_opcheck(dtype: torch.dtype, kind: str) -> None:
+    x = torch.randn(0 if kind == "empty" else 3, 4, 5, dtype=dtype)
+    x = x.mT if kind == "transposed" else x
+    leaf = x.detach().requires_grad_()
+    temperature = torch.full((x.shape[0],), 0.7, requires_grad=True)
+    opcheck(ops.sinkhorn.default, _projection_inputs(leaf))
+    opcheck(ops.sinkhorn.default, (leaf, temperature, *_projection_inputs(leaf)[2:]))
+    opcheck(ops.sinkhorn_info.default, (*_projection_inputs(leaf), True))
+    opcheck(ops.sinkhorn_info.default, (*_projection_inputs(leaf), False))
+    opcheck(ops.sinkhorn_backward.default, (x, None, True, *_projection_inputs(leaf)))
+    opcheck(ops.sigma2.default, (leaf, None, None, None, None, "auto", 1e-4, 0, "torch"))
+    opcheck(ops.sigma2_bounds.default, (x, None, None, None, "torch"))
+
+
+def test_autocast_leaves_dtypes_alone() -> None:
+    x = torch.randn(2, 8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = x @ x.mT
+        assert logits.dtype == torch.bfloat16
+        assert project(logits).dtype == torch.bfloat16
+        assert project(x).dtype == torch.float32
+
+
+def test_checkpoint() -> None:
+    x = torch.randn(3, 4, 4, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(project, x, use_reentrant=False).square().sum().backward()
+    (expected,) = torch.autograd.grad(project(x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+def test_meta_tensors() -> None:
+    found = fastdsm.sinkhorn_sigma2(torch.empty(2, 3, 5, device="meta", dtype=torch.float16))
+    assert found.plan.shape == (2, 3, 5)
+    assert found.plan.dtype == torch.float16
+    assert found.sigma2.dtype == torch.float32
+
+
+def test_export() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return project(x)
+
+    x = torch.randn(2, 3, 3)
+    exported = torch.export.export(Layer(), (x,))
+    torch.testing.assert_close(exported.module()(x), project(x))
+
+
+@pytest.mark.gpu
+def test_cuda_graph() -> None:
+    x = torch.randn(64, 4, 4, device="cuda")
+    fastdsm.sinkhorn(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = fastdsm.sinkhorn(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(plan, fastdsm.sinkhorn(x))

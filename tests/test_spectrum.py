@@ -1,0 +1,125 @@
+"""fastdsm.sigma2 and its bounds on the PyTorch path against a full SVD in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdsm
+from fastdsm import reference
+from fastdsm.pytorch.spectrum import METHODS
+
+SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 12), (64, 64), (100, 100))
+
+
+def plans(n: int, m: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random ones, one next to uniform, one next to a permutation."""
+    logits = torch.randn(5, n, m, dtype=torch.float64) * torch.tensor([0.1, 1.0, 4.0, 1e-4, 50.0], dtype=torch.float64)[:, None, None]
+    return reference.sinkhorn(logits, n_iters=200).to(dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_values_vectors_and_bounds(size: tuple[int, int]) -> None:
+    plan = plans(*size)
+    truth = reference.sigma2(plan.double())
+    value, u, v = fastdsm.sigma2(plan, return_vectors=True)
+    lower, upper = fastdsm.sigma2_bounds(plan)
+    assert bool(((value - truth).abs() <= 1e-4 * truth + 1e-12).all())
+    assert bool((lower <= truth + 1e-13).all())
+    assert bool((upper >= truth - 1e-13).all())
+    assert bool((upper <= 1.001 * lower + 1e-12).all())
+    if min(size) > 1:
+        M = reference.deflated_plan(plan.double(), None, None, None)
+        torch.testing.assert_close(torch.einsum("bn,bnm,bm->b", u.double(), M, v.double()), truth, rtol=2e-4, atol=1e-9)
+        torch.testing.assert_close(u.norm(dim=-1), torch.ones(5))
+        torch.testing.assert_close(v.norm(dim=-1), torch.ones(5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(4, 4), (6, 8), (8, 20)])
+def test_methods_agree(method: str, size: tuple[int, int]) -> None:
+    plan = plans(*size, torch.float64)[:3]
+    truth = reference.sigma2(plan)
+    torch.testing.assert_close(fastdsm.sigma2(plan, method=method, tol=1e-8), truth, rtol=1e-5, atol=0)
+
+
+def test_multiplicity() -> None:
+    """Permutations: every singular value is 1."""
+    plan = torch.eye(40)[torch.randperm(40)]
+    for method in ("auto", "squaring", "lanczos", "power"):
+        torch.testing.assert_close(fastdsm.sigma2(plan, method=method), torch.tensor(1.0), rtol=1e-5, atol=0)
+    lower, upper = fastdsm.sigma2_bounds(plan)
+    assert lower <= 1 <= upper <= 1.001
+
+
+def test_uniform_is_zero() -> None:
+    for n in (4, 40):
+        plan = torch.full((2, n, n), 1 / n, dtype=torch.float64)
+        assert bool((fastdsm.sigma2(plan) < 1e-15).all())
+
+
+def test_power_starts_warm() -> None:
+    plan = plans(30, 30)[1]
+    _, _, v = fastdsm.sigma2(plan, return_vectors=True, tol=1e-8)
+    value = fastdsm.sigma2(plan, method="power", v0=v, max_iters=1)
+    torch.testing.assert_close(value, reference.sigma2(plan.double()).float(), rtol=1e-5, atol=0)
+
+
+def test_masks_and_marginals() -> None:
+    row = torch.rand(4, 6, dtype=torch.float64) + 0.1
+    col = torch.rand(4, 9, dtype=torch.float64) + 0.1
+    col = col * row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True)
+    logits = torch.randn(4, 6, 9, dtype=torch.float64)
+    plan = reference.sinkhorn(logits, row_marginal=row, col_marginal=col, n_iters=300)
+    found = fastdsm.sigma2(plan, row_marginal=row, col_marginal=col)
+    torch.testing.assert_close(found, reference.sigma2(plan, row_marginal=row, col_marginal=col), rtol=1e-4, atol=0)
+    assert bool((found <= 1).all())
+    mask = torch.ones(6, 9, dtype=torch.bool)
+    mask[4:], mask[:, 5:] = False, False
+    cut = reference.sinkhorn(logits[:, :4, :5])
+    padded = torch.full_like(logits, torch.nan)
+    padded[:, :4, :5] = cut
+    torch.testing.assert_close(fastdsm.sigma2(padded, mask=mask), reference.sigma2(cut), rtol=1e-4, atol=0)
+    fused = fastdsm.sinkhorn_sigma2(logits, mask=mask)
+    torch.testing.assert_close(fused.sigma2, reference.sigma2(cut), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [4, 20, 50])
+def test_a_broken_plan_stays_alone(size: int) -> None:
+    plan = plans(size, size)
+    clean = fastdsm.sigma2(plan)
+    plan[2, 0, 1] = torch.nan
+    found = fastdsm.sigma2(plan)
+    keep = torch.arange(5) != 2
+    assert bool(found[2].isnan())
+    torch.testing.assert_close(found[keep], clean[keep])
+    assert bool(torch.stack(fastdsm.sigma2_bounds(plan))[:, 2].isnan().all())
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 12), (40, 40), (5, 20)])
+def test_gradient_is_the_outer_product(size: tuple[int, int]) -> None:
+    plan = plans(*size, torch.float64)[1:2].requires_grad_()
+    (found,) = torch.autograd.grad(fastdsm.sigma2(plan).sum(), plan)
+    (truth,) = torch.autograd.grad(reference.sigma2(plan).sum(), plan)
+    torch.testing.assert_close(found, truth, rtol=0, atol=2e-4 * truth.abs().max().item())
+
+
+def test_a_truncated_plan_may_exceed_one_by_its_leak() -> None:
+    """|sigma2 - second largest of {1, sigma_i(M)}| is bounded by the leak ||P^T 1 - c|| / sqrt(n), on every plan."""
+    plan = reference.sinkhorn(torch.randn(200, 6, 6, dtype=torch.float64) * 6, n_iters=1)
+    leak = (plan.sum(-2) - 1).norm(dim=-1) / 6**0.5
+    of_plan = torch.linalg.svdvals(plan)[:, 1]
+    of_deflated = torch.linalg.svdvals(reference.deflated_plan(plan, None, None, None))
+    second = torch.cat([torch.ones(200, 1, dtype=torch.float64), of_deflated], 1).sort(dim=1, descending=True).values[:, 1]
+    assert bool(((of_plan - second).abs() <= leak + 1e-12).all())
+    assert bool((leak > 0.1).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_and_strides(dtype: torch.dtype) -> None:
+    plan = plans(8, 12, dtype).mT
+    value = fastdsm.sigma2(plan)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(value.double(), reference.sigma2(plan.double()), rtol=1e-4, atol=1e-9)
+    assert fastdsm.sigma2(plan[:0]).shape == (0,)
