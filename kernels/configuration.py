@@ -38,7 +38,14 @@ class Configuration:
     num_warps: int
     matrices: int
     num_stages: int = 1
+    maxnreg: int | None = None
     label: str = field(default="", compare=False)
+
+    def options(self) -> dict[str, int]:
+        """What the compiler takes beside the constants. ``maxnreg``: registers a thread may take, where ptxas by itself
+        would take fewer and spill."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     def signature(self) -> dict[str, str]:
         """Argument types as ahead-of-time compilation wants them."""
@@ -56,6 +63,4 @@ class Configuration:
     def launch(self, programs: int, **arguments: Any) -> None:
         """Run ``programs`` programs; nothing to do when there are none."""
         if programs:
-            self.kernel[(programs,)](
-                **arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[(programs,)](**arguments, **self.constants, **self.options())

@@ -12,9 +12,9 @@ from ..problem import Problem
 from .layout import BatchLast, Layout, choose_layout, copy
 from .sweeps import TAME_RANGE, Chunk
 
-# Entries per chunk, so that K and its temporaries stay in cache; the backward also holds 2 T (n + m) vectors.
-_FORWARD_ENTRIES = 1 << 18
-_BACKWARD_ENTRIES = 1 << 16
+# Entries per chunk, so that K and its temporaries stay in cache; the backward also holds u of every sweep.
+_FORWARD_ENTRIES = 1 << 19
+_BACKWARD_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     on_cpu = problem.logits.device.type == "cpu"
     size = max((_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) // (n * m), 2) if on_cpu else batch
     layout = choose_layout(problem.logits)
-    buffers = problem.logits.new_empty((3, min(size, batch) * n * m), dtype=problem.compute_dtype)
+    flat = (min(size, batch) * n * m,)
+    buffers = [
+        problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
+        for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
+    ]
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
         chunk = _load(problem, layout, where, buffers)
@@ -55,6 +59,11 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
             yield Part(where, chunk, wild)
         else:
             yield Part(where, _tame(chunk, problem), None)
+
+
+def _needs_copy(problem: Problem, layout: Layout) -> bool:
+    """Whether S cannot be the logits themselves."""
+    return layout is BatchLast or problem.logits.dtype != problem.compute_dtype
 
 
 def _wild(chunk: Chunk, problem: Problem) -> Tensor:
@@ -72,14 +81,13 @@ def _tame(chunk: Chunk, problem: Problem) -> Chunk:
     return replace(chunk, r=whole_r, c=whole_c, excluded_rows=None, excluded_cols=None, tame=True)
 
 
-def _load(problem: Problem, layout: Layout, part: slice, buffers: Tensor) -> Chunk:
-    dtype = problem.compute_dtype
+def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) -> Chunk:
     logits = problem.logits[part]
-    S, K, scratch = (layout.buffer(buffer, logits.shape) for buffer in buffers)
-    if layout is BatchLast or logits.dtype != dtype:
-        copy(layout.batch_first(S), logits)
-    else:
-        S = logits
+    own, K, scratch, W = (layout.buffer(x, logits.shape if x.numel() else torch.Size((0, 0, 0))) for x in buffers)
+    S = logits
+    if _needs_copy(problem, layout):
+        copy(layout.batch_first(own), logits)
+        S = own
     if isinstance(problem.temperature, Tensor):
         tau = problem.temperature[part]
         S = S / (tau.view(-1, 1, 1) if layout.line == -1 else tau)
@@ -93,7 +101,7 @@ def _load(problem: Problem, layout: Layout, part: slice, buffers: Tensor) -> Chu
             S = S.masked_fill(spread(marginal == 0), -torch.inf)
     r, c, out_r, out_c = _marginals(S, row, col, layout, problem.unit_rows)
     f0 = None if problem.f0 is None else torch.where(r == 0, 0.0, layout.vector(problem.f0[part]))
-    return Chunk(layout, S, K, scratch, r, c, out_r, out_c, f0, row is None and col is None, tame=False)
+    return Chunk(layout, S, K, W, scratch, r, c, out_r, out_c, f0, row is None and col is None, tame=False)
 
 
 def _marginals(

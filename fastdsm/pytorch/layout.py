@@ -66,9 +66,25 @@ class BatchFirst:
         return torch.bmm(v.unsqueeze(1), kernel.mT).squeeze(1)
 
     @staticmethod
-    def sum_of_outer(a: list[Tensor], b: list[Tensor], out: Tensor) -> Tensor:
-        """Sum of the rank-one matrices a_k b_k^T, as one product."""
-        return torch.bmm(torch.stack(a, -1), torch.stack(b, -2), out=out)
+    def needs_scratch(side: int) -> bool:
+        """Whether contractions use their scratch matrix."""
+        return False
+
+    class OuterSum:
+        """Sum of rank-one matrices a b^T into ``total``, as one product at the end."""
+
+        def __init__(self, total: Tensor) -> None:
+            self._total = total
+            self._terms: list[tuple[Tensor, Tensor]] = []
+
+        def add(self, a: Tensor, b: Tensor) -> None:
+            """Add a b^T."""
+            self._terms.append((a, b))
+
+        def total(self) -> Tensor:
+            """The sum of all that was added."""
+            a, b = zip(*self._terms, strict=True)
+            return torch.bmm(torch.stack(a, -1), torch.stack(b, -2), out=self._total)
 
 
 class BatchLast:
@@ -122,12 +138,23 @@ class BatchLast:
         return _contract(kernel.transpose(0, 1), v, scratch.transpose(0, 1))
 
     @staticmethod
-    def sum_of_outer(a: list[Tensor], b: list[Tensor], out: Tensor) -> Tensor:
-        """Sum of the rank-one matrices a_k b_k^T, accumulated in place."""
-        torch.mul(a[0].unsqueeze(1), b[0].unsqueeze(0), out=out)
-        for left, right in zip(a[1:], b[1:], strict=True):
-            out.addcmul_(left.unsqueeze(1), right.unsqueeze(0))
-        return out
+    def needs_scratch(side: int) -> bool:
+        """Whether contractions use their scratch matrix."""
+        return side > _ADDCMUL_MAX_SIDE
+
+    class OuterSum:
+        """Sum of rank-one matrices a b^T into ``total``, one by one."""
+
+        def __init__(self, total: Tensor) -> None:
+            self._total = total.zero_()
+
+        def add(self, a: Tensor, b: Tensor) -> None:
+            """Add a b^T."""
+            self._total.addcmul_(a.unsqueeze(1), b.unsqueeze(0))
+
+        def total(self) -> Tensor:
+            """The sum of all that was added."""
+            return self._total
 
 
 Layout = type[BatchFirst] | type[BatchLast]
@@ -135,7 +162,7 @@ Layout = type[BatchFirst] | type[BatchLast]
 
 def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
     """Sum over the first axis of ``kernel`` (k, l, B), weighted by ``weights`` (k, B)."""
-    if kernel.shape[0] > _ADDCMUL_MAX_SIDE:
+    if scratch.numel():
         return torch.mul(kernel, weights.unsqueeze(1), out=scratch).sum(0)
     total = kernel[0] * weights[0]
     for k in range(1, kernel.shape[0]):

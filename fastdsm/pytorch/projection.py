@@ -74,36 +74,33 @@ def _adjoint(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """dS, and the adjoints of f0, log r, log c."""
     at = chunk.layout
-    u, v = swept.u + at.scalar(swept.poison), swept.v
     weighted = cotangent * chunk.K
-    weighted.mul_(at.down(u)).mul_(at.across(v))
-    df, dg = weighted.sum(at.cols), weighted.sum(at.rows)
-    d_row, d_col = torch.zeros_like(df), torch.zeros_like(dg)
+    weighted.mul_(at.down(swept.u + at.scalar(swept.poison))).mul_(at.across(swept.v))
+    df, less_dg = weighted.sum(at.cols), -weighted.sum(at.rows)
+    d_row, less_d_col = torch.zeros_like(df), torch.zeros_like(less_dg)
     if not swept.segments:
-        return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, d_col)
-    done = sum(len(segment.u) for segment in swept.segments)
+        return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, less_d_col)
+    done, last = sum(len(segment.u) - 1 for segment in swept.segments), swept.segments[-1]
     for segment in reversed(swept.segments):
-        if segment is not swept.segments[-1]:
+        if segment is not last:
             chunk.set_kernel(segment.f, segment.g)
-        left: list[Tensor] = []
-        right: list[Tensor] = []
-        for k in reversed(range(len(segment.u))):
+        low_rank = at.OuterSum(chunk.W)
+        for before, u in zip(segment.u[-2::-1], segment.u[:0:-1], strict=True):
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
-            u_k, v_k = segment.u[k], segment.v[k]
-            u_before = segment.u[k - 1] if k else segment.u_before
-            a = _where(active, u_k * chunk.over_r(df))
+            v = chunk.col_factor(chunk.col_sums(before))
             d_row += _where(active, df)
-            dg = dg.addcmul_(v_k, chunk.col_sums(a), value=-1.0)
-            b = _where(active, v_k * chunk.over_c(dg))
-            d_col += _where(active, dg)
-            df_before = -u_before * chunk.row_sums(b)
+            a = _where(active, u * chunk.over_r(df))
+            less_dg = less_dg.addcmul_(v, chunk.col_sums(a))
+            less_d_col += _where(active, less_dg)
+            less_b = _where(active, v * chunk.over_c(less_dg))
+            low_rank.add(a, v)
+            low_rank.add(before, -less_b)
+            df_before = before * chunk.row_sums(less_b)
             df = df_before if active is None else torch.where(active, df_before, df)
-            dg = torch.zeros_like(dg) if active is None else torch.where(active, 0.0, dg)
-            left += [a, u_before]
-            right += [v_k, b]
-        weighted.sub_(at.sum_of_outer(left, right, chunk.scratch).mul_(chunk.K))
-    return weighted, (df, d_row, d_col)
+            less_dg = torch.zeros_like(v) if active is None else torch.where(active, 0.0, less_dg)
+        weighted.sub_(low_rank.total().mul_(chunk.K))
+    return weighted, (df, d_row, -less_d_col)
 
 
 def _where(active: Tensor | None, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,23 +35,13 @@ _LOG2_GAIN = 45.0
 class Segment:
     """Consecutive sweeps that share one K = exp(S + f + g).
 
-    ``u_before``: row factors, in this K's gauge, that the first column step here started from. ``u[k]``, ``v[k]``: factors
-    after the k-th sweep of the segment.
+    ``u``: row factors in this K's gauge, first those the segment's first column step started from, then those after each
+    of its sweeps. The column factors follow: v_t = c / (K^T u_(t-1)).
     """
 
     f: Tensor
     g: Tensor
-    u_before: Tensor
-    u: list[Tensor] = field(default_factory=list)
-    v: list[Tensor] = field(default_factory=list)
-
-    def append(self, u: Tensor, v: Tensor, record: bool = True) -> None:
-        """The factors after one more sweep; without ``record`` only these are kept."""
-        if not record:
-            self.u.clear()
-            self.v.clear()
-        self.u.append(u)
-        self.v.append(v)
+    u: list[Tensor]
 
 
 @dataclass
@@ -59,12 +49,14 @@ class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K`` and ``scratch`` are buffers of S's shape: fresh ones would cost a page fault per 4 kB at every use.
+    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty: fresh ones would cost a page
+    fault per 4 kB at every use.
     """
 
     layout: Layout
     S: Tensor
     K: Tensor
+    W: Tensor
     scratch: Tensor
     r: Tensor
     c: Tensor
@@ -153,8 +145,8 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top), top
 
 
-def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor]:
-    """The first sweep of tame matrices, with one exponential per entry; the largest logit per column."""
+def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor, Tensor]:
+    """The first sweep of tame matrices, with one exponential per entry: sets K; as for :func:`_log_sweep`."""
     at, c, K = chunk.layout, chunk.c, chunk.K
     top = _shifted_exp(chunk.S, at.rows, K)
     sums = K.sum(at.rows)
@@ -162,13 +154,12 @@ def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor]:
     rows = K.sum(at.cols)
     u = chunk.row_factor(rows)
     K.mul_(at.down(u))
-    segment = Segment(u.log(), c.log() - sums.log() - top, chunk.over_r(rows))
-    segment.append(torch.ones_like(chunk.r), torch.ones_like(c))
-    return segment, top
+    segment = Segment(u.log(), c.log() - sums.log() - top, [chunk.over_r(rows), torch.ones_like(u)])
+    return segment, torch.ones_like(top), top
 
 
-def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor]:
-    """One sweep in the log domain from row potential f: sets K; its segment, and the largest S + f per column.
+def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
+    """One sweep in the log domain from row potential f: sets K; its segment, v, and the largest S + f per column.
 
     Potentials of large logits are rounded by more than a plan's sums may err, so the sweep is done once more in their
     gauge: u and v, both near 1, carry what the rounding took.
@@ -178,10 +169,9 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor]:
     g = torch.where(c == 0, 0.0, log_of(c) - K.sum(at.rows).log() - top)
     f_new, _ = _row_step(chunk, torch.add(chunk.S, at.across(g), out=K))
     chunk.set_kernel(f_new, g)
-    segment = Segment(f_new, g, torch.where(chunk.r == 0, 0.0, (f - f_new).exp()))
-    v = chunk.col_factor(chunk.col_sums(segment.u_before))
-    segment.append(chunk.row_factor(chunk.row_sums(v)), v)
-    return segment, top
+    before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
+    v = chunk.col_factor(chunk.col_sums(before))
+    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))]), v, top
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -202,7 +192,7 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
 def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | None = None) -> Swept:
     """``n_iters`` sweeps, each matrix stopping at residual <= tol (if tol >= 0), or after its ``stops`` (B,) sweeps.
 
-    ``record`` keeps the factors of every sweep for the adjoint.
+    ``record`` keeps the row factors of every sweep for the adjoint.
     """
     at = chunk.layout
     counts = torch.zeros(chunk.r.shape[1 + at.line], dtype=torch.int32, device=chunk.r.device)
@@ -211,16 +201,16 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
         one_u, one_v = torch.ones_like(chunk.r), torch.ones_like(chunk.c)
         return Swept(one_u, one_v, f, torch.zeros_like(chunk.c), counts, _poison(top, at), [])
     if chunk.tame:
-        segment, top = _tame_sweep(chunk)
+        segment, v, top = _tame_sweep(chunk)
     else:
-        segment, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
+        segment, v, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
     segments = [segment]
     poison, counts, active = _poison(top, at), counts + 1, torch.ones_like(counts, dtype=torch.bool)
     budget = _sweeps_per_kernel(chunk, n_iters)
     left, freezing = budget, tol >= 0.0 or stops is not None
 
     for done in range(1, n_iters):
-        u, v = segment.u[-1], segment.v[-1]
+        u = segment.u[-1]
         sums = chunk.col_sums(u)
         if freezing:
             active = stops > done if stops is not None else active & ~(chunk.column_error(v, sums) <= tol)
@@ -230,33 +220,34 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
         if left == 0:
             f, g = segment.f + log_of(u), segment.g + log_of(v)
             if budget == 0:
-                segment, _ = _log_sweep(chunk, f)
+                segment, v, _ = _log_sweep(chunk, f)
                 if freezing:
-                    segment = _only_active(chunk, active, segment, f, g)
+                    segment, v = _only_active(chunk, active, segment, v, f, g)
             else:
                 chunk.set_kernel(f, g)
-                segment, left = Segment(f, g, torch.ones_like(u)), budget
-                u, v = segment.u_before, torch.ones_like(v)
-                sums = chunk.col_sums(u)
-            segments = [*segments, segment] if record else [segment]
+                u, v, left = torch.ones_like(u), torch.ones_like(v), budget
+                segment, sums = Segment(f, g, [u]), chunk.col_sums(u)
+            segments.append(segment)
         if budget > 0:
             new_v = chunk.col_factor(sums)
             new_u = chunk.row_factor(chunk.row_sums(new_v))
             if freezing:
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
-            segment.append(new_u, new_v, record)
-            left -= 1
-    return Swept(segment.u[-1], segment.v[-1], segment.f, segment.g, counts, poison, segments)
+            v, left = new_v, left - 1
+            segment.u.append(new_u)
+        if not record:
+            del segment.u[:-1], segments[:-1]
+    return Swept(segment.u[-1], v, segment.f, segment.g, counts, poison, segments)
 
 
-def _only_active(chunk: Chunk, active: Tensor, new: Segment, f: Tensor, g: Tensor) -> Segment:
-    """The one-sweep segment ``new`` and its K for the active matrices, the plan exp(S + f + g) for the others."""
+def _only_active(
+    chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tensor, g: Tensor
+) -> tuple[Segment, Tensor]:
+    """The one-sweep segment ``new``, its K and v for the active matrices, the plan exp(S + f + g) for the others."""
     on = chunk.layout.scalar(active)
-    one_u, one_v = torch.ones_like(f), torch.ones_like(g)
-    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), torch.where(on, new.u_before, one_u))
-    segment.append(torch.where(on, new.u[0], one_u), torch.where(on, new.v[0], one_v))
+    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u])
     chunk.set_kernel(segment.f, segment.g)
-    return segment
+    return segment, torch.where(on, v, 1.0)
 
 
 def _poison(top: Tensor, at: Layout) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measurements of fastdsm: machine code, and time."""

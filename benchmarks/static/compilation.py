@@ -1,0 +1,91 @@
+"""From a kernel configuration to machine code and the resources it takes, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdsm.kernels.configuration import Configuration
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+"""Most shared memory one program may ask for, in bytes (CUDA programming guide, table of compute capabilities)."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code of one configuration for one target.
+
+    cubin: the binary. ptx: its source in PTX. shared: bytes of shared memory one program asks for at launch.
+    """
+
+    cubin: bytes
+    ptx: str
+    shared: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler allotted: registers per thread; stack and local bytes per thread, both 0 unless it spilled."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+def compile_configuration(configuration: Configuration, target: str) -> Compiled:
+    """Compile for ``target``, "sm_80", "sm_90" or "sm_100". Not under TRITON_INTERPRET, which replaces the compiler."""
+    source = ASTSource(configuration.kernel, configuration.signature(), constexprs=dict(configuration.constants))
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
+        options=configuration.options(),
+    )
+    return Compiled(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared)
+
+
+def disassemble(cubin: bytes) -> tuple[Resources, str]:
+    """Resources and SASS text of a binary, read with the disassembler that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return read_resources(text), text
+
+
+def read_resources(text: str) -> Resources:
+    """The line ``REG:40 STACK:0 SHARED:0 LOCAL:0 ...`` of ``cuobjdump -res-usage``."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise ValueError(f"expected a line REG:... STACK:... LOCAL:... from cuobjdump, got {text[:200]!r}")
+    return Resources(*map(int, found.groups()))
+
+
+def kernel_name(configuration: Configuration) -> str:
+    """Name of the kernel function."""
+    return configuration.kernel.fn.__name__
+
+
+def describe(configuration: Configuration) -> dict[str, Any]:
+    """The configuration as plain values, keys sorted."""
+    return {
+        "constants": dict(sorted((name, _plain(value)) for name, value in configuration.constants.items())),
+        "pointers": dict(sorted(configuration.pointers.items())),
+        **configuration.options(),
+        "matrices": configuration.matrices,
+        "label": configuration.label,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

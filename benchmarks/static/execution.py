@@ -1,0 +1,213 @@
+"""How often each block of a kernel runs: its control flow executed with real arguments, its floats unknown.
+
+Loop counts of machine code cannot be read off the text: the assembler unrolls by itself. So one thread of program 0 is
+stepped through: integers and predicates that follow from the arguments are computed (Kleene logic: false and unknown
+is false), whatever comes from floating point or memory is unknown. A branch on an unknown stays inside the innermost
+loop it can stay in (a matrix that never meets its tolerance), else leaves the code that calls a subroutine (the slow
+path of a division) aside, else falls through; each such choice is counted in ``assumed``.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .integers import INTEGER_OPERATIONS, Machine
+from .sass import JUMPS, Instruction, Program, count
+
+_PARAMETERS_AT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}
+_FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
+_PREDICATE = re.compile(r"U?P[T0-9]+")
+_MOST_BLOCKS = 100_000
+
+
+@dataclass(frozen=True)
+class Execution:
+    """visits: how often each block of the program runs. assumed: branches taken on an unknown condition."""
+
+    program: Program
+    visits: tuple[int, ...]
+    assumed: int
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Instructions that one warp issues, by class."""
+        total: Counter[str] = Counter()
+        for block, visits in zip(self.program.blocks, self.visits, strict=True):
+            for kind, number in count(block.instructions).items() if visits else ():
+                total[kind] += number * visits
+        return total
+
+
+def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float], target: str) -> dict[int, int]:
+    """Constant bank 0 as a launch fills it: 32-bit words by byte offset. Pointers are addresses, scalars values."""
+    data = bytearray()
+    for name, kind in signature.items():
+        if kind == "constexpr":
+            continue
+        form = "Q" if kind.startswith("*") else _FORMATS[kind]
+        data += bytes(-len(data) % struct.calcsize(form)) + struct.pack(form, arguments[name])
+    data += bytes(-len(data) % 4)
+    base = _PARAMETERS_AT[target]
+    return {base + 4 * index: word for index, (word,) in enumerate(struct.iter_unpack("I", data))}
+
+
+def execute(program: Program, parameters: Mapping[int, int]) -> Execution | None:
+    """Run the control flow; None when it does not end, because a loop depends on data alone."""
+    return _Run(program, parameters).finish()
+
+
+class _Run:
+    def __init__(self, program: Program, parameters: Mapping[int, int]) -> None:
+        self.program = program
+        self.machine = Machine(parameters)
+        deciding = _deciding(program)
+        self.steps = [
+            [_step(i) for i in block.instructions if deciding & set(_destinations(i))] for block in program.blocks
+        ]
+        self.index = {block.instructions[0].address: number for number, block in enumerate(program.blocks)}
+        self.loops = [
+            sorted((loop for loop in program.loops if number in loop.blocks), key=lambda loop: -loop.depth)
+            for number in range(len(program.blocks))
+        ]
+        self.assumed = 0
+        self.returns: list[int] = []
+
+    def finish(self) -> Execution | None:
+        visits = [0] * len(self.program.blocks)
+        number: int | None = 0
+        for _ in range(_MOST_BLOCKS):
+            if number is None:
+                return Execution(self.program, tuple(visits), self.assumed)
+            visits[number] += 1
+            for step in self.steps[number]:
+                step(self.machine)
+            number = self._following(number)
+        return None
+
+    def _following(self, number: int) -> int | None:
+        block = self.program.blocks[number]
+        last = block.instructions[-1]
+        base, following = last.base, self.index.get(last.address + 16)
+        if base not in JUMPS:
+            return following
+        taken = self._taken(last)
+        if base == "CALL":
+            if taken is not False and following is not None:
+                self.returns.append(following)
+            return self.index[last.target] if taken is not False and last.target is not None else following
+        if base in ("EXIT", "RET", "BRX"):
+            end = self.returns.pop() if base == "RET" and self.returns and taken is not False else None
+            return following if taken is False else end
+        assert last.target is not None
+        target = self.index[last.target]
+        if taken is None:
+            self.assumed += 1
+            return self._choose(number, target, following)
+        return target if taken else following
+
+    def _taken(self, branch: Instruction) -> bool | None:
+        guard = self.machine.predicate(branch.guard) if branch.guard else True
+        if ".DIV" in branch.opcode:
+            return False
+        operand = re.match(r"!?U?P[T0-9]+", branch.operands)
+        return _both(guard, self.machine.predicate(operand.group(0)) if operand else True)
+
+    def _choose(self, number: int, target: int, following: int | None) -> int | None:
+        for loop in self.loops[number]:
+            stays = [s for s in (following, target) if s in loop.blocks]
+            if len(stays) == 1:
+                return stays[0]
+        calls = [s is not None and self._calls(s) for s in (following, target)]
+        return target if calls == [True, False] else following
+
+    def _calls(self, number: int) -> bool:
+        return any(i.opcode.startswith("CALL") for i in self.program.blocks[number].instructions)
+
+
+def _both(a: bool | None, b: bool | None) -> bool | None:
+    if a is False or b is False:
+        return False
+    return None if a is None or b is None else True
+
+
+def _step(instruction: Instruction) -> Callable[[Machine], None]:
+    """The effect of one instruction on integers and predicates."""
+    base, suffixes, operands = _parts(instruction)
+    operation = INTEGER_OPERATIONS.get(base)
+    written = _destinations(instruction)
+
+    def effect(machine: Machine) -> None:
+        if operation is None or not operation(machine, suffixes, operands):
+            machine.forget(written)
+
+    if instruction.guard in ("", "PT", "UPT"):
+        return effect
+
+    def guarded(machine: Machine) -> None:
+        condition = machine.predicate(instruction.guard)
+        if condition is not False:
+            before = machine.values(written)
+            effect(machine)
+            if condition is None:
+                machine.forget(name for name, old in before.items() if machine.values([name])[name] != old)
+
+    return guarded
+
+
+def _parts(instruction: Instruction) -> tuple[str, list[str], list[str]]:
+    base, *suffixes = instruction.opcode.split(".")
+    return base, suffixes, [operand.strip().replace(".reuse", "") for operand in instruction.operands.split(",")]
+
+
+def _deciding(program: Program) -> set[str]:
+    """Registers and predicates that branches and guards may depend on; what others hold need not be followed."""
+    effects = [(set(_destinations(i)), _mentioned(i)) for i in program.instructions]
+    names = set().union(*(_mentioned(i) for i in program.instructions if i.base in JUMPS))
+    before = -1
+    while len(names) != before:
+        before = len(names)
+        for written, mentioned in effects:
+            if written & names:
+                names |= mentioned
+    return names
+
+
+def _mentioned(instruction: Instruction) -> set[str]:
+    """Every register and predicate in the text; of wide operands the second register too."""
+    text = f"{instruction.guard} {instruction.operands}"
+    found = set(re.findall(r"U?P[0-9]", text))
+    if every := re.search(r"\b(U?P)R\b", text):
+        found |= {f"{every.group(1)}{index}" for index in range(7)}
+    for prefix, number in re.findall(r"\b(U?R)(\d+)", text):
+        found |= {f"{prefix}{int(number) + offset}" for offset in (0, 1)}
+    return found
+
+
+def _destinations(instruction: Instruction) -> list[str]:
+    """Registers and predicates that an instruction may write, wide results included."""
+    base, suffixes, operands = _parts(instruction)
+    if base in ("BAR", "R2P", "RET", "BRX", "BRA", "CALL", "EXIT", "WARPSYNC", "DEPBAR", "NANOSLEEP"):
+        return [f"P{index}" for index in range(7)] if base == "R2P" else []
+    first = next((place for place, operand in enumerate(operands) if not _PREDICATE.fullmatch(operand)), 0)
+    written = operands[:first]
+    found = re.fullmatch(r"(U?R)(\d+)(?:\.64)?", operands[first])
+    if found and "SETP" not in base:
+        prefix, number = found.group(1), int(found.group(2))
+        written += [f"{prefix}{number + offset}" for offset in range(_width(base, suffixes))]
+    if base in ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD"):  # carries out follow the register
+        written += [operand for operand in operands[first + 1 : first + 3] if _PREDICATE.fullmatch(operand)]
+    return written
+
+
+def _width(base: str, suffixes: list[str]) -> int:
+    if base in ("HGMMA", "QGMMA"):
+        shape = next((re.fullmatch(r"64x(\d+)x\d+", suffix) for suffix in suffixes if "x" in suffix), None)
+        return int(shape.group(1)) // 2 if shape else 128
+    if base in ("HMMA", "IMMA", "DMMA") or "128" in suffixes or base == "LDSM":
+        return 4
+    pair = {"64", "WIDE"} & set(suffixes) or "F64" in suffixes[:1]
+    return 2 if pair or base[0] == "D" or base in ("CS2R", "FFMA2", "FADD2", "FMUL2") else 1

@@ -1,0 +1,100 @@
+"""What the real launchers launch for ordinary calls: configurations with their arguments, nothing run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fastdsm import kernels
+from fastdsm.kernels.configuration import Configuration
+from fastdsm.problem import Gradients, Outputs, Problem, compute_dtype
+
+BATCH = 512
+"""Matrices of a recorded call; a multiple of what any program handles."""
+
+OPERATIONS = ("forward", "forward+sigma2", "backward", "sigma2", "sigma2_bounds")
+SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its configuration, programs, and arguments with pointers as addresses."""
+
+    configuration: Configuration
+    programs: int
+    arguments: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An ordinary call of one of OPERATIONS: contiguous (batch, n, m) logits or plans of ``dtype``, no options."""
+
+    operation: str
+    n: int
+    m: int
+    dtype: torch.dtype
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether the operation makes sweeps, so that their number matters."""
+        return not self.operation.startswith("sigma2")
+
+    @property
+    def bytes_per_matrix(self) -> int:
+        """Least traffic: logits in, plan out; backward: logits and cotangent in, gradient out; sigma2: plan in."""
+        matrices = {"backward": 3, "sigma2": 1, "sigma2_bounds": 1}.get(self.operation, 2)
+        return matrices * self.n * self.m * self.dtype.itemsize
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"operation": self.operation, "n": self.n, "m": self.m, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def record(self, n_iters: int) -> list[Launch]:
+        """Its launches for ``n_iters`` sweeps, in a batch such that program 0 is full but walks no further."""
+        launches = self._record(n_iters, BATCH)
+        covered = min(launch.programs * launch.configuration.matrices for launch in launches)
+        return launches if covered >= BATCH else self._record(n_iters, covered)
+
+    def _record(self, n_iters: int, batch: int) -> list[Launch]:
+        matrix, other = (torch.empty(batch, self.n, self.m, dtype=self.dtype) for _ in range(2))
+        value, upper = (torch.empty(batch, dtype=compute_dtype(self.dtype)) for _ in range(2))
+        u2, v2 = (torch.empty(batch, lines, dtype=compute_dtype(self.dtype)) for lines in (self.n, self.m))
+        problem = Problem(logits=matrix, n_iters=n_iters)
+        with recorded() as launches:
+            if self.operation == "backward":
+                kernels.sinkhorn_backward(problem, other, Gradients(torch.empty_like(matrix)), None)
+            elif self.operation == "sigma2":
+                kernels.sigma2(matrix, None, None, None, value, u2, v2)
+            elif self.operation == "sigma2_bounds":
+                kernels.sigma2_bounds(matrix, None, None, None, value, upper)
+            else:
+                sigma2 = value if self.operation == "forward+sigma2" else None
+                kernels.sinkhorn_forward(problem, Outputs(other, sigma2=sigma2))
+        return launches
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches made inside the block, in order; none of them runs."""
+    launches: list[Launch] = []
+
+    def record(configuration: Configuration, programs: int, **arguments: Any) -> None:
+        values = {n: v.data_ptr() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+        launches.append(Launch(configuration, programs, values))
+
+    with patch.object(Configuration, "launch", record):
+        yield launches
+
+
+def ordinary_calls() -> Iterator[Call]:
+    """Square calls of every operation, dtype and a range of sizes, float32 and small first."""
+    for dtype in DTYPES:
+        for operation in OPERATIONS:
+            for n in SIZES:
+                yield Call(operation, n, n, dtype)
