@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -77,7 +76,9 @@ def broadcast(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 def check_device(x: Tensor, name: str, like: Tensor) -> None:
     """On the device of the matrices."""
     if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of the matrices, {like.device}, got {x.device}; move one of them")
+        raise ValueError(
+            f"{name} must be on the device of the matrices, {like.device}, got {x.device}; move one of them"
+        )
 
 
 def mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -149,7 +150,6 @@ def resolve_backend(backend: str, x: Tensor) -> str:
             "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     return backend
-
 
 
 def _kind(x: object) -> str:

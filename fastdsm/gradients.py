@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 
+
 def _calls() -> Any:
     """The differentiable calls, which are made of these gradients and therefore imported late."""
     from . import transforms
@@ -43,9 +44,7 @@ def _padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradie
     return (*gradients, *(None,) * (len(inputs) - len(gradients)))
 
 
-def _through(
-    function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any
-) -> Gradients:
+def _through(function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any) -> Gradients:
     """Gradients of ``function`` of the inputs by autograd, themselves differentiable."""
     where = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and isinstance(x, Tensor)]
 
@@ -55,7 +54,7 @@ def _through(
             full[i] = value
         return function(*full)
 
-    _, pull = torch.func.vjp(of_needed, *(inputs[i] for i in where))
+    pull = torch.func.vjp(of_needed, *(inputs[i] for i in where))[1]
     found = dict(zip(where, pull(cotangents), strict=True))
     return tuple(found.get(i) for i in range(len(inputs)))
 
@@ -85,7 +84,7 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inp
         assert isinstance(found, Tensor)
         return found
 
-    _, pull = torch.func.vjp(plan, logits, start, r, c)
+    pull = torch.func.vjp(plan, logits, start, r, c)[1]
     d_logits, d_f0, d_r, d_c = pull(grad_plan)
     if not lines:
         return (d_logits, *(x.new_empty((0,)) for x in (d_f0, d_r, d_c)))
@@ -171,8 +170,9 @@ def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -
     assert grad_plan is not None
     found = _projection(needed, grad_plan, sweeps if tol >= 0 else None, projection)
     for index, extra in ((3, d_row), (4, d_col)):
-        if extra is not None:
-            found[index] = extra + found[index]
+        known = found[index]
+        if extra is not None and known is not None:
+            found[index] = known + extra
     return _padded(found, inputs)
 
 
@@ -210,7 +210,7 @@ def _sigma2_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradie
     return _padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
 
 
-AUTOGRAD = {
+AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
     "sinkhorn_info": (_info_context, _info_gradient),
     "sinkhorn_backward": (_backward_context, _backward_gradient),

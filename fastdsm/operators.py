@@ -93,22 +93,22 @@ def _info_like(logits: Tensor, with_sigma2: bool) -> tuple[Tensor, ...]:
 @_implement("sinkhorn")
 def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
     plan = logits.new_empty(logits.shape)
-    *arguments, columns_first, tol, backend = inputs
-    problem = _problem(logits, *arguments, columns_first, tol)
-    backends.sinkhorn_forward(problem, Outputs(plan if columns_first else plan.mT), backend)
+    *problem, backend = inputs
+    columns_first = problem[-2]
+    backends.sinkhorn_forward(_problem(logits, *problem), Outputs(plan if columns_first else plan.mT), backend)
     return plan
 
 
 @_implement("sinkhorn_info")
 def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *arguments, columns_first, tol, backend, with_sigma2 = inputs
+    *problem, backend, with_sigma2 = inputs
     plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_sigma2)
     wanted = sigma2 if with_sigma2 else None
-    if columns_first:
+    if problem[-2]:
         outputs = Outputs(plan, residual, sweeps, f, g, wanted)
     else:
         outputs = Outputs(plan.mT, residual, sweeps, g, f, wanted)
-    backends.sinkhorn_forward(_problem(logits, *arguments, columns_first, tol), outputs, backend)
+    backends.sinkhorn_forward(_problem(logits, *problem), outputs, backend)
     return results
 
 
@@ -123,34 +123,36 @@ def _gradients_like(logits: Tensor, lines: bool, columns_first: bool) -> tuple[T
 def _sinkhorn_backward(
     grad_plan: Tensor, sweeps: Tensor | None, lines: bool, logits: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    *arguments, columns_first, tol, backend = inputs
+    *problem, backend = inputs
+    columns_first = problem[-2]
     d_logits, d_f0, d_row, d_col = results = _gradients_like(logits, lines, columns_first)
     target, cotangent, rows, cols = d_logits, grad_plan, d_row, d_col
     if not columns_first:
         target, cotangent, rows, cols = target.mT, cotangent.mT, cols, rows
     gradients = Gradients(target, d_f0, rows, cols) if lines else Gradients(target)
-    problem = _problem(logits, *arguments, columns_first, tol)
-    backends.sinkhorn_backward(problem, cotangent, gradients, sweeps, backend)
+    backends.sinkhorn_backward(_problem(logits, *problem), cotangent, gradients, sweeps, backend)
     return results
 
 
 @_implement("sigma2")
 def _sigma2(plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    results = _vectors_like(plan)
-    backends.sigma2(plan, *inputs, *results)
-    return results
+    value, u, v = _vectors_like(plan)
+    backends.sigma2(plan, *inputs, value=value, u=u, v=v)
+    return value, u, v
 
 
 def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, m = plan.shape
-    value, u, v = (plan.new_empty(shape, dtype=compute_dtype(plan.dtype)) for shape in ((batch,), (batch, n), (batch, m)))
+    value, u, v = (
+        plan.new_empty(shape, dtype=compute_dtype(plan.dtype)) for shape in ((batch,), (batch, n), (batch, m))
+    )
     return value, u, v
 
 
 @_implement("sigma2_bounds")
 def _sigma2_bounds(plan: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     lower, upper = _bounds_like(plan)
-    backends.sigma2_bounds(plan, *inputs, lower, upper)
+    backends.sigma2_bounds(plan, *inputs, lower=lower, upper=upper)
     return lower, upper
 
 

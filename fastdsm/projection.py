@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import arguments, reference, transforms
@@ -131,7 +130,9 @@ class _Checked:
         self.backend = arguments.resolve_backend(backend, logits)
         n, m = logits.shape[-2:]
         scale = arguments.temperature_of(temperature, logits)
-        start = arguments.line_vector(f0, "f0", logits, n if first == "col" else m, "row" if first == "col" else "column")
+        start = arguments.line_vector(
+            f0, "f0", logits, n if first == "col" else m, "row" if first == "col" else "column"
+        )
         row = arguments.line_vector(row_marginal, "row_marginal", logits, n, "row")
         col = arguments.line_vector(col_marginal, "col_marginal", logits, m, "column")
         arguments.check_marginals(row, col)
@@ -146,7 +147,7 @@ class _Checked:
 
         tau = scale if isinstance(scale, Tensor) else None
         tensors = (logits, tau, start, row, col, mask)
-        self.keywords = {
+        self.keywords: dict[str, Any] = {
             "n_iters": n_iters, "temperature": scale, "first": first, "tol": tol, "f0": start,
             "row_marginal": row, "col_marginal": col, "mask": mask,
         }  # fmt: skip

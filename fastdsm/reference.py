@@ -44,9 +44,7 @@ def _marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: tor
     return torch.where(rows > 0, r, 0.0), torch.where(cols > 0, c, 0.0)
 
 
-def marginals_of(
-    logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def marginals_of(logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The marginals (r, c) that :func:`sinkhorn` uses for these logits, differentiable in those given."""
     valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
     return _marginals(valid, row, col, torch.promote_types(logits.dtype, torch.float32))
@@ -87,7 +85,11 @@ def sinkhorn(
         error = plan_of(f, g).sum(dim) / target.where(target != 0, 1.0) - 1.0
         return torch.where(target != 0, error.abs(), 0.0).detach().amax(-1)
 
-    start = torch.zeros_like(r if first == "col" else c) if f0 is None or n_iters == 0 else f0.to(dtype).expand_as(r if first == "col" else c)
+    start = (
+        torch.zeros_like(r if first == "col" else c)
+        if f0 is None or n_iters == 0
+        else f0.to(dtype).expand_as(r if first == "col" else c)
+    )
     start = torch.where((r if first == "col" else c) != 0, start, 0.0)
     f, g = (start, torch.zeros_like(c)) if first == "col" else (torch.zeros_like(r), start)
     if n_iters == 0:
@@ -151,7 +153,7 @@ def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
-    plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type, misc]
+    plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type]
     row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
     valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)  # type: ignore[arg-type]
     lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)

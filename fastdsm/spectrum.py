@@ -94,7 +94,7 @@ def sigma2_bounds(
     count = math.prod(plan.shape[:-2])
     flat = [x if x is None else x.detach().reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask)]
     if resolved == "reference":
-        value = reference.sigma2(flat[0].double(), row_marginal=flat[1], col_marginal=flat[2], mask=flat[3])
+        value = reference.sigma2(plan.detach().reshape((count, *plan.shape[-2:])).double(), row_marginal=flat[1], col_marginal=flat[2], mask=flat[3])
         lower = upper = value
     else:
         lower, upper = transforms.sigma2_bounds(*flat, resolved)

@@ -92,8 +92,7 @@ def _rayleigh(M: Tensor, power: Tensor) -> Triple:
 
 def lanczos(M: Tensor, tol: float, max_iters: int) -> Triple:
     """Lanczos on M^T M with full reorthogonalisation, from a fixed start, until the estimated relative error is ``tol``."""
-    batch, _, m = M.shape
-    steps = min(max_iters, m)
+    steps = min(max_iters, M.shape[2])
     v = _unit(_times(M.mT, _times(M, _start(M))))
     basis, diagonal, off = [v], [], []
     for step in range(steps):
@@ -194,9 +193,7 @@ def sigma2_bounds(
         upper[part] = log_upper.exp() * (1 + slack)
 
 
-def _deflated(
-    plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice
-) -> Tensor:
+def _deflated(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice) -> Tensor:
     cut = (None if x is None else x[part] for x in (row, col, mask))
     row, col, mask = cut
     row, col = (None if x is None else x.double() for x in (row, col))
@@ -244,5 +241,9 @@ def _swapped(triple: Triple) -> Triple:
     return value, v, u
 
 
-_METHODS: dict[str, Callable[[Tensor, float, int], Triple]] = {"jacobi": jacobi, "squaring": squaring, "lanczos": lanczos}
+_METHODS: dict[str, Callable[[Tensor, float, int], Triple]] = {
+    "jacobi": jacobi,
+    "squaring": squaring,
+    "lanczos": lanczos,
+}
 METHODS = (*_METHODS, "power")

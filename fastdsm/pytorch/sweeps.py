@@ -240,9 +240,7 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
     return Swept(segment.u[-1], v, segment.f, segment.g, counts, poison, segments)
 
 
-def _only_active(
-    chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tensor, g: Tensor
-) -> tuple[Segment, Tensor]:
+def _only_active(chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tensor, g: Tensor) -> tuple[Segment, Tensor]:
     """The one-sweep segment ``new``, its K and v for the active matrices, the plan exp(S + f + g) for the others."""
     on = chunk.layout.scalar(active)
     segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u])
