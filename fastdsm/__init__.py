@@ -1,7 +1,7 @@
 """fastdsm: doubly-stochastic matrices, projected, measured and differentiated.
 
-    plan = fastdsm.sinkhorn(logits)                      # (..., n, m), rows and columns normalised
-    plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular value, in the same launch
+plan = fastdsm.sinkhorn(logits)                      # (..., n, m), rows and columns normalised
+plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular value, in the same launch
 """
 
 from . import reference

@@ -35,6 +35,7 @@ def sinkhorn_backward(
 
 
 def sigma2(
+    results: tuple[Tensor, Tensor, Tensor],
     plan: Tensor,
     row_marginal: Tensor | None,
     col_marginal: Tensor | None,
@@ -44,27 +45,23 @@ def sigma2(
     tol: float,
     max_iters: int,
     backend: str,
-    value: Tensor,
-    u: Tensor,
-    v: Tensor,
 ) -> None:
-    """Fill ``value`` (B,), ``u`` (B, n), ``v`` (B, m)."""
+    """Fill ``results``: value (B,), u (B, n), v (B, m)."""
     kernels = _kernels(backend)
-    if kernels is not None and method == "auto" and kernels.sigma2(plan, row_marginal, col_marginal, mask, value, u, v):
+    if kernels is not None and method == "auto" and kernels.sigma2(plan, row_marginal, col_marginal, mask, tol, *results):
         return
-    pytorch.sigma2(plan, row_marginal, col_marginal, mask, v0, method, tol, max_iters, value, u, v)
+    pytorch.sigma2(plan, row_marginal, col_marginal, mask, v0, method, tol, max_iters, *results)
 
 
 def sigma2_bounds(
+    results: tuple[Tensor, Tensor],
     plan: Tensor,
     row_marginal: Tensor | None,
     col_marginal: Tensor | None,
     mask: Tensor | None,
     backend: str,
-    lower: Tensor,
-    upper: Tensor,
 ) -> None:
-    """Fill ``lower`` and ``upper`` (B,)."""
+    """Fill ``results``: lower and upper (B,)."""
     kernels = _kernels(backend)
-    if kernels is None or not kernels.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper):
-        pytorch.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper)
+    if kernels is None or not kernels.sigma2_bounds(plan, row_marginal, col_marginal, mask, *results):
+        pytorch.sigma2_bounds(plan, row_marginal, col_marginal, mask, *results)

@@ -104,10 +104,8 @@ def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *problem, backend, with_sigma2 = inputs
     plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_sigma2)
     wanted = sigma2 if with_sigma2 else None
-    if problem[-2]:
-        outputs = Outputs(plan, residual, sweeps, f, g, wanted)
-    else:
-        outputs = Outputs(plan.mT, residual, sweeps, g, f, wanted)
+    plan, f, g = (plan, f, g) if problem[-2] else (plan.mT, g, f)
+    outputs = Outputs(plan, residual, sweeps, f, g, wanted)
     backends.sinkhorn_forward(_problem(logits, *problem), outputs, backend)
     return results
 
@@ -136,9 +134,9 @@ def _sinkhorn_backward(
 
 @_implement("sigma2")
 def _sigma2(plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    value, u, v = _vectors_like(plan)
-    backends.sigma2(plan, *inputs, value=value, u=u, v=v)
-    return value, u, v
+    results = _vectors_like(plan)
+    backends.sigma2(results, plan, *inputs)
+    return results
 
 
 def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,9 +149,9 @@ def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_implement("sigma2_bounds")
 def _sigma2_bounds(plan: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    lower, upper = _bounds_like(plan)
-    backends.sigma2_bounds(plan, *inputs, lower=lower, upper=upper)
-    return lower, upper
+    results = _bounds_like(plan)
+    backends.sigma2_bounds(results, plan, *inputs)
+    return results
 
 
 def _bounds_like(plan: Tensor) -> tuple[Tensor, Tensor]:

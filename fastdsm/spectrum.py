@@ -94,8 +94,7 @@ def sigma2_bounds(
     count = math.prod(plan.shape[:-2])
     flat = [x if x is None else x.detach().reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask)]
     if resolved == "reference":
-        value = reference.sigma2(plan.detach().reshape((count, *plan.shape[-2:])).double(), row_marginal=flat[1], col_marginal=flat[2], mask=flat[3])
-        lower = upper = value
+        lower = upper = reference.sigma2(plan.detach().double(), row_marginal=row, col_marginal=col, mask=mask)
     else:
         lower, upper = transforms.sigma2_bounds(*flat, resolved)
     return lower.reshape(plan.shape[:-2]), upper.reshape(plan.shape[:-2])

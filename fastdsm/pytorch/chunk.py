@@ -108,7 +108,7 @@ def _marginals(
     S: Tensor, row: Tensor | None, col: Tensor | None, at: Layout, unit_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r and c, 0 on excluded lines, and the indicators of those lines."""
-    valid = -torch.inf != S
+    valid = ~S.isneginf()
     rows, cols = valid.any(at.cols), valid.any(at.rows)
     n_rows, n_cols = (x.sum(at.line, keepdim=True).clamp_(min=1).to(S.dtype) for x in (rows, cols))
     if row is not None:

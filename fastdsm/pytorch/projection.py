@@ -55,7 +55,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         swept = run(chunk, problem.n_iters, -1.0, record=True, stops=stops)
         cotangent = at.matrix(grad_plan[part.where]).to(chunk.S.dtype)
         if not chunk.tame:
-            cotangent = cotangent.masked_fill(-torch.inf == chunk.S, 0.0)
+            cotangent = cotangent.masked_fill(chunk.S.isneginf(), 0.0)
         d_logits, lines = _adjoint(chunk, swept, cotangent, stops)
         tau = problem.temperature
         if isinstance(tau, Tensor):
