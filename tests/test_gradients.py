@@ -30,7 +30,9 @@ def check(logits: Tensor, **options: object) -> None:
 
 
 @pytest.mark.parametrize("std", [0.1, 1.0, 8.0, 50.0, 200.0])
-@pytest.mark.parametrize("shape", [(3, 1, 1), (300, 2, 2), (3, 4, 4), (300, 4, 4), (700, 8, 5), (4, 16, 16), (3, 33, 20), (2, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1), (300, 2, 2), (3, 4, 4), (300, 4, 4), (700, 8, 5), (4, 16, 16), (3, 33, 20), (2, 64, 64)]
+)
 def test_sizes_and_scales(shape: tuple[int, ...], std: float) -> None:
     for n_iters in (0, 1, 3, 20, 100):
         check(torch.randn(shape) * std, n_iters=n_iters)
@@ -66,7 +68,9 @@ def test_every_operand(first: str, batch: int) -> None:
                 plan = call(rest.pop("logits"), first=first, n_iters=n_iters, mask=mask, **rest)
                 gradients.append(torch.autograd.grad(plan, list(copies.values()), cotangent))
             for name, found, truth in zip(leaves, *gradients, strict=True):
-                torch.testing.assert_close(found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}")
+                torch.testing.assert_close(
+                    found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}"
+                )
 
 
 @pytest.mark.parametrize("batch", [5, 200])
@@ -76,7 +80,8 @@ def test_of_the_sweeps_done(batch: int) -> None:
     cotangent = torch.randn_like(logits)
     options = {"tol": 1e-5, "n_iters": 50}
     torch.testing.assert_close(
-        gradient(fastdsm.sinkhorn, logits, cotangent, **options), gradient(reference.sinkhorn, logits, cotangent, **options)
+        gradient(fastdsm.sinkhorn, logits, cotangent, **options),
+        gradient(reference.sinkhorn, logits, cotangent, **options),
     )
 
 
@@ -86,7 +91,8 @@ def test_a_log_domain_problem_with_stops() -> None:
     cotangent = torch.randn_like(logits)
     options = {"tol": 1e-4, "n_iters": 30, "row_marginal": row}
     torch.testing.assert_close(
-        gradient(fastdsm.sinkhorn, logits, cotangent, **options), gradient(reference.sinkhorn, logits, cotangent, **options)
+        gradient(fastdsm.sinkhorn, logits, cotangent, **options),
+        gradient(reference.sinkhorn, logits, cotangent, **options),
     )
 
 

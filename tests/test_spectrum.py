@@ -15,7 +15,10 @@ SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 
 
 def plans(n: int, m: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random ones, one next to uniform, one next to a permutation."""
-    logits = torch.randn(5, n, m, dtype=torch.float64) * torch.tensor([0.1, 1.0, 4.0, 1e-4, 50.0], dtype=torch.float64)[:, None, None]
+    logits = (
+        torch.randn(5, n, m, dtype=torch.float64)
+        * torch.tensor([0.1, 1.0, 4.0, 1e-4, 50.0], dtype=torch.float64)[:, None, None]
+    )
     return reference.sinkhorn(logits, n_iters=200).to(dtype)
 
 
@@ -111,7 +114,9 @@ def test_a_truncated_plan_may_exceed_one_by_its_leak() -> None:
     leak = (plan.sum(-2) - 1).norm(dim=-1) / 6**0.5
     of_plan = torch.linalg.svdvals(plan)[:, 1]
     of_deflated = torch.linalg.svdvals(reference.deflated_plan(plan, None, None, None))
-    second = torch.cat([torch.ones(200, 1, dtype=torch.float64), of_deflated], 1).sort(dim=1, descending=True).values[:, 1]
+    second = (
+        torch.cat([torch.ones(200, 1, dtype=torch.float64), of_deflated], 1).sort(dim=1, descending=True).values[:, 1]
+    )
     assert bool(((of_plan - second).abs() <= leak + 1e-12).all())
     assert bool((leak > 0.1).any())
 

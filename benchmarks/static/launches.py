@@ -70,7 +70,7 @@ class Call:
             if self.operation == "backward":
                 kernels.sinkhorn_backward(problem, other, Gradients(torch.empty_like(matrix)), None)
             elif self.operation == "sigma2":
-                kernels.sigma2(matrix, None, None, None, value, u2, v2)
+                kernels.sigma2(matrix, None, None, None, 1e-4, value, u2, v2)
             elif self.operation == "sigma2_bounds":
                 kernels.sigma2_bounds(matrix, None, None, None, value, upper)
             else:
