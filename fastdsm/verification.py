@@ -205,9 +205,7 @@ def cases(target: Target, quick: bool = False) -> list[Case]:
         dtypes = DTYPES
     scales = [Case(shape, dtype, std, sweeps) for shape in shapes for dtype in dtypes for std in stds]
     lengths = [Case(shape, dtype, 3.0, count) for shape in shapes for dtype in dtypes[:2] for count in counts]
-    options = [
-        Case(shape, dtype, 2.0, sweeps, option) for option in OPTIONS for shape in option_shapes for dtype in dtypes
-    ]
+    options = [Case(shape, dtype, 2.0, sweeps, option) for option in OPTIONS for shape in option_shapes for dtype in dtypes]
     return scales + lengths + options
 
 
@@ -305,8 +303,7 @@ def _cast(
 ) -> tuple[Any, ...]:
     """The same numbers in another dtype."""
     operands = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x
-        for name, x in (options or {}).items()
+        name: x.to(dtype) if isinstance(x, Tensor) and x.dtype.is_floating_point else x for name, x in (options or {}).items()
     }
     return logits.to(dtype), operands, None if cotangent is None else cotangent.to(dtype)
 

@@ -1,1 +1,81 @@
-"""Triton device code and its launchers."""
+"""Triton kernels and their launchers, by family; each call says whether a kernel served it.
+
+``registers``: n, m <= 4, a matrix per thread. ``tile``: matrices that stay on chip. ``panel``: up to 256, logits re-read
+from L2 inside the launch. ``spectrum``: sigma2 of given plans. Nothing here validates or differentiates.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..problem import Gradients, Outputs, Problem
+from . import panel, registers, registers_sigma2, spectrum, tile
+from .configuration import Configuration
+
+__all__ = ["configurations", "sigma2", "sigma2_bounds", "sinkhorn_backward", "sinkhorn_forward"]
+
+
+def configurations() -> list[Configuration]:
+    """Every kernel that can be launched: the finite table."""
+    return [x for family in (registers, registers_sigma2, tile, panel, spectrum) for x in family.configurations()]
+
+
+def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
+    """Fill ``outputs`` in one launch; false where no kernel serves the problem."""
+    if registers.supports_forward(problem):
+        registers.sinkhorn_forward(problem, outputs)
+    elif tile.supports_forward(problem, outputs.sigma2 is not None):
+        tile.sinkhorn_forward(problem, outputs)
+    elif panel.supports(problem):
+        panel.sinkhorn_forward(problem, outputs)
+    else:
+        return False
+    return True
+
+
+def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> bool:
+    """Fill ``gradients`` in one launch; false where no kernel serves the problem."""
+    if registers.supports_backward(problem, gradients.f0 is not None):
+        registers.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif tile.supports_backward(problem):
+        tile.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif panel.supports(problem):
+        panel.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    else:
+        return False
+    return True
+
+
+def sigma2(
+    plan: Tensor,
+    row_marginal: Tensor | None,
+    col_marginal: Tensor | None,
+    mask: Tensor | None,
+    tol: float,
+    value: Tensor,
+    u2: Tensor,
+    v2: Tensor,
+) -> bool:
+    """Fill ``value``, ``u2``, ``v2``, to a relative ``tol`` where the kernel iterates; false where none serves the plan."""
+    if registers_sigma2.supports(plan):
+        registers_sigma2.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2)
+    elif spectrum.supports(plan):
+        spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
+    else:
+        return False
+    return True
+
+
+def sigma2_bounds(
+    plan: Tensor,
+    row_marginal: Tensor | None,
+    col_marginal: Tensor | None,
+    mask: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+) -> bool:
+    """Fill ``lower`` and ``upper``; false where no kernel serves the plan."""
+    if not spectrum.supports(plan):
+        return False
+    spectrum.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper)
+    return True

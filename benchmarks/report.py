@@ -1,0 +1,160 @@
+"""``python -m benchmarks.report``: the README's benchmark table and the figure, from the committed results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
+from .targets import fastest_other
+
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+README = ROOT / "README.md"
+COLORS = {"fastdsm": "#d1495b", "torch.compile": "#30638e", "hyper-connections": "#00798c", "POT": "#8d6a9f",
+          "GeomLoss": "#edae49", "Liger": "#3d7d3d", "flash-sinkhorn": "#6b4f3a"}  # fmt: skip
+
+
+def main() -> None:
+    """Rewrite the README between its markers, and a figure for each device with results."""
+    sections = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        rows = read_rows(path)
+        figure = path.with_name(f"{path.stem}-speedup.png")
+        draw(rows, figure)
+        sections.append(section(rows, figure.relative_to(ROOT).as_posix()))
+    if not sections:
+        raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
+    README.write_text(spliced(README.read_text(), "\n\n".join(sections)))
+
+
+def spliced(text: str, content: str) -> str:
+    """Put ``content`` between the markers of ``text``; ValueError where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"expected the markers {BEGIN} and {END}, in this order; add them where the table belongs")
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+def section(rows: Sequence[Row], figure: str) -> str:
+    """Figure, table and conditions of one device, in Markdown."""
+    lines = [
+        f"![Speedup over the eager loop, by size]({figure})",
+        "",
+        "| operation | matrices | pass | time | × eager | × fastest other | extra memory | % of clone | error |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(_line(list(group)) for _, group in groupby(rows, key=_case)),
+        "",
+        conditions(rows[0].run),
+    ]
+    return "\n".join(lines)
+
+
+def _case(row: Row) -> tuple[str, tuple[int, ...], str]:
+    return row.operation, row.shape, row.direction
+
+
+def _line(group: list[Row]) -> str:
+    """The table's line of one case: fastdsm beside the fastest of the rest."""
+    ours = next(row for row in group if row.implementation == "fastdsm")
+    if ours.left_out is not None or ours.seconds_median is None or ours.peak_extra_bytes is None:
+        raise ValueError(f"fastdsm was not measured in {_case(ours)}; run fastdsm bench again")
+    name, ratio = fastest_other(group)
+    direction = "forward" if ours.direction == FORWARD else "forward + backward"
+    cells = (
+        f"`{ours.operation}`",
+        size_text(ours.shape),
+        direction,
+        time_text(ours.seconds_median),
+        f"{ours.ratio_to_eager:.1f}",
+        "" if ratio is None else f"{ratio:.1f} ({name})",
+        f"{ours.peak_extra_bytes / ours.input_bytes:.1f} × input",
+        f"{ours.percent_of_floor:.0f}",
+        f"{ours.error:.0e}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """Say how many matrices of what size: "65,536 of 4 × 4"."""
+    *batch, n, m = shape
+    count = 1
+    for length in batch:
+        count *= length
+    return f"{count:,} of {n} × {m}"
+
+
+def time_text(seconds: float) -> str:
+    """Three digits with the unit that suits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def conditions(run: Run) -> str:
+    """What was measured against what, where, with which versions, when."""
+    where = f"{run.machine}, {run.threads} threads" if run.device == "cpu" else run.machine
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    return (
+        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. float32, standard normal logits, 20 sweeps; "
+        "medians of interleaved rounds in one process. Eager: the loop of alternating `torch.logsumexp`, and "
+        "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "
+        "packages listed, each by its own public call, its output held against float64 first. Extra memory: the most "
+        "held at once beyond the inputs, output and gradient included. % of clone: the time of a clone that moves as "
+        "many bytes, in percent of this time. Error: the largest, of the output that was timed, against float64."
+    )
+
+
+def draw(rows: Iterable[Row], path: Path) -> None:
+    """Draw how many times faster than the eager loop each implementation projects, forward and forward + backward."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    rows = [row for row in rows if row.operation == "sinkhorn" and row.ratio_to_eager is not None]
+    shapes = sorted({row.shape for row in rows}, key=lambda shape: shape[-1])
+    present = {row.implementation for row in rows}
+    names = [name for name in COLORS if name in present]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for panel, direction in zip(panels, (FORWARD, BACKWARD), strict=True):
+        for place, name in enumerate(names):
+            ratios = {
+                row.shape: row.ratio_to_eager
+                for row in rows
+                if (row.direction, row.implementation) == (direction, name) and row.ratio_to_eager is not None
+            }
+            width = 0.84 / len(names)
+            centres = [i + (place - (len(names) - 1) / 2) * width for i, shape in enumerate(shapes) if shape in ratios]
+            heights = [ratios[shape] for shape in shapes if shape in ratios]
+            bars = panel.bar(centres, [h - 1 for h in heights], width, bottom=1, color=COLORS[name], label=name)
+            if name == "fastdsm":
+                for bar, height in zip(bars, heights, strict=True):
+                    panel.annotate(
+                        f"{height:.1f}×", (bar.get_x() + width / 2, max(height, 1)), (0, 2),
+                        textcoords="offset points", ha="center", va="bottom", fontsize=9, color=COLORS[name],
+                    )  # fmt: skip
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500])
+        panel.set_xticks(range(len(shapes)), [size_text(shape).replace(" of ", " of\n") for shape in shapes])
+        panel.set_title(direction.replace("+", " + "))
+        panel.grid(axis="y", alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.margins(y=0.12)
+    panels[0].set_ylabel("times faster than the eager loop")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False)
+    run = rows[0].run
+    threads = f", {run.threads} threads" if run.device == "cpu" else ""
+    figure.supxlabel(f"float32, 20 sweeps; {run.machine}{threads}, torch {run.versions['torch']}, {run.date[:10]}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

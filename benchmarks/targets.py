@@ -1,0 +1,69 @@
+"""What the package promises of its speed and memory, and whether a run kept it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .rows import BACKWARD, FORWARD, Row
+
+Shape = tuple[int, ...]
+
+# Times faster than the eager loop, float32, 20 sweeps, on a CPU with 2 threads.
+EAGER_RATIO: dict[tuple[str, Shape], float] = {
+    (FORWARD, (65536, 4, 4)): 8.0,
+    (FORWARD, (8192, 16, 16)): 6.0,
+    (FORWARD, (512, 64, 64)): 5.0,
+    (FORWARD, (32, 256, 256)): 5.0,
+    (BACKWARD, (65536, 4, 4)): 6.0,
+    (BACKWARD, (8192, 16, 16)): 5.0,
+    (BACKWARD, (512, 64, 64)): 4.0,
+    (BACKWARD, (32, 256, 256)): 4.0,
+}
+# Peak extra memory of forward and backward, in sizes of the input; output and gradient count.
+MOST_MEMORY = 4.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One promise at one size: what was asked, what was measured."""
+
+    shape: Shape
+    direction: str
+    promise: str
+    measured: float | None  # None where it was not measured
+    required: float
+    ok: bool
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """Hold the rows of fastdsm.sinkhorn on a CPU to :data:`EAGER_RATIO`, :data:`MOST_MEMORY` and to every other row."""
+    rows = [row for row in rows if row.operation == "sinkhorn" and row.run.device == "cpu"]
+    found = []
+    for (direction, shape), required in EAGER_RATIO.items():
+        group = [row for row in rows if (row.direction, row.shape) == (direction, shape) and row.left_out is None]
+        ours = next((row for row in group if row.implementation == "fastdsm"), None)
+        ratio = ours.ratio_to_eager if ours else None
+        found.append(_at_least(shape, direction, "times faster than the eager loop", ratio, required))
+        name, fastest = fastest_other(group)
+        found.append(_at_least(shape, direction, f"times faster than {name}", fastest, 1.0))
+        if direction == BACKWARD:
+            size = ours.peak_extra_bytes / ours.input_bytes if ours and ours.peak_extra_bytes is not None else None
+            ok = size is not None and size < MOST_MEMORY
+            found.append(Verdict(shape, direction, "inputs of extra memory, less than", size, MOST_MEMORY, ok))
+    return found
+
+
+def fastest_other(group: Sequence[Row]) -> tuple[str, float | None]:
+    """The fastest of torch.compile and the peers in one case, and how many times faster fastdsm is, by medians."""
+    seconds = {row.implementation: row.seconds_median for row in group if row.seconds_median is not None}
+    ours = seconds.pop("fastdsm", None)
+    others = {name: value for name, value in seconds.items() if name not in ("eager", "clone")}
+    if ours is None or not others:
+        return "torch.compile and every peer", None
+    name = min(others, key=lambda key: others[key])
+    return name, others[name] / ours
+
+
+def _at_least(shape: Shape, direction: str, promise: str, measured: float | None, required: float) -> Verdict:
+    return Verdict(shape, direction, promise, measured, required, measured is not None and measured >= required)

@@ -1,0 +1,18 @@
+"""The command line, ``fastdsm`` or ``python -m fastdsm``: one module per command."""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, demo, info, verify
+
+app = typer.Typer(
+    help="Doubly-stochastic matrices: project, measure sigma2, differentiate; on CPU and GPU with the same calls.",
+    epilog="Start with: fastdsm info, then fastdsm verify --quick, then fastdsm demo",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (info.info, verify.verify, demo.demo, bench.bench):
+    app.command()(command)

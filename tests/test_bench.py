@@ -1,0 +1,210 @@
+"""The benchmark suite's bookkeeping: rows, targets, memory, the check of outputs, the report. Times are not tested."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import fastdsm
+from benchmarks import report
+from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvalsh, sigma2_by_svdvals, sinkhorn_loop
+from benchmarks.harness import Case, Definition, Implementation, measure
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.rows import BACKWARD, FORWARD, Row, Run, read_rows, row_of, write_rows
+from benchmarks.targets import EAGER_RATIO, verdicts
+
+command = import_module("fastdsm.cli.bench")  # fastdsm.cli.bench is also the name of the function in it
+
+RUN = Run("cpu", "A Processor", 2, {"python": "3.11.7", "torch": "2.13.0"}, "abc1234", "2026-01-02T03:04:05+00:00")
+
+
+def row(implementation: str, seconds: float, ratio: float, direction: str = FORWARD, **changes: object) -> Row:
+    base = Row(
+        "sinkhorn", (65536, 4, 4), "float32", 20, direction, implementation, "call", "definition", seconds, seconds, 5,
+        8_000_000, 25.0, 4_000_000, 9_000_000, 16384, 2e-7, None, ratio, None, RUN,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def records() -> list[Row]:
+    """Both directions of every promised size, every promise kept with a margin of two."""
+    rows = []
+    for (direction, shape), required in EAGER_RATIO.items():
+        for name, ratio in (("fastdsm", 2 * required), ("eager", 1.0), ("torch.compile", 2.0), ("POT", 0.5)):
+            rows.append(row(name, 0.01 / ratio, ratio, direction, shape=shape))
+        rows.append(row("GeomLoss", 0.0, 0.0, direction, shape=shape, **left_out()))
+    return rows
+
+
+def left_out() -> dict[str, object]:
+    numbers = ("seconds_median", "seconds_min", "percent_of_floor", "peak_extra_bytes", "error", "ratio_to_eager")
+    return dict.fromkeys(numbers) | {"left_out": "not installed"}
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cpu.jsonl"
+    write_rows(path, records())
+    assert read_rows(path) == records()
+    assert len(path.read_text().splitlines()) == len(records())
+
+
+def test_a_row_with_other_fields_is_refused() -> None:
+    record = asdict(records()[0])
+    del record["error"]
+    with pytest.raises(ValueError, match="a row has the fields"):
+        row_of(record)
+
+
+def test_targets_kept() -> None:
+    found = verdicts(records())
+    assert len(found) == 20  # two per size and direction, memory per size
+    assert all(verdict.ok for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("direction", "change", "promise"),
+    [
+        (FORWARD, {"ratio_to_eager": 7.9}, "times faster than the eager loop"),
+        (BACKWARD, {"ratio_to_eager": 5.9}, "times faster than the eager loop"),
+        (BACKWARD, {"peak_extra_bytes": 16_000_000}, "inputs of extra memory, less than"),
+        (FORWARD, {"seconds_median": 0.0051}, "times faster than torch.compile"),
+    ],
+)
+def test_a_missed_target_is_found(direction: str, change: dict[str, object], promise: str) -> None:
+    rows = records()
+    at = next(i for i, x in enumerate(rows) if (x.implementation, x.direction, x.shape[-1]) == ("fastdsm", direction, 4))
+    rows[at] = replace(rows[at], **change)
+    missed = [verdict for verdict in verdicts(rows) if not verdict.ok]
+    assert [(verdict.direction, verdict.promise) for verdict in missed] == [(direction, promise)]
+
+
+def test_what_was_not_measured_fails() -> None:
+    found = verdicts([])
+    assert len(found) == 20
+    assert not any(verdict.ok for verdict in found)
+    assert all(verdict.measured is None for verdict in found)
+
+
+def test_a_gpu_run_is_not_held_to_the_cpu_targets() -> None:
+    rows = [replace(x, run=replace(RUN, device="cuda")) for x in records()]
+    assert all(verdict.measured is None for verdict in verdicts(rows))
+
+
+def test_report_takes_every_number_from_the_rows() -> None:
+    text = report.section(records(), "speedup.png")
+    line = next(line for line in text.splitlines() if line.startswith("| `sinkhorn` | 65,536 of 4 × 4 | forward |"))
+    assert line.endswith("| 625 µs | 16.0 | 8.0 (torch.compile) | 2.2 × input | 25 | 2e-07 |")
+    assert "A Processor, 2 threads; 2026-01-02, commit abc1234; python 3.11.7, torch 2.13.0." in text
+    assert "![Speedup over the eager loop, by size](speedup.png)" in text
+
+
+def test_report_replaces_what_lies_between_the_markers() -> None:
+    once = report.spliced(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "new")
+    assert once == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert report.spliced(once, "new") == once
+    with pytest.raises(ValueError, match="expected the markers"):
+        report.spliced("no markers", "new")
+
+
+def test_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.draw(records(), tmp_path / "speedup.png")
+    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    x = torch.zeros(1000)
+
+    def call() -> torch.Tensor:
+        first = x + 1  # 4000 bytes
+        second = torch.cat([first, first])  # and 8000
+        del first
+        return torch.cat([second, second])  # 8000 and 16000
+
+    assert peak_extra_bytes(call, "cpu") == 24_000
+    assert peak_extra_bytes(lambda: x, "cpu") == 0
+
+
+def test_baselines_compute_what_they_are_held_against() -> None:
+    x = torch.randn(3, 5, 5, dtype=torch.float64)
+    plan = sinkhorn_loop(x)
+    torch.testing.assert_close(plan, fastdsm.reference.sinkhorn(x, n_iters=20))
+    value = fastdsm.reference.sigma2(plan)
+    torch.testing.assert_close(sigma2_by_svdvals(plan), value)
+    torch.testing.assert_close(sigma2_by_eigvalsh(plan), value)
+    torch.testing.assert_close(mean_free(plan).sum(-1), torch.zeros(3, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_measured_rows(benchmark, direction: str) -> None:
+    """One tiny case from end to end: a right peer is timed, a wrong and an absent one are left out with the reason."""
+    right = Implementation("right", "", lambda x: (fastdsm.reference.sinkhorn(x, n_iters=20),), COLUMNS_THEN_ROWS)
+    wrong = Implementation("wrong", "", lambda x: (x.softmax(-1),), COLUMNS_THEN_ROWS)
+    broken = Implementation("broken", "", lambda x: (x[0] @ x[0, :2],), COLUMNS_THEN_ROWS)
+    absent = replace(right, name="absent", left_out="not installed")
+    implementations = [replace(right, name="fastdsm"), replace(right, name="eager"), right, wrong, broken, absent]
+    case = Case("sinkhorn", torch.randn(3, 4, 4), direction, seconds=0.0)
+    measure(benchmark, case, implementations)
+    if benchmark.disabled:
+        pytest.skip("--benchmark-disable leaves nothing to look at")
+    rows = {entry["implementation"]: row_of(entry) for entry in json.loads(json.dumps(benchmark.extra_info.pop("rows")))}
+    assert set(rows) == {"fastdsm", "eager", "right", "wrong", "broken", "absent", "clone"}
+    assert rows["absent"].left_out == "not installed"
+    assert "misses" in rows["wrong"].left_out
+    assert rows["broken"].left_out.startswith("failed: RuntimeError: ")
+    assert rows["wrong"].seconds_median is None
+    assert rows["eager"].ratio_to_eager == 1.0
+    assert rows["clone"].percent_of_floor == 100.0
+    ours = rows["fastdsm"]
+    size = 3 * 4 * 4 * 4
+    assert ours.bytes == (2 if direction == FORWARD else 4) * size
+    assert ours.input_bytes == size
+    assert ours.rounds == 3
+    assert ours.checked == 3
+    assert ours.error < 1e-6
+    assert (ours.gradient_error is None) == (direction == FORWARD)
+    assert ours.peak_extra_bytes >= (1 if direction == FORWARD else 2) * size
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+def test_a_wrong_output_of_our_own_stops_the_measurement(benchmark) -> None:
+    wrong = Implementation("fastdsm", "", lambda x: (x * 2,), Definition("the same", lambda x: (x,)))
+    with pytest.raises(AssertionError, match="misses the same in float64"):
+        measure(benchmark, Case("copy", torch.ones(2, 2, 2), FORWARD), [wrong])
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(command.bench)
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_outside_a_checkout_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "_CHECKOUT", tmp_path)
+    code, output = invoke()
+    assert code == 2
+    assert "fastdsm bench needs a checkout" in output
+
+
+@pytest.mark.parametrize(("strict", "code"), [((), 0), (("--strict",), 1)])
+def test_a_missed_target_fails_only_when_strict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, strict: tuple[str, ...], code: int
+) -> None:
+    rows = records()
+    rows[0] = replace(rows[0], ratio_to_eager=1.0)
+    monkeypatch.setattr(command, "_measured", lambda *_: rows)
+    monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path)
+    found, output = invoke(*strict)
+    assert found == code
+    assert "fail" in output
+    assert read_rows(tmp_path / "cpu.jsonl") == rows
+    monkeypatch.setattr(command, "_measured", lambda *_: records())
+    assert invoke(*strict)[0] == 0
