@@ -206,8 +206,8 @@ def _problem(case: Case, contender: _Contender, truth: Outputs) -> str | None:
     """Call once; what is wrong with the outputs, or None."""
     try:
         contender.last = contender.call()
-    except Exception as error:  # whatever another package may raise must not end the run
-        return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception as failure:  # whatever another package may raise must not end the run
+        return f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     errors = list(_errors(case, contender.last, truth))
     bounds: list[float | None] = [case.value_tolerance] * len(errors)
     if case.direction == BACKWARD:
