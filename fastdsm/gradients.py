@@ -107,10 +107,14 @@ def _projection(
 ) -> list[Tensor | None]:
     """Gradients of logits, temperature, f0 and the marginals by the backward operator."""
     logits, temperature, _, row, col, mask = inputs[:_TENSORS]
+    dtype = logits.dtype
+    if needed[1]:  # its gradient sums products with d_logits, which must not have been rounded to 16 bits before
+        logits, grad_plan = logits.to(temperature.dtype), grad_plan.to(temperature.dtype)
+        inputs = (logits, *inputs[1:])
     d_logits, d_f0, d_log_row, d_log_col = _calls().sinkhorn_backward(grad_plan, sweeps, any(needed[2:5]), *inputs)
-    gradients: list[Tensor | None] = [d_logits, None, d_f0 if needed[2] else None, None, None]
+    gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0 if needed[2] else None, None, None]
     if needed[1]:
-        product = torch.where(d_logits == 0, 0.0, d_logits.to(temperature.dtype) * logits)
+        product = torch.where(d_logits == 0, 0.0, d_logits * logits)
         gradients[1] = -product.sum((-2, -1)) / temperature
     if needed[3] or needed[4]:
         valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)

@@ -21,9 +21,8 @@ from .panel_forward import _sinkhorn_panel_fwd_kernel
 MAX_SIZE = 256
 BLOCKS_M = (64, 128, 256)
 NUM_WARPS = 8
-# Rows of a panel by its columns: 2 to 8 entries a thread. Found by
-# compiling for sm_80, sm_90 and sm_100: the assembler spills a few registers wherever that lets one more program onto an
-# SM, so sizes are chosen clear of its steps (64, 80, 128 registers), and half or twice the rows spill somewhere.
+# Rows of a panel by its columns: 2 to 8 entries a thread. Found by compiling for sm_80, sm_90 and sm_100: the assembler
+# spills a few registers where that lets one more program onto an SM, so sizes are kept clear of its steps (64, 80, 128).
 ROWS = {
     (_sinkhorn_panel_fwd_kernel, torch.float32): {64: 32, 128: 8, 256: 8},
     (_sinkhorn_panel_bwd_kernel, torch.float32): {64: 16, 128: 8, 256: 8},

@@ -1,4 +1,6 @@
-"""Launching the tile family: matrices that stay on chip, padded to P x P, P = 4 ... 128; every dtype, every option.
+"""Launching the tile family: matrices that stay on chip, padded to P x P, P = 4 ... 128; every option.
+
+float32 and narrower: a float64 tile takes twice the registers and spills, and the panel family has every dtype.
 
 What is absent (mask, marginals, f0, temperatures, info, vector gradients) is told by a run-time flag and never read or
 written: any tensor of the right dtype stands in for it.
@@ -21,7 +23,7 @@ from .squaring import SQUARINGS
 from .tile_backward import _sinkhorn_tile_bwd_kernel
 from .tile_forward import _sinkhorn_tile_fwd_kernel
 
-_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # By P: matrices of a program, rows and columns dealt out to lanes and warps (ROWS, COLS), warps. Chosen so that nothing
 # spills on sm_80, sm_90 and sm_100, and for P <= 32 so that a matrix lies within one warp.
 _FORWARD = {
@@ -40,7 +42,6 @@ _BACKWARD = {
     32: (1, 4, 8, 1),
     64: (1, 32, 8, 8),
 }
-_FLOAT64_SIZE = 32
 # Programs of a backward per SM, and the bytes of all their histories together.
 _PROGRAMS_PER_SM = 8
 _HISTORY_BYTES = 1 << 28
@@ -52,9 +53,7 @@ def _configuration(
     """The one way to run ``kernel`` on matrices of ``dtype`` padded to ``size``."""
     block_b, rows, cols, num_warps = blocks[size]
     element = _ELEMENTS[dtype]
-    pointers = dict.fromkeys(
-        (name for name in kernel.arg_names if name.endswith("_ptr")), "fp64" if element == "fp64" else "fp32"
-    )
+    pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "fp32")
     pointers |= {"mask_ptr": "u8", "sweeps_ptr": "i32"}
     matrices = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
     pointers |= {name: element for name in matrices if name in pointers}
@@ -66,10 +65,6 @@ def _configuration(
         matrices=block_b,
         label=" ".join([element, str(size), *(["sigma2"] if constants.get("WITH_SIGMA2") else [])]),
     )
-
-
-def _sizes(dtype: torch.dtype, largest: int) -> list[int]:
-    return [size for size in _FORWARD if size <= (_FLOAT64_SIZE if dtype == torch.float64 else largest)]
 
 
 _FORWARD_TABLE = {
@@ -84,12 +79,12 @@ _FORWARD_TABLE = {
     )
     for sigma2 in (False, True)
     for dtype in _ELEMENTS
-    for size in _sizes(dtype, 64 if sigma2 else 128)
+    for size in (SQUARINGS if sigma2 else _FORWARD)
 }
 _BACKWARD_TABLE = {
     (dtype, size): _configuration(_sinkhorn_tile_bwd_kernel, dtype, size, _BACKWARD)
     for dtype in _ELEMENTS
-    for size in _sizes(dtype, 64)
+    for size in _BACKWARD
 }
 
 

@@ -16,7 +16,7 @@ A program walks over blocks of matrices and reuses its place in the history; ``n
 
 import triton.language as tl
 
-from .arithmetic import LOG2_E
+from .arithmetic import LOG2_E, narrow
 from .configuration import finite_jit
 from .tile_sweeps import (
     col_sums,
@@ -110,7 +110,7 @@ def _sinkhorn_tile_bwd_kernel(
         c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
         f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
         inverse_tau = inverse_temperatures(
-            temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature, dtype
+            temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature
         )
         k = (inverse_tau * LOG2_E).to(dtype)
         x = load_logits(
@@ -224,7 +224,7 @@ def _sinkhorn_tile_bwd_kernel(
             b, i, j, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m
         )
         grad_logits = dS * over_rows(over_matrices(inverse_tau.to(dtype)))
-        tl.store(grad_logits_at, grad_logits, mask=within)
+        tl.store(grad_logits_at, narrow(grad_logits, grad_logits_ptr.dtype.element_ty), mask=within)
         if has_vectors != 0:
             at_row, at_col = vector_offsets(b, i, n, 1), vector_offsets(b, j, m, 1)
             tl.store(grad_f0_ptr + at_row, tl.where(r != 0, df, 0.0), mask=inside_row)

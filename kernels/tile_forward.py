@@ -7,7 +7,7 @@ The column sums s = K^T u that a sweep leaves serve twice: as denominators of th
 
 import triton.language as tl
 
-from .arithmetic import LN_2, LOG2_E
+from .arithmetic import LN_2, LOG2_E, narrow
 from .configuration import finite_jit
 from .squaring import tile_sigma2
 from .tile_sweeps import (
@@ -98,7 +98,7 @@ def _sinkhorn_tile_fwd_kernel(
     c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
     f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
     inverse_tau = inverse_temperatures(
-        temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature, dtype
+        temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature
     )
     k = (inverse_tau * LOG2_E).to(dtype)
     x = load_logits(
@@ -178,7 +178,7 @@ def _sinkhorn_tile_fwd_kernel(
     plan = K * over_rows(u) * over_cols(v) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
     plan_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
-    tl.store(plan_at, plan, mask=over_rows(inside_row) & over_cols(inside_col))
+    tl.store(plan_at, narrow(plan, plan_ptr.dtype.element_ty), mask=over_rows(inside_row) & over_cols(inside_col))
     if has_info != 0:
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, tl.where(tol >= 0, tl.minimum(done, n_iters), n_iters), mask=inside)

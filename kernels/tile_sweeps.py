@@ -151,15 +151,12 @@ def tile_offsets(b, i, j, stride_b, stride_n, stride_m):
 
 
 @triton.jit
-def inverse_temperatures(temperature_ptr, stride, b, inside, has_temperature, inverse_temperature, DTYPE: tl.constexpr):
+def inverse_temperatures(temperature_ptr, stride, b, inside, has_temperature, inverse_temperature):
     """1 / temperature (BLOCK_B,), float64 so that k is rounded once, from those in memory or the one of all matrices."""
     tau = tl.load(temperature_ptr + b * stride, mask=inside & (has_temperature != 0), other=1.0)
-    if tl.float64 == DTYPE:
-        inverse = 1.0 / tau
-    else:
-        # A Newton step on the float32 reciprocal: 40 bits, without the code of a float64 division.
-        inverse = reciprocal(tau).to(tl.float64)
-        inverse = inverse * (2.0 - inverse * tau.to(tl.float64))
+    # A Newton step on the float32 reciprocal: 40 bits, without the code of a float64 division.
+    inverse = reciprocal(tau).to(tl.float64)
+    inverse = inverse * (2.0 - inverse * tau.to(tl.float64))
     return tl.where(has_temperature != 0, inverse, tl.full([1], inverse_temperature, tl.float64))
 
 

@@ -111,8 +111,6 @@ def _assert_close(name: str, got: Tensor, usual: Tensor, truth: Tensor, unit: fl
     got, usual, truth = (x.flatten(1) if x.ndim > 1 else x[:, None] for x in (got, usual, truth))
     assert torch.isfinite(truth).all()
     half_ulp = truth.abs() * torch.finfo(got.dtype).eps / 2 if got.dtype.itemsize == 2 else 0.0
-    if got.dtype == torch.bfloat16:
-        half_ulp = 2 * half_ulp  # the interpreter truncates where the hardware rounds
     usual_error = (usual.double() - truth).abs().amax(1, keepdim=True)
     excess = (got.double() - truth).abs() - (2.0 * usual_error + FLOOR[usual.dtype] * unit + half_ulp)
     assert (excess <= 0).all(), f"{name}: {excess.max().item():.2e} beyond the budget, {usual_error.max().item():.2e}"
@@ -188,7 +186,7 @@ def test_large_logits() -> None:
     _check(Problem(_logits(3, 7, 7, [200.0, 60.0, 20.0]), 20))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "m", "n_iters"), [(4, 3, 20), (9, 12, 20)])
 def test_dtypes(dtype: torch.dtype, n: int, m: int, n_iters: int) -> None:
     _check(Problem(_logits(2, n, m, dtype=dtype), n_iters))
@@ -236,10 +234,9 @@ def test_tiny_marginals_make_every_sweep_a_log_sweep() -> None:
     _check(Problem(_logits(2, 3, 3), 6, row_marginal=row))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "std"), [(4, [0.5, 1.0, 2.0, 3.0, 4.0]), (16, [0.5, 2.0, 3.0, 4.0, 5.0])])
-def test_each_matrix_stops_by_itself(n: int, std: list[float], dtype: torch.dtype) -> None:
-    got = _check(Problem(_logits(5, n, n, std, dtype), 70, tol=3e-3))
+def test_each_matrix_stops_by_itself(n: int, std: list[float]) -> None:
+    got = _check(Problem(_logits(5, n, n, std), 70, tol=3e-3))
     assert len(set(got.sweeps.tolist())) > 2
     assert got.sweeps.min() < 45 // n.bit_length() < got.sweeps.max(), "stops on both sides of a segment boundary"
 
@@ -335,5 +332,6 @@ def test_what_is_supported() -> None:
     assert tile.supports_forward(Problem(torch.empty(1, 3, 128), 1), False)
     assert not tile.supports_forward(Problem(torch.empty(1, 3, 128), 1), True)
     assert not tile.supports_forward(Problem(torch.empty(1, 129, 1), 1), False)
-    assert tile.supports_backward(Problem(torch.empty(1, 32, 32, dtype=torch.float64), 1))
-    assert not tile.supports_backward(Problem(torch.empty(1, 33, 1, dtype=torch.float64), 1))
+    assert tile.supports_backward(Problem(torch.empty(1, 64, 3), 1))
+    assert not tile.supports_backward(Problem(torch.empty(1, 65, 1), 1))
+    assert not tile.supports_forward(Problem(torch.empty(1, 4, 4, dtype=torch.float64), 1), False)
