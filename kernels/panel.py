@@ -6,6 +6,7 @@ matrix needs larger constants and no other code. Serves whatever does not stay i
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -44,7 +45,9 @@ def supports(problem: Problem) -> bool:
     return max(problem.logits.shape[1:]) <= MAX_SIZE
 
 
-def _configuration(kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool) -> Configuration:
+def _configuration(
+    kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool, **constants: Any
+) -> Configuration:
     """The one way to run ``kernel`` on matrices of ``dtype`` with up to ``block_m`` columns."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     vector = 16 // dtype.itemsize if aligned else 1
@@ -61,25 +64,38 @@ def _configuration(kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool)
             "BLOCK_M": block_m,
             "CHUNK": min(block_m, 32 * vector),
             "ALIGNED": aligned,
+            **constants,
         },
         NUM_WARPS,
         matrices=1,
-        label=f"{_ELEMENTS[dtype]} {block_m} {'aligned' if aligned else 'strided'}",
+        label=f"{_ELEMENTS[dtype]} {block_m} {'aligned' if aligned else 'strided'}"
+        + " sigma2" * bool(constants.get("WITH_SIGMA2")),
     )
 
 
-_TABLE = {
-    (kernel.fn.__name__, dtype, block_m, aligned): _configuration(kernel, dtype, block_m, aligned)
-    for kernel in (_sinkhorn_panel_fwd_kernel, _sinkhorn_panel_bwd_kernel)
+_KINDS = list(itertools.product(_ELEMENTS, BLOCKS_M, (True, False)))
+_FORWARD = {
+    kind: _configuration(_sinkhorn_panel_fwd_kernel, *kind, WITH_SIGMA2=False, LANCZOS_N=0) for kind in _KINDS
+}
+_BACKWARD = {kind: _configuration(_sinkhorn_panel_bwd_kernel, *kind) for kind in _KINDS}
+# Its Lanczos passes read the logits element by element anyway.
+_SIGMA2 = {
+    (dtype, block_m): _configuration(
+        _sinkhorn_panel_fwd_kernel,
+        dtype,
+        block_m,
+        False,
+        WITH_SIGMA2=True,
+        LANCZOS_N=(2048 if dtype == torch.float64 else 4096) // block_m,
+    )
     for dtype in _ELEMENTS
     for block_m in BLOCKS_M
-    for aligned in (True, False)
 }
 
 
 def configurations() -> list[Configuration]:
     """Every kernel of this family that can be launched."""
-    return list(_TABLE.values())
+    return [*_FORWARD.values(), *_SIGMA2.values(), *_BACKWARD.values()]
 
 
 def _aligned(*matrices: Tensor) -> bool:
@@ -92,10 +108,10 @@ def _aligned(*matrices: Tensor) -> bool:
     return True
 
 
-def _choose(kernel: Any, *matrices: Tensor) -> Configuration:
-    """The configuration for these matrices of one shape and dtype."""
+def _kind(*matrices: Tensor) -> tuple[torch.dtype, int, bool]:
+    """What decides the configuration for these matrices of one shape and dtype."""
     block_m = next(block for block in BLOCKS_M if matrices[0].shape[2] <= block)
-    return _TABLE[kernel.fn.__name__, matrices[0].dtype, block_m, _aligned(*matrices)]
+    return matrices[0].dtype, block_m, _aligned(*matrices)
 
 
 def _uniform_period(n: int, m: int) -> int:
@@ -147,12 +163,13 @@ def _inputs(problem: Problem) -> dict[str, Any]:
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
-    """Write what ``outputs`` asks for; its ``sigma2`` must be None."""
+    """Write what ``outputs`` asks for."""
     logits, plan = problem.logits, outputs.plan
     batch, n, _ = logits.shape
     work = torch.empty(max(batch, 1) * 2 * n, dtype=problem.compute_dtype, device=logits.device)
     has_info = outputs.residual is not None
-    _choose(_sinkhorn_panel_fwd_kernel, logits, plan).launch(
+    kind = _kind(logits, plan)
+    (_FORWARD[kind] if outputs.sigma2 is None else _SIGMA2[kind[:2]]).launch(
         batch,
         **_inputs(problem),
         work_ptr=work,
@@ -161,6 +178,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
         sweeps_ptr=outputs.sweeps if has_info else work.view(torch.int32),
         f_ptr=outputs.f if has_info else work,
         g_ptr=outputs.g if has_info else work,
+        sigma2_ptr=work if outputs.sigma2 is None else outputs.sigma2,
         plan_stride_b=plan.stride(0),
         plan_stride_n=plan.stride(1),
         plan_stride_m=plan.stride(2),
@@ -187,7 +205,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     programs = _programs(device, batch, slot * dtype.itemsize)
     work = torch.empty(programs * slot, dtype=dtype, device=device)
     has_vectors = gradients.f0 is not None
-    _choose(_sinkhorn_panel_bwd_kernel, logits, grad_plan, grad).launch(
+    _BACKWARD[_kind(logits, grad_plan, grad)].launch(
         min(programs, batch),
         **_inputs(problem),
         work_ptr=work,

@@ -3,13 +3,15 @@
     residual = max_j |v_j s_j / c_j - 1|    from the column sums s that the last sweep left,
     P_ij = u_i K_ij v_j,    f + log2 u,    g + log2 v    in a final pass.
 
-work_ptr holds f and u of each matrix, 2 n values.
+work_ptr holds f and u of each matrix, 2 n values. With WITH_SIGMA2 the final pass leaves there f + log u and r, in
+natural units, from which ``lanczos`` recomputes the plan's entries.
 """
 
 import triton.language as tl
 
 from .arithmetic import LN_2, log2, narrow
 from .configuration import finite_jit
+from .lanczos import lanczos_sigma2
 from .panel_sweeps import (
     MAX_ROWS,
     column_indices,
@@ -18,6 +20,7 @@ from .panel_sweeps import (
     load_panel,
     log2_scale,
     log_sweep,
+    row_sum,
     scaled_kernel,
     scaling_sweep,
     tile_pointers,
@@ -38,6 +41,7 @@ def _sinkhorn_panel_fwd_kernel(
     sweeps_ptr,
     f_ptr,
     g_ptr,
+    sigma2_ptr,
     stride_b: tl.int64,
     stride_n: tl.int64,
     stride_m: tl.int64,
@@ -71,6 +75,8 @@ def _sinkhorn_panel_fwd_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WITH_SIGMA2: tl.constexpr,
+    LANCZOS_N: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, work_ptr.dtype.element_ty)
@@ -139,13 +145,45 @@ def _sinkhorn_panel_fwd_kernel(
     poison = tl.where(residual != residual, float("nan"), 0.0)
     for start in range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        x, _ = load_panel(matrix, rows, cols, col_used, ALIGNED)
+        x, r = load_panel(matrix, rows, cols, col_used, ALIGNED)
         f = tl.load(base_ptr + rows, mask=rows < n, other=0.0)
         u = tl.load(u_ptr + rows, mask=rows < n, other=1.0)
         plan = scaled_kernel(x, k, f, g) * u[None, :, None] * v[:, None, :] + poison
         pointers = tile_pointers(plan_ptr + b * plan_stride_b, rows, cols, plan_stride_n, plan_stride_m, ALIGNED)
         tl.store(pointers, narrow(plan, plan_ptr.dtype.element_ty), mask=inside(plan_ptr, rows, cols, n, m, ALIGNED))
-        tl.store(f_ptr + b * n + rows, (f + log2(u)) * LN_2, mask=(rows < n) & (has_info != 0))
+        potential = (f + log2(u)) * LN_2
+        tl.store(f_ptr + b * n + rows, potential, mask=(rows < n) & (has_info != 0))
+        if WITH_SIGMA2:
+            r = tl.where(row_sum(plan) > 0, tl.where(has_row != 0, r, r_uniform), 0.0)
+            tl.debug_barrier()
+            tl.store(base_ptr + rows, potential, mask=rows < n)
+            tl.store(u_ptr + rows, r, mask=rows < n)
     tl.store(g_ptr + b * m + cols, (g + log2(v)) * LN_2, mask=(cols < m) & (has_info != 0))
+    if WITH_SIGMA2:
+        tl.debug_barrier()
+        c_line = tl.reshape(c, [BLOCK_M])
+        g_line = tl.where(c_line == 0, 0.0, tl.reshape(g + log2(v), [BLOCK_M]) * LN_2)
+        small = tl.maximum(n, m) <= 8  # where full accuracy costs next to nothing
+        sigma2 = lanczos_sigma2(
+            logits_ptr + b * stride_b,
+            stride_n,
+            stride_m,
+            mask_ptr + b * mask_stride_b,
+            mask_stride_n,
+            mask_stride_m,
+            has_mask,
+            u_ptr,
+            base_ptr,
+            g_line,
+            k,
+            c_line,
+            n,
+            m,
+            tl.where(small, 1e-15, 1e-4),
+            tl.where(small, 16, 256),
+            LANCZOS_N,
+            FROM_LOGITS=True,
+        )
+        tl.store(sigma2_ptr + b, sigma2 + poison)
     tl.store(residual_ptr + b, residual, mask=has_info != 0)
     tl.store(sweeps_ptr + b, tl.minimum(sweep, n_iters), mask=has_info != 0)

@@ -26,7 +26,7 @@ MAX_STEPS = 256
 # (matrices, warps) of one program by tile size, none of which spills on sm_80, sm_90 or sm_100. At P = 64, 8 warps
 # spill on sm_80 and sm_100, and float64 spills at 8 and at 16.
 _SINGLE = {4: (32, 4), 8: (8, 4), 16: (4, 4), 32: (1, 4), 64: (1, 16)}
-_DOUBLE = {4: (16, 4), 8: (4, 4), 16: (1, 4), 32: (1, 8)}
+_DOUBLE = {4: (16, 4), 8: (2, 4), 16: (1, 4), 32: (1, 8)}
 
 
 def supports(plan: Tensor) -> bool:

@@ -83,11 +83,14 @@ def _gram_of_one(m):
 
 @triton.jit
 def _gram(m):
-    """m^T m of each (P, P) matrix in (BLOCK_B, P, P); a dot where its smallest size allows."""
+    """m^T m of each (P, P) matrix in (BLOCK_B, P, P); a dot where its smallest size allows.
+
+    float64 takes the batched dot even for one matrix: Triton 3.7 fails on the plain one with a transposed operand.
+    """
     tl.static_assert(m.shape[2] <= 64)
     if m.shape[2] < 16:
         product = tl.sum(m[:, :, :, None] * m[:, :, None, :], axis=1)
-    elif m.shape[0] == 1:
+    elif m.shape[0] == 1 and m.dtype == tl.float32:
         product = _gram_of_one(tl.reshape(m, (m.shape[1], m.shape[2])))[None, :, :]
     else:
         product = tl.dot(tl.permute(m, (0, 2, 1)), m, input_precision="ieee", out_dtype=m.dtype)
