@@ -1,6 +1,6 @@
 """sigma2 of given plans up to 256 lines a side: which kernel serves which size, and the calls that launch it.
 
-Squaring (``squaring.py``) to 64 lines, 32 in float64: fixed work on a tile in registers, several small matrices a
+Squaring (``squaring.py``) to 64 lines: fixed work on a tile in registers, several small matrices a
 program. Lanczos (``lanczos_forward.py``) beyond: one matrix a program, the plan re-read from cache at each step.
 """
 
@@ -23,10 +23,10 @@ MAX_LINES = 256
 # Lanczos steps after which a plan is left as it is; clustered spectra of 256 lines have needed 211 for tol = 1e-4.
 MAX_STEPS = 256
 
-# (matrices, warps) of one program by tile size, none of which spills on sm_80, sm_90 or sm_100. At P = 64, 8 warps
-# spill on sm_80 and sm_100, and float64 spills at 8 and at 16.
+# (matrices, warps) of one program by tile size, none of which spills on sm_80, sm_90 or sm_100. At P = 64 float32 spills
+# with 8 warps (sm_80, sm_100) and float64 with 16; at P = 32 float64 spills with 8 (sm_80).
 _SINGLE = {4: (32, 4), 8: (8, 4), 16: (4, 4), 32: (1, 4), 64: (1, 16)}
-_DOUBLE = {4: (16, 4), 8: (2, 4), 16: (1, 4), 32: (1, 8)}
+_DOUBLE = {4: (16, 4), 8: (2, 4), 16: (1, 4), 32: (1, 4), 64: (1, 8)}
 
 
 def supports(plan: Tensor) -> bool:
@@ -41,8 +41,7 @@ def _squaring(dtype: torch.dtype, size: int, bounds: bool) -> Configuration:
     outputs = ("lower_ptr", "upper_ptr") if bounds else ("sigma2_ptr", "u_ptr", "v_ptr")
     return Configuration(
         kernel=_sigma2_bounds_fwd_kernel if bounds else _sigma2_fwd_kernel,
-        pointers={"plan_ptr": _TYPES[dtype], "mask_ptr": "u8"}
-        | dict.fromkeys(("row_ptr", "col_ptr", *outputs), compute),
+        pointers={"plan_ptr": _TYPES[dtype], "mask_ptr": "u8"} | dict.fromkeys(("row_ptr", "col_ptr", *outputs), compute),
         constants={"BLOCK_B": matrices, "P": size, "SQUARINGS": SQUARINGS[size]},
         num_warps=warps,
         matrices=matrices,
@@ -72,8 +71,7 @@ def configurations() -> list[Configuration]:
 
 
 def _configuration(dtype: torch.dtype, size: int, bounds: bool) -> Configuration:
-    on_tile = size in (_DOUBLE if dtype == torch.float64 else _SINGLE)
-    return _squaring(dtype, size, bounds) if on_tile else _lanczos(dtype, size, bounds)
+    return _squaring(dtype, size, bounds) if size in _SINGLE else _lanczos(dtype, size, bounds)
 
 
 def _launch(plan: Tensor, bounds: bool, tol: float, max_steps: int, **arguments: Tensor | int) -> None:
@@ -159,7 +157,7 @@ def sigma2_bounds(
 ) -> None:
     """Write certified bounds lower <= sigma2 <= upper, each (B,), compute dtype, contiguous; inputs as in sigma2.
 
-    Up to 64 lines (float64: 32) upper / lower <= 1.001; beyond, the smaller of the bounds in ``lanczos_forward.py``.
+    Up to 64 lines upper / lower <= 1.001; beyond, the smaller of the bounds in ``lanczos_forward.py``.
     """
     _launch(
         plan,

@@ -82,15 +82,28 @@ def _gram_of_one(m):
 
 
 @triton.jit
-def _gram(m):
-    """m^T m of each (P, P) matrix in (BLOCK_B, P, P); a dot where its smallest size allows.
+def _gram_by_columns(m):
+    """m^T m of each (P, P) matrix in (BLOCK_B, P, P), a column of it at a time."""
+    columns = tl.arange(0, m.shape[2])[None, None, :]
+    product = tl.zeros_like(m)
+    for j in range(m.shape[2]):
+        column = tl.sum(tl.where(columns == j, m, 0.0), axis=2)
+        product = tl.where(columns == j, tl.sum(m * column[:, :, None], axis=1)[:, :, None], product)
+    return product
 
-    float64 takes the batched dot even for one matrix: Triton 3.7 fails on the plain one with a transposed operand.
+
+@triton.jit
+def _gram(m):
+    """m^T m of each (P, P) matrix in (BLOCK_B, P, P); a dot where its smallest size allows and in float32.
+
+    Not in float64: Triton 3.7 aborts on the tensor-core form of it (sm_80, sm_90) for some layouts of the operands.
     """
     tl.static_assert(m.shape[2] <= 64)
     if m.shape[2] < 16:
         product = tl.sum(m[:, :, :, None] * m[:, :, None, :], axis=1)
-    elif m.shape[0] == 1 and m.dtype == tl.float32:
+    elif m.dtype == tl.float64:
+        product = _gram_by_columns(m)
+    elif m.shape[0] == 1:
         product = _gram_of_one(tl.reshape(m, (m.shape[1], m.shape[2])))[None, :, :]
     else:
         product = tl.dot(tl.permute(m, (0, 2, 1)), m, input_precision="ieee", out_dtype=m.dtype)

@@ -7,6 +7,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, 
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small tensors: a second thread would only wait, and badly so on a busy machine
+
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> None:

@@ -187,7 +187,7 @@ def test_each_matrix_stops_by_itself(batch: int) -> None:
 def test_results_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(100, 8, 8) * 4
     whole = fastdsm.sinkhorn(logits, backend="torch")
-    monkeypatch.setattr(chunk, "_FORWARD_ENTRIES", 64 * 32 * 8)
+    monkeypatch.setattr(chunk, "_FORWARD_ENTRIES", ((8, 64 * 32 * 8),))
     torch.testing.assert_close(fastdsm.sinkhorn(logits, backend="torch"), whole, rtol=0, atol=5e-7)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from ..problem import Problem
 from .layout import BatchLast, Layout, choose_layout, copy
 from .sweeps import TAME_RANGE, Chunk
 
-# Entries per chunk, so that K and its temporaries stay in cache; the backward also holds u of every sweep.
-_FORWARD_ENTRIES = 1 << 19
-_BACKWARD_ENTRIES = 1 << 17
+# Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
+# take less than four times the input's memory; the backward holds u and v of every sweep.
+_FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
+_BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 1 << 19))
 
 
 @dataclass(frozen=True)
@@ -41,24 +43,34 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     """
     batch, n, m = problem.logits.shape
     on_cpu = problem.logits.device.type == "cpu"
-    size = max((_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) // (n * m), 2) if on_cpu else batch
+    entries = next(x for side, x in (_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) if max(n, m) <= side)
+    size = max(entries // (n * m), 2) if on_cpu else batch
     layout = choose_layout(problem.logits)
     flat = (min(size, batch) * n * m,)
     buffers = [
         problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
         for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
     ]
+    uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
-        chunk = _load(problem, layout, where, buffers)
-        wild = _wild(chunk, problem) if on_cpu else None
-        if wild is None or bool(wild.all()):
-            yield Part(where, chunk, None)
-        elif bool(wild.any()):
-            yield Part(where, _tame(chunk, problem), ~wild)
-            yield Part(where, chunk, wild)
-        else:
-            yield Part(where, _tame(chunk, problem), None)
+        S, K, scratch, W = _load(problem, layout, where, buffers)
+        tame = None
+        if on_cpu and uniform and problem.f0 is None:
+            dims = (layout.rows, layout.cols)
+            tame = S.amax(dims) - S.amin(dims) <= TAME_RANGE
+        if tame is not None and bool(tame.any()):
+            r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
+            whole_r = S.new_full((), r).expand(S.select(layout.cols, 0).shape)
+            whole_c = S.new_full((), c).expand(S.select(layout.rows, 0).shape)
+            chunk = Chunk(layout, S, K, W, scratch, whole_r, whole_c, None, None, None, uniform, (r, c))
+            yield Part(where, chunk, None if bool(tame.all()) else tame)
+        if tame is None or not bool(tame.all()):
+            row, col = (None if x is None else layout.vector(x[where]) for x in (problem.row_marginal, problem.col_marginal))
+            lines = _marginals(S, row, col, layout, problem.unit_rows)
+            f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
+            chunk = Chunk(layout, S, K, W, scratch, *lines, f0, uniform)
+            yield Part(where, chunk, None if tame is None or not bool(tame.any()) else ~tame)
 
 
 def _needs_copy(problem: Problem, layout: Layout) -> bool:
@@ -66,22 +78,8 @@ def _needs_copy(problem: Problem, layout: Layout) -> bool:
     return layout is BatchLast or problem.logits.dtype != problem.compute_dtype
 
 
-def _wild(chunk: Chunk, problem: Problem) -> Tensor:
-    """(B,): where not all that ``sweeps`` asks of a tame matrix holds."""
-    dims = (chunk.layout.rows, chunk.layout.cols)
-    spread = chunk.S.amax(dims) - chunk.S.amin(dims)
-    return ~(spread <= TAME_RANGE) | (not chunk.uniform or chunk.f0 is not None)
-
-
-def _tame(chunk: Chunk, problem: Problem) -> Chunk:
-    """The chunk for its tame matrices: nothing excluded, marginals constant."""
-    n, m = chunk.matrix_shape
-    r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
-    whole_r, whole_c = (chunk.S.new_full((), x).expand(old.shape) for x, old in ((r, chunk.r), (c, chunk.c)))
-    return replace(chunk, r=whole_r, c=whole_c, excluded_rows=None, excluded_cols=None, tame=True)
-
-
-def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) -> Chunk:
+def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) -> tuple[Tensor, ...]:
+    """S, and the buffers K, scratch and W, of this part's shape or empty."""
     logits = problem.logits[part]
     own, K, scratch, W = (layout.buffer(x, logits.shape if x.numel() else torch.Size((0, 0, 0))) for x in buffers)
     S = logits
@@ -93,15 +91,12 @@ def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) 
         S = S / (tau.view(-1, 1, 1) if layout.line == -1 else tau)
     elif problem.temperature != 1.0:
         S = S / problem.temperature
-    row, col = (None if x is None else layout.vector(x[part]) for x in (problem.row_marginal, problem.col_marginal))
     if problem.mask is not None:
         S = S.masked_fill(~layout.matrix(problem.mask[part]), -torch.inf)
-    for marginal, spread in ((row, layout.down), (col, layout.across)):
+    for marginal, spread in ((problem.row_marginal, layout.down), (problem.col_marginal, layout.across)):
         if marginal is not None:
-            S = S.masked_fill(spread(marginal == 0), -torch.inf)
-    r, c, out_r, out_c = _marginals(S, row, col, layout, problem.unit_rows)
-    f0 = None if problem.f0 is None else torch.where(r == 0, 0.0, layout.vector(problem.f0[part]))
-    return Chunk(layout, S, K, W, scratch, r, c, out_r, out_c, f0, row is None and col is None, tame=False)
+            S = S.masked_fill(spread(layout.vector(marginal[part]) == 0), -torch.inf)
+    return S, K, scratch, W
 
 
 def _marginals(

@@ -70,21 +70,21 @@ class BatchFirst:
         """Whether contractions use their scratch matrix."""
         return False
 
-    class OuterSum:
-        """Sum of rank-one matrices a b^T into ``total``, as one product at the end."""
+    class LowRank:
+        """Takes rank-one matrices a b^T from ``rest``, as one product at the end."""
 
-        def __init__(self, total: Tensor) -> None:
-            self._total = total
+        def __init__(self, rest: Tensor) -> None:
+            self._rest = rest
             self._terms: list[tuple[Tensor, Tensor]] = []
 
-        def add(self, a: Tensor, b: Tensor) -> None:
-            """Add a b^T."""
+        def take(self, a: Tensor, b: Tensor) -> None:
+            """Take a b^T."""
             self._terms.append((a, b))
 
-        def total(self) -> Tensor:
-            """The sum of all that was added."""
+        def rest(self) -> Tensor:
+            """What is left, in place."""
             a, b = zip(*self._terms, strict=True)
-            return torch.bmm(torch.stack(a, -1), torch.stack(b, -2), out=self._total)
+            return self._rest.baddbmm_(torch.stack(a, -1), torch.stack(b, -2), alpha=-1)
 
 
 class BatchLast:
@@ -142,19 +142,19 @@ class BatchLast:
         """Whether contractions use their scratch matrix."""
         return side > _ADDCMUL_MAX_SIDE
 
-    class OuterSum:
-        """Sum of rank-one matrices a b^T into ``total``, one by one."""
+    class LowRank:
+        """Takes rank-one matrices a b^T from ``rest``, one by one."""
 
-        def __init__(self, total: Tensor) -> None:
-            self._total = total.zero_()
+        def __init__(self, rest: Tensor) -> None:
+            self._rest = rest
 
-        def add(self, a: Tensor, b: Tensor) -> None:
-            """Add a b^T."""
-            self._total.addcmul_(a.unsqueeze(1), b.unsqueeze(0))
+        def take(self, a: Tensor, b: Tensor) -> None:
+            """Take a b^T."""
+            self._rest.addcmul_(a.unsqueeze(1), b.unsqueeze(0), value=-1)
 
-        def total(self) -> Tensor:
-            """The sum of all that was added."""
-            return self._total
+        def rest(self) -> Tensor:
+            """What is left, in place."""
+            return self._rest
 
 
 Layout = type[BatchFirst] | type[BatchLast]
@@ -164,9 +164,10 @@ def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
     """Sum over the first axis of ``kernel`` (k, l, B), weighted by ``weights`` (k, B)."""
     if scratch.numel():
         return torch.mul(kernel, weights.unsqueeze(1), out=scratch).sum(0)
-    total = kernel[0] * weights[0]
-    for k in range(1, kernel.shape[0]):
-        total.addcmul_(kernel[k], weights[k])
+    (first, *others), (weight, *weights_left) = kernel.unbind(0), weights.unbind(0)
+    total = first * weight
+    for line, weight in zip(others, weights_left, strict=True):
+        total.addcmul_(line, weight)
     return total
 
 

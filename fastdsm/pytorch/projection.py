@@ -72,35 +72,41 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 def _adjoint(
     chunk: Chunk, swept: Swept, cotangent: Tensor, stops: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """dS, and the adjoints of f0, log r, log c."""
+    """dS, and the adjoints of f0, log r, log c; df and -dg are carried, which spares the signs."""
     at = chunk.layout
-    weighted = cotangent * chunk.K
-    weighted.mul_(at.down(swept.u + at.scalar(swept.poison))).mul_(at.across(swept.v))
-    df, less_dg = weighted.sum(at.cols), -weighted.sum(at.rows)
-    d_row, less_d_col = torch.zeros_like(df), torch.zeros_like(less_dg)
+    W = torch.mul(cotangent, at.down(swept.u + at.scalar(swept.poison)), out=chunk.W).mul_(at.across(swept.v))
+    weighted = W * chunk.K
+    df = weighted.sum(at.cols)
+    less_dg: Tensor | None = -weighted.sum(at.rows)
+    d_row, less_d_col = torch.zeros_like(df), torch.zeros_like(swept.v)
     if not swept.segments:
         return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, less_d_col)
-    done, last = sum(len(segment.u) - 1 for segment in swept.segments), swept.segments[-1]
+    del weighted
+    done, last = sum(len(segment.v) for segment in swept.segments), swept.segments[-1]
+    earlier = None  # dS of the segments behind, whose K is another
     for segment in reversed(swept.segments):
         if segment is not last:
+            earlier = W.mul_(chunk.K) if earlier is None else earlier.add_(W.mul_(chunk.K))
+            W = torch.zeros_like(earlier)
             chunk.set_kernel(segment.f, segment.g)
-        low_rank = at.OuterSum(chunk.W)
-        for before, u in zip(segment.u[-2::-1], segment.u[:0:-1], strict=True):
+        low_rank = at.LowRank(W)
+        for before, u, v in zip(segment.u[-2::-1], segment.u[:0:-1], segment.v[::-1], strict=True):
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
-            v = chunk.col_factor(chunk.col_sums(before))
             d_row += _where(active, df)
             a = _where(active, u * chunk.over_r(df))
-            less_dg = less_dg.addcmul_(v, chunk.col_sums(a))
+            image = chunk.col_sums(a).mul_(v)
+            less_dg = image if less_dg is None else less_dg + image
             less_d_col += _where(active, less_dg)
             less_b = _where(active, v * chunk.over_c(less_dg))
-            low_rank.add(a, v)
-            low_rank.add(before, -less_b)
-            df_before = before * chunk.row_sums(less_b)
+            low_rank.take(a, v)
+            low_rank.take(before, less_b.neg())
+            df_before = chunk.row_sums(less_b).mul_(before)
             df = df_before if active is None else torch.where(active, df_before, df)
-            less_dg = torch.zeros_like(v) if active is None else torch.where(active, 0.0, less_dg)
-        weighted.sub_(low_rank.total().mul_(chunk.K))
-    return weighted, (df, d_row, -less_d_col)
+            less_dg = None if active is None else torch.where(active, 0.0, less_dg)
+        W = low_rank.rest()
+    W.mul_(chunk.K)
+    return W if earlier is None else earlier.add_(W), (df, d_row, -less_d_col)
 
 
 def _where(active: Tensor | None, x: Tensor) -> Tensor:

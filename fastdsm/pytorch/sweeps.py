@@ -36,12 +36,13 @@ class Segment:
     """Consecutive sweeps that share one K = exp(S + f + g).
 
     ``u``: row factors in this K's gauge, first those the segment's first column step started from, then those after each
-    of its sweeps. The column factors follow: v_t = c / (K^T u_(t-1)).
+    of its sweeps; ``v``: column factors after each of its sweeps.
     """
 
     f: Tensor
     g: Tensor
     u: list[Tensor]
+    v: list[Tensor]
 
 
 @dataclass
@@ -64,7 +65,12 @@ class Chunk:
     excluded_cols: Tensor | None
     f0: Tensor | None
     uniform: bool
-    tame: bool
+    constants: tuple[float, float] | None = None
+
+    @property
+    def tame(self) -> bool:
+        """Whether this is a pass for tame matrices, whose r and c are the ``constants``."""
+        return self.constants is not None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -85,19 +91,27 @@ class Chunk:
         return self.layout.row_sums(self.K, v, self.scratch)
 
     def row_factor(self, sums: Tensor) -> Tensor:
-        """r / sums, 0 on excluded rows."""
+        """r / sums, 0 on excluded rows; uses up ``sums``."""
+        if self.constants:
+            return _times(sums.reciprocal_(), self.constants[0])
         return self.r / (sums if self.excluded_rows is None else sums + self.excluded_rows)
 
     def col_factor(self, sums: Tensor) -> Tensor:
-        """c / sums, 0 on excluded columns."""
+        """c / sums, 0 on excluded columns; uses up ``sums``."""
+        if self.constants:
+            return _times(sums.reciprocal_(), self.constants[1])
         return self.c / (sums if self.excluded_cols is None else sums + self.excluded_cols)
 
     def over_r(self, x: Tensor) -> Tensor:
         """x / r, 0 / 0 = 0 on excluded rows."""
+        if self.constants:
+            return x if self.constants[0] == 1.0 else x / self.constants[0]
         return x / (self.r if self.excluded_rows is None else self.r + self.excluded_rows)
 
     def over_c(self, x: Tensor) -> Tensor:
         """x / c, 0 / 0 = 0 on excluded columns."""
+        if self.constants:
+            return x if self.constants[1] == 1.0 else x / self.constants[1]
         return x / (self.c if self.excluded_cols is None else self.c + self.excluded_cols)
 
     def column_error(self, v: Tensor, sums: Tensor) -> Tensor:
@@ -123,6 +137,10 @@ class Swept:
     segments: list[Segment]
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.mul_(factor)
+
+
 def log_of(x: Tensor) -> Tensor:
     """Log x, 0 where x is 0 (an excluded line)."""
     return torch.where(x == 0, 0.0, x.log())
@@ -141,8 +159,9 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     at = chunk.layout
     top = _shifted_exp(shifted, at.cols, chunk.K)
     sums = chunk.K.sum(at.cols)
+    f = torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top)
     chunk.K.mul_(at.down(chunk.row_factor(sums)))
-    return torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top), top
+    return f, top
 
 
 def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor, Tensor]:
@@ -150,12 +169,13 @@ def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor, Tensor]:
     at, c, K = chunk.layout, chunk.c, chunk.K
     top = _shifted_exp(chunk.S, at.rows, K)
     sums = K.sum(at.rows)
+    g = c.log() - sums.log() - top
     K.mul_(at.across(chunk.col_factor(sums)))
     rows = K.sum(at.cols)
-    u = chunk.row_factor(rows)
+    u = chunk.row_factor(rows.clone())
     K.mul_(at.down(u))
-    segment = Segment(u.log(), c.log() - sums.log() - top, [chunk.over_r(rows), torch.ones_like(u)])
-    return segment, torch.ones_like(top), top
+    one = torch.ones_like(top)
+    return Segment(u.log(), g, [chunk.over_r(rows), torch.ones_like(u)], [one]), one, top
 
 
 def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
@@ -171,7 +191,7 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     chunk.set_kernel(f_new, g)
     before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
     v = chunk.col_factor(chunk.col_sums(before))
-    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))]), v, top
+    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))], [v]), v, top
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -192,7 +212,7 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
 def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | None = None) -> Swept:
     """``n_iters`` sweeps, each matrix stopping at residual <= tol (if tol >= 0), or after its ``stops`` (B,) sweeps.
 
-    ``record`` keeps the row factors of every sweep for the adjoint.
+    ``record`` keeps the factors of every sweep for the adjoint.
     """
     at = chunk.layout
     counts = torch.zeros(chunk.r.shape[1 + at.line], dtype=torch.int32, device=chunk.r.device)
@@ -226,7 +246,7 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
             else:
                 chunk.set_kernel(f, g)
                 u, v, left = torch.ones_like(u), torch.ones_like(v), budget
-                segment, sums = Segment(f, g, [u]), chunk.col_sums(u)
+                segment, sums = Segment(f, g, [u], []), chunk.col_sums(u)
             segments.append(segment)
         if budget > 0:
             new_v = chunk.col_factor(sums)
@@ -235,17 +255,19 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
             v, left = new_v, left - 1
             segment.u.append(new_u)
+            segment.v.append(new_v)
         if not record:
-            del segment.u[:-1], segments[:-1]
+            del segment.u[:-1], segment.v[:-1], segments[:-1]
     return Swept(segment.u[-1], v, segment.f, segment.g, counts, poison, segments)
 
 
 def _only_active(chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tensor, g: Tensor) -> tuple[Segment, Tensor]:
     """The one-sweep segment ``new``, its K and v for the active matrices, the plan exp(S + f + g) for the others."""
     on = chunk.layout.scalar(active)
-    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u])
+    v = torch.where(on, v, 1.0)
+    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u], [v])
     chunk.set_kernel(segment.f, segment.g)
-    return segment, torch.where(on, v, 1.0)
+    return segment, v
 
 
 def _poison(top: Tensor, at: Layout) -> Tensor:
