@@ -90,22 +90,25 @@ def _is_packed(problem: Problem, *others: Tensor) -> bool:
 def _inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
     """Kernel arguments that describe the problem; ``spare`` stands in for what is absent and is never read."""
     logits, mask, temperature = problem.logits, problem.mask, problem.temperature
-    of_matrices = isinstance(temperature, Tensor)
+    if isinstance(temperature, Tensor):
+        temperatures, stride, shared = temperature, temperature.stride(0), 1.0
+    else:
+        temperatures, stride, shared = spare.view(torch.float32), 0, temperature
     bits = spare.view(torch.uint8) if mask is None else mask.view(torch.uint8)
     return {
         "logits_ptr": logits,
         "mask_ptr": bits,
-        "temperature_ptr": temperature if of_matrices else spare.view(torch.float32),
+        "temperature_ptr": temperatures,
         "batch": logits.shape[0],
         "n": logits.shape[1],
         "m": logits.shape[2],
         "n_iters": problem.n_iters,
         **_strides("logits", logits),
         **(_strides("mask", bits) if mask is not None else dict.fromkeys(_strides("mask", logits), 0)),
-        "temperature_stride": temperature.stride(0) if of_matrices else 0,
-        "scale": math.log2(math.e) / (1.0 if of_matrices else temperature),
+        "temperature_stride": stride,
+        "scale": math.log2(math.e) / shared,
         "has_mask": int(mask is not None),
-        "has_temperature": int(of_matrices),
+        "has_temperature": int(temperatures is temperature),
         "unit_rows": int(problem.unit_rows),
     }
 

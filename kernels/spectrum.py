@@ -77,10 +77,11 @@ def _configuration(dtype: torch.dtype, size: int, bounds: bool) -> Configuration
 def _launch(plan: Tensor, bounds: bool, tol: float, max_steps: int, **arguments: Tensor | int) -> None:
     size = max(4, triton.next_power_of_2(max(plan.shape[-2:])))
     configuration = _configuration(plan.dtype, size, bounds)
+    more: dict[str, Tensor | int | float] = {}
     if "used_row_ptr" in configuration.pointers:
         used_row = plan.new_empty(plan.shape[:2], dtype=compute_dtype(plan.dtype))
-        arguments |= {"used_row_ptr": used_row, "tol": tol, "max_steps": max_steps}
-    configuration.launch(triton.cdiv(plan.shape[0], configuration.matrices), **arguments)
+        more = {"used_row_ptr": used_row, "tol": tol, "max_steps": max_steps}
+    configuration.launch(triton.cdiv(plan.shape[0], configuration.matrices), **arguments, **more)
 
 
 def _inputs(

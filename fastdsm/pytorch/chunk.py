@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .layout import BatchLast, Layout, choose_layout, copy
+from .layout import BatchLast, Layout, Ring, choose_layout, copy
 from .sweeps import TAME_RANGE, Chunk
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u and v of every sweep.
 _FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
+_IN_HAND = 2  # vectors of a kind that a sweep or its adjoint uses at once: the old and the new
 _BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 1 << 19))
 
 
@@ -51,25 +52,29 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
         problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
         for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
     ]
+    vectors = (problem.n_iters + _IN_HAND if backward else 0, _IN_HAND)
+    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in vectors] for side in (n, m))
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
         S, K, scratch, W = _load(problem, layout, where, buffers)
+        row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
+        history, in_hand = ((Ring(x, row), Ring(y, col)) for x, y in zip(rows, cols, strict=True))
+        store = (layout, S, K, W, scratch, in_hand, history if backward else in_hand)
         tame = None
         if on_cpu and uniform and problem.f0 is None:
             dims = (layout.rows, layout.cols)
             tame = S.amax(dims) - S.amin(dims) <= TAME_RANGE
         if tame is not None and bool(tame.any()):
             r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
-            whole_r = S.new_full((), r).expand(S.select(layout.cols, 0).shape)
-            whole_c = S.new_full((), c).expand(S.select(layout.rows, 0).shape)
-            chunk = Chunk(layout, S, K, W, scratch, whole_r, whole_c, None, None, None, uniform, (r, c))
+            whole_r, whole_c = S.new_full((), r).expand(row), S.new_full((), c).expand(col)
+            chunk = Chunk(*store, whole_r, whole_c, None, None, None, uniform, (r, c))
             yield Part(where, chunk, None if bool(tame.all()) else tame)
         if tame is None or not bool(tame.all()):
-            row, col = (None if x is None else layout.vector(x[where]) for x in (problem.row_marginal, problem.col_marginal))
-            lines = _marginals(S, row, col, layout, problem.unit_rows)
+            given = (None if x is None else layout.vector(x[where]) for x in (problem.row_marginal, problem.col_marginal))
+            lines = _marginals(S, *given, layout, problem.unit_rows)
             f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
-            chunk = Chunk(layout, S, K, W, scratch, *lines, f0, uniform)
+            chunk = Chunk(*store, *lines, f0, uniform)
             yield Part(where, chunk, None if tame is None or not bool(tame.any()) else ~tame)
 
 

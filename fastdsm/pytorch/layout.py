@@ -56,14 +56,14 @@ class BatchFirst:
         return x.unsqueeze(-2)
 
     @staticmethod
-    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
+    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         """K^T u."""
-        return torch.bmm(u.unsqueeze(1), kernel).squeeze(1)
+        return torch.bmm(u.unsqueeze(1), kernel, out=out.unsqueeze(1)).squeeze(1)
 
     @staticmethod
-    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         """K v."""
-        return torch.bmm(v.unsqueeze(1), kernel.mT).squeeze(1)
+        return torch.bmm(v.unsqueeze(1), kernel.mT, out=out.unsqueeze(1)).squeeze(1)
 
     @staticmethod
     def needs_scratch(side: int) -> bool:
@@ -77,9 +77,9 @@ class BatchFirst:
             self._rest = rest
             self._terms: list[tuple[Tensor, Tensor]] = []
 
-        def take(self, a: Tensor, b: Tensor) -> None:
-            """Take a b^T."""
-            self._terms.append((a, b))
+        def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
+            """Take a b^T ``times`` over; neither vector is kept."""
+            self._terms.append((a.clone(), b * times))
 
         def rest(self) -> Tensor:
             """What is left, in place."""
@@ -128,14 +128,14 @@ class BatchLast:
         return x.unsqueeze(0)
 
     @staticmethod
-    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
+    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         """K^T u."""
-        return _contract(kernel, u, scratch)
+        return _contract(kernel, u, scratch, out)
 
     @staticmethod
-    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor) -> Tensor:
+    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
         """K v."""
-        return _contract(kernel.transpose(0, 1), v, scratch.transpose(0, 1))
+        return _contract(kernel.transpose(0, 1), v, scratch.transpose(0, 1), out)
 
     @staticmethod
     def needs_scratch(side: int) -> bool:
@@ -148,27 +148,42 @@ class BatchLast:
         def __init__(self, rest: Tensor) -> None:
             self._rest = rest
 
-        def take(self, a: Tensor, b: Tensor) -> None:
-            """Take a b^T."""
-            self._rest.addcmul_(a.unsqueeze(1), b.unsqueeze(0), value=-1)
+        def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
+            """Take a b^T ``times`` over; neither vector is kept."""
+            self._rest.addcmul_(a.unsqueeze(1), b.unsqueeze(0), value=-times)
 
         def rest(self) -> Tensor:
             """What is left, in place."""
             return self._rest
 
 
+class Ring:
+    """Vectors of one shape, handed out in turn and reused: a fresh one would cost a page fault per 4 kB at every use."""
+
+    def __init__(self, flat: Tensor, shape: torch.Size) -> None:
+        count = flat.numel() // max(shape.numel(), 1)
+        self._vectors = flat[: count * shape.numel()].view(count, *shape).unbind(0)
+        self._next = 0
+
+    def take(self) -> Tensor:
+        """The next vector, uninitialised."""
+        vector = self._vectors[self._next]
+        self._next = (self._next + 1) % len(self._vectors)
+        return vector
+
+
 Layout = type[BatchFirst] | type[BatchLast]
 
 
-def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor) -> Tensor:
+def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
     """Sum over the first axis of ``kernel`` (k, l, B), weighted by ``weights`` (k, B)."""
     if scratch.numel():
-        return torch.mul(kernel, weights.unsqueeze(1), out=scratch).sum(0)
+        return torch.sum(torch.mul(kernel, weights.unsqueeze(1), out=scratch), 0, out=out)
     (first, *others), (weight, *weights_left) = kernel.unbind(0), weights.unbind(0)
-    total = first * weight
+    torch.mul(first, weight, out=out)
     for line, weight in zip(others, weights_left, strict=True):
-        total.addcmul_(line, weight)
-    return total
+        out.addcmul_(line, weight)
+    return out
 
 
 def copy(target: Tensor, source: Tensor) -> None:

@@ -13,6 +13,8 @@ per sweep, never a matrix. A segment with another K contributes a product of its
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         cotangent = at.matrix(grad_plan[part.where]).to(chunk.S.dtype)
         if not chunk.tame:
             cotangent = cotangent.masked_fill(chunk.S.isneginf(), 0.0)
-        d_logits, lines = _adjoint(chunk, swept, cotangent, stops)
+        d_logits, lines = _adjoint(chunk, swept, cotangent, stops, gradients.f0 is not None)
         tau = problem.temperature
         if isinstance(tau, Tensor):
             tau = tau[part.where]
@@ -70,10 +72,11 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 
 def _adjoint(
-    chunk: Chunk, swept: Swept, cotangent: Tensor, stops: Tensor | None
+    chunk: Chunk, swept: Swept, cotangent: Tensor, stops: Tensor | None, lines: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """dS, and the adjoints of f0, log r, log c; df and -dg are carried, which spares the signs."""
+    """dS, and the adjoints of f0, log r, log c if ``lines``; df and -dg are carried, which spares the signs."""
     at = chunk.layout
+    chunk = replace(chunk, vectors=chunk.in_hand)
     W = torch.mul(cotangent, at.down(swept.u + at.scalar(swept.poison)), out=chunk.W).mul_(at.across(swept.v))
     weighted = W * chunk.K
     df = weighted.sum(at.cols)
@@ -93,14 +96,16 @@ def _adjoint(
         for before, u, v in zip(segment.u[-2::-1], segment.u[:0:-1], segment.v[::-1], strict=True):
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
-            d_row += _where(active, df)
-            a = _where(active, u * chunk.over_r(df))
+            if lines:
+                d_row += _where(active, df)
+            a = _where(active, torch.mul(u, chunk.over_r(df), out=chunk.vectors[0].take()))
             image = chunk.col_sums(a).mul_(v)
             less_dg = image if less_dg is None else less_dg + image
-            less_d_col += _where(active, less_dg)
-            less_b = _where(active, v * chunk.over_c(less_dg))
+            if lines:
+                less_d_col += _where(active, less_dg)
+            less_b = _where(active, torch.mul(v, chunk.over_c(less_dg), out=chunk.vectors[1].take()))
             low_rank.take(a, v)
-            low_rank.take(before, less_b.neg())
+            low_rank.take(before, less_b, times=-1.0)
             df_before = chunk.row_sums(less_b).mul_(before)
             df = df_before if active is None else torch.where(active, df_before, df)
             less_dg = None if active is None else torch.where(active, 0.0, less_dg)

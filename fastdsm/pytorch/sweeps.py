@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0
@@ -50,8 +50,8 @@ class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty: fresh ones would cost a page
-    fault per 4 kB at every use.
+    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``in_hand`` and ``vectors``
+    hand out row and column vectors, the latter as many as a history takes where one is kept.
     """
 
     layout: Layout
@@ -59,6 +59,8 @@ class Chunk:
     K: Tensor
     W: Tensor
     scratch: Tensor
+    in_hand: tuple[Ring, Ring]
+    vectors: tuple[Ring, Ring]
     r: Tensor
     c: Tensor
     excluded_rows: Tensor | None
@@ -84,11 +86,11 @@ class Chunk:
 
     def col_sums(self, u: Tensor) -> Tensor:
         """K^T u."""
-        return self.layout.col_sums(self.K, u, self.scratch)
+        return self.layout.col_sums(self.K, u, self.scratch, self.vectors[1].take())
 
     def row_sums(self, v: Tensor) -> Tensor:
         """K v."""
-        return self.layout.row_sums(self.K, v, self.scratch)
+        return self.layout.row_sums(self.K, v, self.scratch, self.vectors[0].take())
 
     def row_factor(self, sums: Tensor) -> Tensor:
         """r / sums, 0 on excluded rows; uses up ``sums``."""
