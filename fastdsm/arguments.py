@@ -24,9 +24,7 @@ def check_matrices(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (..., n, m), got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()"
-        )
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (..., n, m), got {_shape(x)}; a vector needs a second dimension")
     if 0 in x.shape[-2:]:
@@ -76,9 +74,7 @@ def broadcast(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 def check_device(x: Tensor, name: str, like: Tensor) -> None:
     """On the device of the matrices."""
     if x.device != like.device:
-        raise ValueError(
-            f"{name} must be on the device of the matrices, {like.device}, got {x.device}; move one of them"
-        )
+        raise ValueError(f"{name} must be on the device of the matrices, {like.device}, got {x.device}; move one of them")
 
 
 def mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -25,9 +25,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
         pytorch.sinkhorn_forward(problem, outputs)
 
 
-def sinkhorn_backward(
-    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, backend: str
-) -> None:
+def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, backend: str) -> None:
     """Fill ``gradients``."""
     kernels = _kernels(backend)
     if kernels is None or not kernels.sinkhorn_backward(problem, grad_plan, gradients, sweeps):

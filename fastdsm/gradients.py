@@ -102,9 +102,7 @@ def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
     return _through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
 
 
-def _projection(
-    needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]
-) -> list[Tensor | None]:
+def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]) -> list[Tensor | None]:
     """Gradients of logits, temperature, f0 and the marginals by the backward operator."""
     logits, temperature, _, row, col, mask = inputs[:_TENSORS]
     dtype = logits.dtype

@@ -33,8 +33,7 @@ LIBRARY.define(
     "SymInt max_iters, str backend) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "sigma2_bounds(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, str backend)"
-    " -> (Tensor, Tensor)"
+    "sigma2_bounds(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -141,9 +140,7 @@ def _sigma2(plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, m = plan.shape
-    value, u, v = (
-        plan.new_empty(shape, dtype=compute_dtype(plan.dtype)) for shape in ((batch,), (batch, n), (batch, m))
-    )
+    value, u, v = (plan.new_empty(shape, dtype=compute_dtype(plan.dtype)) for shape in ((batch,), (batch, n), (batch, m)))
     return value, u, v
 
 
@@ -160,9 +157,7 @@ def _bounds_like(plan: Tensor) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_fake("fastdsm::sinkhorn", lambda logits, *_: logits.new_empty(logits.shape), lib=LIBRARY)
-torch.library.register_fake(
-    "fastdsm::sinkhorn_info", lambda logits, *inputs: _info_like(logits, inputs[-1]), lib=LIBRARY
-)
+torch.library.register_fake("fastdsm::sinkhorn_info", lambda logits, *inputs: _info_like(logits, inputs[-1]), lib=LIBRARY)
 torch.library.register_fake(
     "fastdsm::sinkhorn_backward",
     lambda grad_plan, sweeps, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
@@ -196,6 +191,4 @@ def _over_batch(operator: Any) -> Callable[..., Any]:
 
 
 for _name in ("sinkhorn", "sinkhorn_info", "sinkhorn_backward", "sigma2", "sigma2_bounds"):
-    torch.library.register_vmap(
-        f"fastdsm::{_name}", _over_batch(getattr(torch.ops.fastdsm, _name).default), lib=LIBRARY
-    )
+    torch.library.register_vmap(f"fastdsm::{_name}", _over_batch(getattr(torch.ops.fastdsm, _name).default), lib=LIBRARY)

@@ -130,9 +130,7 @@ class _Checked:
         self.backend = arguments.resolve_backend(backend, logits)
         n, m = logits.shape[-2:]
         scale = arguments.temperature_of(temperature, logits)
-        start = arguments.line_vector(
-            f0, "f0", logits, n if first == "col" else m, "row" if first == "col" else "column"
-        )
+        start = arguments.line_vector(f0, "f0", logits, n if first == "col" else m, "row" if first == "col" else "column")
         row = arguments.line_vector(row_marginal, "row_marginal", logits, n, "row")
         col = arguments.line_vector(col_marginal, "col_marginal", logits, m, "column")
         arguments.check_marginals(row, col)

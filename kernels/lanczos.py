@@ -75,9 +75,7 @@ def _column_means(source, c, w, n, m, inverse_total, BLOCK_N: tl.constexpr, FROM
 
 
 @triton.jit
-def apply_gram(
-    source, c, w, rest, direction, left_ptr, has_left, n, m, BLOCK_N: tl.constexpr, FROM_LOGITS: tl.constexpr
-):
+def apply_gram(source, c, w, rest, direction, left_ptr, has_left, n, m, BLOCK_N: tl.constexpr, FROM_LOGITS: tl.constexpr):
     """X^T t and sum r t^2 for t = diag(r)^-1 X direction; sqrt(r) t is stored to left (n,) where asked for."""
     product = tl.zeros([BLOCK_N, c.shape[0]], c.dtype)
     energy = tl.zeros([BLOCK_N], c.dtype)

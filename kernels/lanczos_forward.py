@@ -238,9 +238,7 @@ def _sigma2_lanczos_bounds_fwd_kernel(
     outer = power_of_two(exponent, c.dtype)
     deflation = 16.0 * unit * correction
     upper = (
-        (tl.sqrt(0.5 * (theta_high + gamma) + tl.sqrt(spread * spread + rho * rho)) + deflation)
-        * (1.0 + 128.0 * unit)
-        * outer
+        (tl.sqrt(0.5 * (theta_high + gamma) + tl.sqrt(spread * spread + rho * rho)) + deflation) * (1.0 + 128.0 * unit) * outer
     )
     lower = tl.sqrt(theta) - 64.0 * unit * tl.sqrt(frobenius) - deflation
     nan = theta * 0.0

@@ -45,9 +45,7 @@ def supports(problem: Problem) -> bool:
     return max(problem.logits.shape[1:]) <= MAX_SIZE
 
 
-def _configuration(
-    kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool, **constants: Any
-) -> Configuration:
+def _configuration(kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool, **constants: Any) -> Configuration:
     """The one way to run ``kernel`` on matrices of ``dtype`` with up to ``block_m`` columns."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     vector = 16 // dtype.itemsize if aligned else 1
@@ -74,9 +72,7 @@ def _configuration(
 
 
 _KINDS = list(itertools.product(_ELEMENTS, BLOCKS_M, (True, False)))
-_FORWARD = {
-    kind: _configuration(_sinkhorn_panel_fwd_kernel, *kind, WITH_SIGMA2=False, LANCZOS_N=0) for kind in _KINDS
-}
+_FORWARD = {kind: _configuration(_sinkhorn_panel_fwd_kernel, *kind, WITH_SIGMA2=False, LANCZOS_N=0) for kind in _KINDS}
 _BACKWARD = {kind: _configuration(_sinkhorn_panel_bwd_kernel, *kind) for kind in _KINDS}
 # Its Lanczos passes read the logits element by element anyway.
 _SIGMA2 = {

@@ -124,14 +124,8 @@ def _inputs(problem: Problem) -> dict[str, Any]:
     logits = problem.logits
     device = logits.device
     absent = torch.empty((1, 1), dtype=problem.compute_dtype, device=device)
-    mask = (
-        torch.empty((1, 1, 1), dtype=torch.uint8, device=device)
-        if problem.mask is None
-        else problem.mask.view(torch.uint8)
-    )
-    row, col, f0 = (
-        absent if given is None else given for given in (problem.row_marginal, problem.col_marginal, problem.f0)
-    )
+    mask = torch.empty((1, 1, 1), dtype=torch.uint8, device=device) if problem.mask is None else problem.mask.view(torch.uint8)
+    row, col, f0 = (absent if given is None else given for given in (problem.row_marginal, problem.col_marginal, problem.f0))
     temperature = problem.temperature
     per_matrix = temperature if isinstance(temperature, Tensor) else absent[0]
     return {

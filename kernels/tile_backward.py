@@ -109,9 +109,7 @@ def _sinkhorn_tile_bwd_kernel(
         r = tl.load(row_at, mask=inside_row & (has_row != 0), other=1.0)
         c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
         f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
-        inverse_tau = inverse_temperatures(
-            temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature
-        )
+        inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
         k = (inverse_tau * LOG2_E).to(dtype)
         x = load_logits(
             logits_ptr,
@@ -195,9 +193,7 @@ def _sinkhorn_tile_bwd_kernel(
             t = end - 1
             u = tl.load(u_ptr + t * SLOT, mask=(slot_row >= 0) & (t > start), other=1.0)
             while t >= start:
-                before = tl.load(
-                    u_ptr + tl.maximum(t - 1, start) * SLOT, mask=(slot_row >= 0) & (t != start + 1), other=1.0
-                )
+                before = tl.load(u_ptr + tl.maximum(t - 1, start) * SLOT, mask=(slot_row >= 0) & (t != start + 1), other=1.0)
                 v = tl.load(v_ptr + t * SLOT, mask=(slot_col >= 0) & (t > start), other=1.0)
                 moving = over_matrices(t < done)
                 used_df = tl.where(moving, df, 0.0)

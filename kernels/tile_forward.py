@@ -97,9 +97,7 @@ def _sinkhorn_tile_fwd_kernel(
     r = tl.load(row_at, mask=inside_row & (has_row != 0), other=1.0)
     c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
     f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
-    inverse_tau = inverse_temperatures(
-        temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature
-    )
+    inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
     k = (inverse_tau * LOG2_E).to(dtype)
     x = load_logits(
         logits_ptr,

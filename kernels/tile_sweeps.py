@@ -3,7 +3,8 @@
 A program holds BLOCK_B matrices, rows and columns padded to the power of two P in code, as a tile [i1, j1, b, i0, j0] with
 i = i1 ROWS + i0 and j = j1 COLS + j0: the compiler deals the last axes out to lanes and warps first, so i1 and j1 count the
 entries of one thread, and sums over them cost no exchange. Vectors over rows are [i1, b, i0], over columns [j1, b, j0].
-x are the logits, -inf where excluded; r and c the marginals, 0 on excluded lines; f and g the potentials in base 2, k = log2(e) / temperature:
+x are the logits, -inf where excluded; r and c the marginals, 0 on excluded lines; f and g the potentials in base 2,
+k = log2(e) / temperature:
 
     K_ij = 2^(k x_ij + f_i + g_j),      P_ij = u_i K_ij v_j.
 
@@ -180,9 +181,7 @@ def load_logits(
     """x in DTYPE: the logits where ``used`` and not masked, else -inf."""
     mask_at = mask_ptr + tile_offsets(b, i, j, mask_stride_b, mask_stride_n, mask_stride_m)
     used = used & (tl.load(mask_at, mask=used & (has_mask != 0), other=1) != 0)
-    return tl.load(logits_ptr + tile_offsets(b, i, j, stride_b, stride_n, stride_m), mask=used, other=-float("inf")).to(
-        DTYPE
-    )
+    return tl.load(logits_ptr + tile_offsets(b, i, j, stride_b, stride_n, stride_m), mask=used, other=-float("inf")).to(DTYPE)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ import torch
 torch.set_num_threads(1)  # small tensors: a second thread would only wait, and badly so on a busy machine
 
 
-
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> None:
     """torch.empty and its kin return NaN: an output that a kernel leaves unwritten cannot pass for a number."""

@@ -68,9 +68,7 @@ def test_every_operand(first: str, batch: int) -> None:
                 plan = call(rest.pop("logits"), first=first, n_iters=n_iters, mask=mask, **rest)
                 gradients.append(torch.autograd.grad(plan, list(copies.values()), cotangent))
             for name, found, truth in zip(leaves, *gradients, strict=True):
-                torch.testing.assert_close(
-                    found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}"
-                )
+                torch.testing.assert_close(found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}")
 
 
 @pytest.mark.parametrize("batch", [5, 200])

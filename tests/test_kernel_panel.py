@@ -338,6 +338,6 @@ def test_support_and_table() -> None:
     assert panel.supports(Problem(torch.empty(1, 256, 3), 1))
     assert not panel.supports(Problem(torch.empty(1, 3, 257), 1))
     table = panel.configurations()
-    assert len(table) == len({(c.kernel.fn.__name__, c.label) for c in table}) == 48
+    assert len(table) == len({(c.kernel.fn.__name__, c.label) for c in table}) == 60
     for configuration in table:
         assert set(configuration.constants) | set(configuration.signature()) == set(configuration.kernel.arg_names)

@@ -135,7 +135,7 @@ def _logits(batch: int, n: int, m: int, std: float | list[float] = 2.0, dtype: t
 
 
 def _mask(batch: int, n: int, m: int) -> Tensor:
-    """Keeps a random set of entries, but neither the first row nor the last column of matrix 0; the last matrix is all masked."""
+    """Random entries, but neither the first row nor the last column of matrix 0; the last matrix is all masked."""
     mask = torch.rand(batch, n, m) < 0.8
     mask[0, 0], mask[0, :, -1], mask[-1] = False, False, False
     return mask

@@ -56,9 +56,7 @@ def test_compiles_without_a_graph_break(name: str, dynamic: bool) -> None:
 def test_one_graph_serves_every_batch_and_temperature() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(
-        lambda x, t: fastdsm.sinkhorn(x, temperature=t), fullgraph=True, dynamic=True, backend=counter
-    )
+    compiled = torch.compile(lambda x, t: fastdsm.sinkhorn(x, temperature=t), fullgraph=True, dynamic=True, backend=counter)
     for batch in (2, 5, 9, 16):
         compiled(torch.randn(batch, 4, 4), torch.full((batch,), 0.1 * batch))
     assert counter.frame_count == 1

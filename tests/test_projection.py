@@ -172,10 +172,7 @@ def test_info_is_the_plan_s_own() -> None:
 
 @pytest.mark.parametrize("batch", [6, 200])
 def test_each_matrix_stops_by_itself(batch: int) -> None:
-    logits = (
-        torch.randn(batch, 4, 4, dtype=torch.float64)
-        * torch.linspace(0.1, 6, batch, dtype=torch.float64)[:, None, None]
-    )
+    logits = torch.randn(batch, 4, 4, dtype=torch.float64) * torch.linspace(0.1, 6, batch, dtype=torch.float64)[:, None, None]
     plan, info = fastdsm.sinkhorn(logits, n_iters=60, tol=1e-6, return_info=True)
     expected, known = reference.sinkhorn(logits, n_iters=60, tol=1e-6, return_info=True)
     assert torch.equal(info.sweeps, known.sweeps)
@@ -224,6 +221,4 @@ def test_any_strides(n: int, m: int, batch: int, transposed: bool, step: int, ex
 def test_the_oracle_as_a_backend() -> None:
     logits = torch.randn(3, 4, 5)
     assert torch.equal(fastdsm.sinkhorn(logits, backend="reference"), reference.sinkhorn(logits))
-    assert torch.equal(
-        fastdsm.sinkhorn_sigma2(logits, backend="reference").sigma2, reference.sinkhorn_sigma2(logits).sigma2
-    )
+    assert torch.equal(fastdsm.sinkhorn_sigma2(logits, backend="reference").sigma2, reference.sinkhorn_sigma2(logits).sigma2)

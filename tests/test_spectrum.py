@@ -114,9 +114,7 @@ def test_a_truncated_plan_may_exceed_one_by_its_leak() -> None:
     leak = (plan.sum(-2) - 1).norm(dim=-1) / 6**0.5
     of_plan = torch.linalg.svdvals(plan)[:, 1]
     of_deflated = torch.linalg.svdvals(reference.deflated_plan(plan, None, None, None))
-    second = (
-        torch.cat([torch.ones(200, 1, dtype=torch.float64), of_deflated], 1).sort(dim=1, descending=True).values[:, 1]
-    )
+    second = torch.cat([torch.ones(200, 1, dtype=torch.float64), of_deflated], 1).sort(dim=1, descending=True).values[:, 1]
     assert bool(((of_plan - second).abs() <= leak + 1e-12).all())
     assert bool((leak > 0.1).any())
 

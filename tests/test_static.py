@@ -101,9 +101,7 @@ def test_loop_nest_of_recorded_code() -> None:
     assert 0x120 not in [instruction.address for instruction in program.instructions]
 
 
-@pytest.mark.parametrize(
-    ("n", "segment", "outer", "inner"), [(20, 22, 1, 20), (20, 6, 4, 20), (1, 1, 1, 1), (23, 22, 2, 23)]
-)
+@pytest.mark.parametrize(("n", "segment", "outer", "inner"), [(20, 22, 1, 20), (20, 6, 4, 20), (1, 1, 1, 1), (23, 22, 2, 23)])
 def test_trips_follow_the_arguments(n: int, segment: int, outer: int, inner: int) -> None:
     run = execute(parse(NESTED), _parameters(n, segment))
     assert run is not None

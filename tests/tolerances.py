@@ -17,6 +17,4 @@ def assert_within(found: Tensor, truth: Tensor, plain: Tensor, *, cotangent: Ten
     allowed = budget(truth, plain, found.dtype, size=size)
     assert found.shape == truth.shape
     worst = (error - allowed).flatten().argmax() if error.numel() else 0
-    assert bool((error <= allowed).all()), (
-        f"error {error.flatten()[worst]:.3e} over the budget {allowed.flatten()[worst]:.3e}"
-    )
+    assert bool((error <= allowed).all()), f"error {error.flatten()[worst]:.3e} over the budget {allowed.flatten()[worst]:.3e}"

@@ -65,9 +65,7 @@ class _Run:
         self.program = program
         self.machine = Machine(parameters)
         deciding = _deciding(program)
-        self.steps = [
-            [_step(i) for i in block.instructions if deciding & set(_destinations(i))] for block in program.blocks
-        ]
+        self.steps = [[_step(i) for i in block.instructions if deciding & set(_destinations(i))] for block in program.blocks]
         self.index = {block.instructions[0].address: number for number, block in enumerate(program.blocks)}
         self.loops = [
             sorted((loop for loop in program.loops if number in loop.blocks), key=lambda loop: -loop.depth)

@@ -14,9 +14,7 @@ COPY_BYTES_PER_NS = 4300.0
 _ISSUED, _MUFU, _FMA, _FP64 = 128, 16, 128, 64
 
 
-def predicted_time(
-    counts: Mapping[str, int], threads: int, matrices: int, bytes_per_matrix: int
-) -> dict[str, float | str]:
+def predicted_time(counts: Mapping[str, int], threads: int, matrices: int, bytes_per_matrix: int) -> dict[str, float | str]:
     """Nanoseconds per matrix on the whole chip, each resource by itself, and the slowest one.
 
     counts: instructions that one warp issues, by class. threads, matrices: of one program. Assumes a batch that fills

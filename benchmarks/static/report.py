@@ -83,9 +83,7 @@ def analyse(configuration: Configuration, target: str, calls: Sequence[Usage]) -
     return {**row, "executed": executed}
 
 
-def _executed(
-    configuration: Configuration, program: Program, signature: Mapping[str, str], target: str, usage: Usage
-) -> Row:
+def _executed(configuration: Configuration, program: Program, signature: Mapping[str, str], target: str, usage: Usage) -> Row:
     row: Row = {**usage.call.describe(), **({"n_iters": SWEEPS} if usage.call.sweeps else {})}
     run = execute(program, parameter_words(signature, usage.arguments, target))
     if run is None:

@@ -199,9 +199,7 @@ def copy(target: Tensor, source: Tensor) -> None:
 def _as_2d(x: Tensor) -> Tensor | None:
     """(B, n m) as a view, if the strides allow."""
     batch, n, m = x.shape
-    return (
-        x.as_strided((batch, n * m), (x.stride(0), x.stride(2))) if n == 1 or x.stride(1) == m * x.stride(2) else None
-    )
+    return x.as_strided((batch, n * m), (x.stride(0), x.stride(2))) if n == 1 or x.stride(1) == m * x.stride(2) else None
 
 
 def choose_layout(logits: Tensor) -> Layout:
