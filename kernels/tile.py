@@ -34,7 +34,7 @@ _FORWARD = {
     64: (1, 16, 16, 8),
     128: (1, 16, 16, 8),
 }
-_SIGMA2 = _FORWARD | {8: (8, 1, 4, 1)}
+_SIGMA2 = _FORWARD | {8: (8, 1, 4, 1), 64: (1, 16, 32, 16)}
 _BACKWARD = {
     4: (32, 1, 1, 1),
     8: (8, 1, 4, 1),
@@ -63,6 +63,8 @@ def _configuration(
         {"BLOCK_B": block_b, "P": size, "ROWS": rows, "COLS": cols, **constants},
         num_warps,
         matrices=block_b,
+        # By itself ptxas stops at 168 registers to fit one more program onto an SM, and spills for it.
+        maxnreg=255 if num_warps <= 8 else None,
         label=" ".join([element, str(size), *(["sigma2"] if constants.get("WITH_SIGMA2") else [])]),
     )
 

@@ -21,7 +21,7 @@ from .sass import JUMPS, Instruction, Program, count
 _PARAMETERS_AT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}
 _FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _PREDICATE = re.compile(r"U?P[T0-9]+")
-_MOST_BLOCKS = 100_000
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float]
 
 
 def execute(program: Program, parameters: Mapping[int, int]) -> Execution | None:
-    """Run the control flow; None when it does not end, because a loop depends on data alone."""
+    """Run the control flow; None when it does not end soon: a loop depends on data alone, or there is too much to step."""
     return _Run(program, parameters).finish()
 
 
