@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..problem import Problem
 from .layout import BatchLast, Layout, Ring, choose_layout, copy
-from .sweeps import TAME_RANGE, Chunk
+from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u and v of every sweep.
 _FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
-_IN_HAND = 2  # vectors of a kind that a sweep or its adjoint uses at once: the old and the new
+_IN_HAND = 3  # vectors of a kind that a sweep or its adjoint uses at once
 _BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 1 << 19))
 
 
@@ -52,8 +52,9 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
         problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
         for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
     ]
-    vectors = (problem.n_iters + _IN_HAND if backward else 0, _IN_HAND)
-    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in vectors] for side in (n, m))
+    kept = problem.n_iters + _IN_HAND if backward else 0
+    counts = ((n, kept), (m, kept if max(n, m) > KEEP_V_ABOVE else min(kept, _IN_HAND)))
+    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in (count, _IN_HAND)] for side, count in counts)
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))

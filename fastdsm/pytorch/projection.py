@@ -78,14 +78,14 @@ def _adjoint(
     at = chunk.layout
     chunk = replace(chunk, vectors=chunk.in_hand)
     W = torch.mul(cotangent, at.down(swept.u + at.scalar(swept.poison)), out=chunk.W).mul_(at.across(swept.v))
-    weighted = W * chunk.K
+    weighted = torch.mul(W, chunk.K, out=chunk.scratch) if chunk.scratch.numel() else W * chunk.K
     df = weighted.sum(at.cols)
     less_dg: Tensor | None = -weighted.sum(at.rows)
     d_row, less_d_col = torch.zeros_like(df), torch.zeros_like(swept.v)
     if not swept.segments:
         return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, less_d_col)
     del weighted
-    done, last = sum(len(segment.v) for segment in swept.segments), swept.segments[-1]
+    done, last = sum(len(segment.u) - 1 for segment in swept.segments), swept.segments[-1]
     earlier = None  # dS of the segments behind, whose K is another
     for segment in reversed(swept.segments):
         if segment is not last:
@@ -93,7 +93,9 @@ def _adjoint(
             W = torch.zeros_like(earlier)
             chunk.set_kernel(segment.f, segment.g)
         low_rank = at.LowRank(W)
-        for before, u, v in zip(segment.u[-2::-1], segment.u[:0:-1], segment.v[::-1], strict=True):
+        for k in reversed(range(len(segment.u) - 1)):
+            before, u = segment.u[k], segment.u[k + 1]
+            v = segment.v[k] if segment.v else chunk.col_factor(chunk.col_sums(before))
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
             if lines:

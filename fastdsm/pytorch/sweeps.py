@@ -29,6 +29,7 @@ from .layout import Layout, Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0
+KEEP_V_ABOVE = 8
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Segment:
     """Consecutive sweeps that share one K = exp(S + f + g).
 
     ``u``: row factors in this K's gauge, first those the segment's first column step started from, then those after each
-    of its sweeps; ``v``: column factors after each of its sweeps.
+    of its sweeps; ``v``: column factors after each of its sweeps, empty where they are not kept: v_t = c / (K^T u_(t-1)).
     """
 
     f: Tensor
@@ -73,6 +74,11 @@ class Chunk:
     def tame(self) -> bool:
         """Whether this is a pass for tame matrices, whose r and c are the ``constants``."""
         return self.constants is not None
+
+    @property
+    def keeps_v(self) -> bool:
+        """Whether a history holds v too; in small matrices vectors weigh so much that v is rather computed again."""
+        return max(self.matrix_shape) > KEEP_V_ABOVE
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -177,7 +183,7 @@ def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor, Tensor]:
     u = chunk.row_factor(rows.clone())
     K.mul_(at.down(u))
     one = torch.ones_like(top)
-    return Segment(u.log(), g, [chunk.over_r(rows), torch.ones_like(u)], [one]), one, top
+    return Segment(u.log(), g, [chunk.over_r(rows), torch.ones_like(u)], [one] * chunk.keeps_v), one, top
 
 
 def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
@@ -193,7 +199,7 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     chunk.set_kernel(f_new, g)
     before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
     v = chunk.col_factor(chunk.col_sums(before))
-    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))], [v]), v, top
+    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))], [v] * chunk.keeps_v), v, top
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -257,7 +263,8 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
             v, left = new_v, left - 1
             segment.u.append(new_u)
-            segment.v.append(new_v)
+            if chunk.keeps_v:
+                segment.v.append(new_v)
         if not record:
             del segment.u[:-1], segment.v[:-1], segments[:-1]
     return Swept(segment.u[-1], v, segment.f, segment.g, counts, poison, segments)
@@ -267,7 +274,9 @@ def _only_active(chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tenso
     """The one-sweep segment ``new``, its K and v for the active matrices, the plan exp(S + f + g) for the others."""
     on = chunk.layout.scalar(active)
     v = torch.where(on, v, 1.0)
-    segment = Segment(torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u], [v])
+    segment = Segment(
+        torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u], [v] * chunk.keeps_v
+    )
     chunk.set_kernel(segment.f, segment.g)
     return segment, v
 
