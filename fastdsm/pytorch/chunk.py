@@ -16,8 +16,8 @@ from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u and v of every sweep.
 _FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
-_IN_HAND = 3  # vectors of a kind that a sweep or its adjoint uses at once
-_BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 1 << 19))
+_IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
+_BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 7 << 16))
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
         problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
         for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
     ]
-    kept = problem.n_iters + _IN_HAND if backward else 0
-    counts = ((n, kept), (m, kept if max(n, m) > KEEP_V_ABOVE else min(kept, _IN_HAND)))
-    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in (count, _IN_HAND)] for side, count in counts)
+    spare = _IN_HAND[backward]
+    kept = problem.n_iters + spare if backward else 0
+    counts = ((n, kept), (m, kept if max(n, m) > KEEP_V_ABOVE else min(kept, spare)))
+    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in (count, spare)] for side, count in counts)
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
@@ -72,8 +73,7 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
             chunk = Chunk(*store, whole_r, whole_c, None, None, None, uniform, (r, c))
             yield Part(where, chunk, None if bool(tame.all()) else tame)
         if tame is None or not bool(tame.all()):
-            given = (None if x is None else layout.vector(x[where]) for x in (problem.row_marginal, problem.col_marginal))
-            lines = _marginals(S, *given, layout, problem.unit_rows)
+            lines = _marginals(S, problem, layout, where)
             f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
             chunk = Chunk(*store, *lines, f0, uniform)
             yield Part(where, chunk, None if tame is None or not bool(tame.any()) else ~tame)
@@ -105,10 +105,9 @@ def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) 
     return S, K, scratch, W
 
 
-def _marginals(
-    S: Tensor, row: Tensor | None, col: Tensor | None, at: Layout, unit_rows: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _marginals(S: Tensor, problem: Problem, at: Layout, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r and c, 0 on excluded lines, and the indicators of those lines."""
+    row, col = (None if x is None else at.vector(x[part]) for x in (problem.row_marginal, problem.col_marginal))
     valid = ~S.isneginf()
     rows, cols = valid.any(at.cols), valid.any(at.rows)
     n_rows, n_cols = (x.sum(at.line, keepdim=True).clamp_(min=1).to(S.dtype) for x in (rows, cols))
@@ -117,7 +116,7 @@ def _marginals(
     elif col is not None:
         total = (col * cols).sum(at.line, keepdim=True)
     else:
-        total = n_rows if unit_rows else n_cols
+        total = n_rows if problem.unit_rows else n_cols
     r = torch.where(rows, total / n_rows if row is None else row, 0.0)
     c = torch.where(cols, total / n_cols if col is None else col, 0.0)
     return r, c, (~rows).to(S.dtype), (~cols).to(S.dtype)
