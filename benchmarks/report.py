@@ -18,7 +18,9 @@ COLORS = {"fastdsm": "#d1495b", "torch.compile": "#30638e", "hyper-connections":
 def main() -> None:
     """Rewrite the README between its markers, and a figure for each device with results."""
     sections = []
-    for path in sorted(RESULTS.glob("*.jsonl")):
+    for path in (RESULTS / f"{device}.jsonl" for device in ("cpu", "cuda")):
+        if not path.exists():
+            continue
         rows = read_rows(path)
         figure = path.with_name(f"{path.stem}-speedup.png")
         draw(rows, figure)

@@ -16,6 +16,7 @@ from ..problem import compute_dtype
 from ..reference import deflated_plan
 
 JACOBI_MAX_SIDE = 8
+_JACOBI_SUITS = 4  # exact at any gap; beyond, a hundred small operations a round cost more than squaring
 _SQUARING_MAX_SIDE = 32  # beyond, a few products with vectors cost less than a product of matrices
 _CHUNK_ENTRIES = 1 << 20
 _DEFAULT_ITERATIONS = {"jacobi": 16, "squaring": 24, "lanczos": 128, "power": 1000}
@@ -209,7 +210,7 @@ def _parts(plan: Tensor) -> list[slice]:
 def _suited(matrices: Tensor) -> str:
     if matrices.device.type != "cpu":
         return "squaring"  # fixed work: the others look at values, which would stall the host
-    if min(matrices.shape[-2:]) <= JACOBI_MAX_SIDE:
+    if min(matrices.shape[-2:]) <= _JACOBI_SUITS:
         return "jacobi"
     return "squaring" if max(matrices.shape[-2:]) <= _SQUARING_MAX_SIDE else "lanczos"
 
