@@ -62,7 +62,7 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
         S, K, scratch, W = _load(problem, layout, where, buffers)
         row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
         history, in_hand = ((Ring(x, row), Ring(y, col)) for x, y in zip(rows, cols, strict=True))
-        store = (layout, S, K, W, scratch, in_hand, history if backward else in_hand)
+        store = (layout, S, K, W, scratch, layout.operands(K, scratch), in_hand, history if backward else in_hand)
         tame = None
         if on_cpu and uniform and problem.f0 is None:
             dims = (layout.rows, layout.cols)

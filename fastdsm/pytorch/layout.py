@@ -7,6 +7,8 @@ when a matrix is too small to fill one (n, m <= 16 and hundreds of matrices).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,14 +58,14 @@ class BatchFirst:
         return x.unsqueeze(-2)
 
     @staticmethod
-    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """K^T u."""
-        return torch.bmm(u.unsqueeze(1), kernel, out=out.unsqueeze(1)).squeeze(1)
+    def operands(kernel: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``contract`` takes to form K^T u, and K v."""
+        return kernel, kernel.mT
 
     @staticmethod
-    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """K v."""
-        return torch.bmm(v.unsqueeze(1), kernel.mT, out=out.unsqueeze(1)).squeeze(1)
+    def contract(operand: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Sum of the lines of an operand, weighted."""
+        return torch.bmm(weights.unsqueeze(1), operand, out=out.unsqueeze(1)).squeeze(1)
 
     @staticmethod
     def needs_scratch(side: int) -> bool:
@@ -128,14 +130,22 @@ class BatchLast:
         return x.unsqueeze(0)
 
     @staticmethod
-    def col_sums(kernel: Tensor, u: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """K^T u."""
-        return _contract(kernel, u, scratch, out)
+    def operands(kernel: Tensor, scratch: Tensor) -> tuple[Any, Any]:
+        """What ``contract`` takes to form K^T u, and K v: views made once, as making them would cost as much as a sum."""
+        pairs = ((kernel, scratch), (kernel.transpose(0, 1), scratch.transpose(0, 1)))
+        return pairs if scratch.numel() else (kernel.unbind(0), kernel.unbind(1))
 
     @staticmethod
-    def row_sums(kernel: Tensor, v: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """K v."""
-        return _contract(kernel.transpose(0, 1), v, scratch.transpose(0, 1), out)
+    def contract(operand: Any, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Sum of the lines of an operand, weighted."""
+        if scratch.numel():
+            kernel, product = operand
+            return torch.sum(torch.mul(kernel, weights.unsqueeze(1), out=product), 0, out=out)
+        first, *others = weights.unbind(0)
+        torch.mul(operand[0], first, out=out)
+        for line, weight in zip(operand[1:], others, strict=True):
+            out.addcmul_(line, weight)
+        return out
 
     @staticmethod
     def needs_scratch(side: int) -> bool:
@@ -173,17 +183,6 @@ class Ring:
 
 
 Layout = type[BatchFirst] | type[BatchLast]
-
-
-def _contract(kernel: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-    """Sum over the first axis of ``kernel`` (k, l, B), weighted by ``weights`` (k, B)."""
-    if scratch.numel():
-        return torch.sum(torch.mul(kernel, weights.unsqueeze(1), out=scratch), 0, out=out)
-    (first, *others), (weight, *weights_left) = kernel.unbind(0), weights.unbind(0)
-    torch.mul(first, weight, out=out)
-    for line, weight in zip(others, weights_left, strict=True):
-        out.addcmul_(line, weight)
-    return out
 
 
 def copy(target: Tensor, source: Tensor) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +52,9 @@ class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``in_hand`` and ``vectors``
-    hand out row and column vectors, the latter as many as a history takes where one is kept.
+    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``operands`` are K as
+    contractions want it; ``in_hand`` and ``vectors`` hand out row and column vectors, the latter as many as a history takes
+    where one is kept.
     """
 
     layout: Layout
@@ -60,6 +62,7 @@ class Chunk:
     K: Tensor
     W: Tensor
     scratch: Tensor
+    operands: tuple[Any, Any]
     in_hand: tuple[Ring, Ring]
     vectors: tuple[Ring, Ring]
     r: Tensor
@@ -92,11 +95,11 @@ class Chunk:
 
     def col_sums(self, u: Tensor) -> Tensor:
         """K^T u."""
-        return self.layout.col_sums(self.K, u, self.scratch, self.vectors[1].take())
+        return self.layout.contract(self.operands[0], u, self.scratch, self.vectors[1].take())
 
     def row_sums(self, v: Tensor) -> Tensor:
         """K v."""
-        return self.layout.row_sums(self.K, v, self.scratch, self.vectors[0].take())
+        return self.layout.contract(self.operands[1], v, self.scratch, self.vectors[0].take())
 
     def row_factor(self, sums: Tensor) -> Tensor:
         """r / sums, 0 on excluded rows; uses up ``sums``."""
