@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from . import machine_code
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
 from .targets import fastest_other
 
@@ -25,6 +26,8 @@ def main() -> None:
         figure = path.with_name(f"{path.stem}-speedup.png")
         draw(rows, figure)
         sections.append(section(rows, figure.relative_to(ROOT).as_posix()))
+    if machine_code.STATIC.exists():
+        sections.append(machine_code.section())
     if not sections:
         raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
     README.write_text(spliced(README.read_text(), "\n\n".join(sections)))

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 import fastdsm
-from benchmarks import report
+from benchmarks import machine_code, report
 from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvalsh, sigma2_by_svdvals, sinkhorn_loop
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
@@ -208,3 +208,24 @@ def test_a_missed_target_fails_only_when_strict(
     assert read_rows(tmp_path / "cpu.jsonl") == rows
     monkeypatch.setattr(command, "_measured", lambda *_: records())
     assert invoke(*strict)[0] == 0
+
+
+def test_machine_code_section_comes_from_the_recorded_rows(tmp_path: Path) -> None:
+    calls = {"forward": 1200.0, "forward+sigma2": 1500.0, "backward": 2900.0}
+    rows = [
+        {
+            "target": target,
+            "registers": 72,
+            "stack_bytes": 8 * (operation == "backward"),
+            "local_bytes": 0,
+            "executed": [{"operation": operation, "n": 4, "m": 4, "dtype": "float32", "thread_instructions_per_matrix": count}],
+        }
+        for target in ("sm_90", "sm_100")
+        for operation, count in calls.items()
+    ]
+    path = tmp_path / "static.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [{"triton": "3.7.1", "ptxas": "12.9"}, *rows]))
+    text = machine_code.section(path)
+    assert "All 6 builds of the 3 kernels" in text
+    assert "2 of them spill" in text
+    assert "| forward + sigma2 | 1,500 (72) | 1,500 (72) |" in text

@@ -1,0 +1,48 @@
+"""The README's section on machine code, from the committed results of ``python -m benchmarks.static``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .rows import RESULTS
+
+STATIC = RESULTS / "static.jsonl"
+_OPERATIONS = ("forward", "forward+sigma2", "backward")
+
+
+def section(path: Path = STATIC) -> str:
+    """How many kernels were compiled, whether any spills, and what mHC's 4x4 float32 matrices cost by target."""
+    header, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    spilling = sum(bool(row.get("error") or row["stack_bytes"] or row["local_bytes"]) for row in rows)
+    targets = sorted({row["target"] for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
+    lines = [
+        "| 4 × 4, float32, 20 sweeps | " + " | ".join(targets) + " |",
+        "| --- |" + " ---: |" * len(targets),
+    ]
+    for operation in _OPERATIONS:
+        cells = (_cell(_found(rows, target, operation)) for target in targets)
+        lines.append(f"| {operation.replace('+', ' + ')} | {' | '.join(cells)} |")
+    return (
+        f"All {len(rows)} builds of the {len(rows) // len(targets)} kernels that can be launched, for {', '.join(targets)}: "
+        f"{spilling or 'none'} of them {'spill' if spilling != 1 else 'spills'}. Thread-instructions per matrix (registers), "
+        f"counted in the machine code:\n\n" + "\n".join(lines) + f"\n\ntriton {header['triton']}, ptxas {header['ptxas']}."
+    )
+
+
+def _found(rows: list[dict[str, Any]], target: str, operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row and the executed call of mHC's shape."""
+    wanted = {"operation": operation, "n": 4, "m": 4, "dtype": "float32"}
+    return next(
+        (row, call)
+        for row in rows
+        if row["target"] == target
+        for call in row.get("executed", [])
+        if wanted.items() <= call.items()
+    )
+
+
+def _cell(found: tuple[dict[str, Any], dict[str, Any]]) -> str:
+    row, call = found
+    return f"{call['thread_instructions_per_matrix']:,.0f} ({row['registers']})"
