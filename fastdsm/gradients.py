@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .problem import compute_dtype
 
 
 def _calls() -> Any:
@@ -104,18 +105,23 @@ def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
 
 def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]) -> list[Tensor | None]:
     """Gradients of logits, temperature, f0 and the marginals by the backward operator."""
-    logits, temperature, _, row, col, mask = inputs[:_TENSORS]
+    logits, temperature, f0, row, col, mask = inputs[:_TENSORS]
     dtype = logits.dtype
-    if needed[1]:  # its gradient sums products with d_logits, which must not have been rounded to 16 bits before
-        logits, grad_plan = logits.to(temperature.dtype), grad_plan.to(temperature.dtype)
-        inputs = (logits, *inputs[1:])
+    if needed[1]:
+        # Its gradient is a sum of products with d_logits, far larger than what is left of them: d_logits must not have been
+        # rounded to 16 bits before, and where float64 is cheap not to 32 either.
+        wide = torch.float64 if logits.device.type == "cpu" else temperature.dtype
+        logits, grad_plan = logits.to(wide), grad_plan.to(wide)
+        vectors = (x if x is None else x.to(wide) for x in inputs[1 : _TENSORS - 1])
+        inputs = (logits, *vectors, *inputs[_TENSORS - 1 :])
     d_logits, d_f0, d_log_row, d_log_col = _calls().sinkhorn_backward(grad_plan, sweeps, any(needed[2:5]), *inputs)
-    gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0 if needed[2] else None, None, None]
+    gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
     if needed[1]:
         product = torch.where(d_logits == 0, 0.0, d_logits * logits)
-        gradients[1] = -product.sum((-2, -1)) / temperature
+        gradients[1] = (-product.sum((-2, -1)) / temperature).to(temperature.dtype)
     if needed[3] or needed[4]:
         valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        d_log_row, d_log_col = (x.to(compute_dtype(dtype)) for x in (d_log_row, d_log_col))
         gradients[3] = _of_marginal(row, d_log_row, None if col is not None else d_log_col, valid.any(-1))
         gradients[4] = _of_marginal(col, d_log_col, None if row is not None else d_log_row, valid.any(-2))
     return gradients
