@@ -20,7 +20,6 @@ from .arithmetic import LN_2, exp2, quotient, reciprocal
 from .configuration import finite_jit
 from .registers_forward import load_logits
 from .registers_sweeps import (
-    entries,
     load_packed,
     load_strided,
     log_sweep,
@@ -41,7 +40,10 @@ _SLOTS = tl.constexpr(MAX_BACKWARD_SWEEPS - 1)
 @triton.jit
 def _add_steps(W, a, z, past_u, v):
     """W_ij + v_j (a_i - u_i z_j)."""
-    return [W[e] + v[e % 4] * (a[e // 4] - past_u[e // 4] * z[e % 4]) for e in entries()]
+    return [
+        W[e] + v[e % 4] * (a[e // 4] - past_u[e // 4] * z[e % 4])
+        for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    ]
 
 
 @finite_jit
@@ -86,8 +88,8 @@ def _sinkhorn_bwd_kernel(
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
         D = [value.to(tl.float32) for value in D]
     left = [-r * u[i] for i in (0, 1, 2, 3)]
-    W = [left[e // 4] * D[e] * v[e % 4] for e in entries()]
-    KW = [K[e] * W[e] for e in entries()]
+    W = [left[e // 4] * D[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    KW = [K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     df = sums_over_cols(KW, ones(K[0]), zeros(K[0]))
     a = [-u[i] * df[i] for i in (0, 1, 2, 3)]
     dg = [-value for value in sums_over_rows(KW, ones(K[0]), zeros(K[0]))]
@@ -112,7 +114,7 @@ def _sinkhorn_bwd_kernel(
     W = _add_steps(W, a, z, u, ones(K[0]))
 
     factor = -LN_2 * k
-    dS = [factor * K[e] * W[e] for e in entries()]
+    dS = [factor * K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     if PACKED:
         store_packed(grad_logits_ptr, matrix, live, dS, BLOCK)
     else:

@@ -24,12 +24,6 @@ SCALING_SWEEPS = tl.constexpr(22)
 
 
 @triton.jit
-def entries():
-    """The indices 4 i + j of a 4x4 matrix, for comprehensions."""
-    return (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-
-
-@triton.jit
 def ones(like):
     """Four vectors of ones."""
     return [tl.full(like.shape, 1.0, tl.float32) for _ in (0, 1, 2, 3)]
@@ -116,7 +110,7 @@ def load_strided(ptr, matrix, live, n, m, stride_b, stride_n, stride_m, default)
     start = ptr + matrix * stride_b
     return [
         tl.load(start + (e // 4) * stride_n + (e % 4) * stride_m, mask=live & (e // 4 < n) & (e % 4 < m), other=default)
-        for e in entries()
+        for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     ]
 
 
@@ -194,22 +188,25 @@ def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
     if FIRST:
         high = [_max4(x[j], x[4 + j], x[8 + j], x[12 + j]) * k for j in (0, 1, 2, 3)]
     else:
-        s = [tl.fma(x[e], k, f[e // 4]) for e in entries()]
+        s = [tl.fma(x[e], k, f[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
         high = [_max4(s[j], s[4 + j], s[8 + j], s[12 + j]) for j in (0, 1, 2, 3)]
     spare_col = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
-    s = [tl.fma(x[e], k, -high[e % 4]) if FIRST else s[e] - high[e % 4] for e in entries()]
+    if FIRST:
+        s = [tl.fma(x[e], k, -high[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    else:
+        s = [s[e] - high[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     E = [exp2(value) for value in s]
     total = [spare_col[j] + E[j] + E[4 + j] + E[8 + j] + E[12 + j] for j in (0, 1, 2, 3)]
     g = [tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)]
 
-    s = [tl.fma(x[e], k, g[e % 4]) for e in entries()]
+    s = [tl.fma(x[e], k, g[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     high = [_max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     spare_row = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
-    E = [exp2(s[e] - high[e // 4]) for e in entries()]
+    E = [exp2(s[e] - high[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     total = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
     f = [-high[i] - log2(total[i]) for i in (0, 1, 2, 3)]
     scale = [reciprocal(value) for value in total]
-    K = [E[e] * scale[e // 4] for e in entries()]
+    K = [E[e] * scale[e // 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     return K, f, g, total, spare_row, spare_col
