@@ -60,9 +60,7 @@ def sinkhorn(
     Sources: Sinkhorn and Knopp (1967); log domain: Peyre and Cuturi, Computational Optimal Transport, section 4.4; as a
     layer of transformers: Sinkformers (arXiv 2110.11773), mHC (arXiv 2512.24880).
     """
-    arguments.check_choice(solver, "solver", ("sinkhorn",))
-    if grad is not None:
-        arguments.check_choice(grad, "grad", ("unrolled",))
+    _check_method(solver, grad)
     problem = _Checked(logits, n_iters, temperature, first, tol, f0, row_marginal, col_marginal, mask, backend)
     if problem.backend == "reference":
         return reference.sinkhorn(logits, return_info=return_info, **problem.keywords)
@@ -97,14 +95,18 @@ def sinkhorn_sigma2(
     take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
     respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
     """
-    arguments.check_choice(solver, "solver", ("sinkhorn",))
-    if grad is not None:
-        arguments.check_choice(grad, "grad", ("unrolled",))
+    _check_method(solver, grad)
     problem = _Checked(logits, n_iters, temperature, first, tol, f0, row_marginal, col_marginal, mask, backend)
     if problem.backend == "reference":
         return reference.sinkhorn_sigma2(logits, **problem.keywords)
     plan, residual, sweeps, f, g, sigma2 = map(problem.restore, transforms.sinkhorn_info(*problem.inputs, True))
     return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
+
+
+def _check_method(solver: str, grad: str | None) -> None:
+    arguments.check_choice(solver, "solver", ("sinkhorn",))
+    if grad is not None:
+        arguments.check_choice(grad, "grad", ("unrolled",))
 
 
 class _Checked:

@@ -57,5 +57,5 @@ def test_offsets_beyond_int32() -> None:
     logits[-1] = torch.arange(16.0).view(4, 4) % 5
     plan = fastdsm.sinkhorn(logits)
     expected = reference.sinkhorn(logits[-1:].double()).half()
-    torch.testing.assert_close(plan[-1:], expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(plan[-1:], expected, rtol=0, atol=2**-11)  # one unit below 1: each side rounds once
     torch.testing.assert_close(plan[0], torch.full((4, 4), 0.25, device="cuda", dtype=torch.float16))

@@ -16,8 +16,8 @@ from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u and v of every sweep.
 _FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
-_IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
 _BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 7 << 16))
+_IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
 
 
 @dataclass(frozen=True)
