@@ -14,9 +14,10 @@ from .layout import BatchLast, Layout, Ring, choose_layout, copy
 from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
-# take less than four times the input's memory; the backward holds u and v of every sweep.
-_FORWARD_ENTRIES = ((8, 1 << 19), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 1 << 17), (math.inf, 7 << 16))
+# take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 8,
+# vectors are so long that two threads can share an operation on them.
+_FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
+_BACKWARD_ENTRIES = ((8, 209_716), (math.inf, 7 << 16))
 _IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
 
 
@@ -37,72 +38,100 @@ class Part:
             kept.copy_(torch.where(self.chosen.view(-1, *(1,) * (value.dim() - 1)), value, kept))
 
 
+class _Memory:
+    """What the pieces of a batch share, so that no page is faulted in twice; each matrix is taken at its first use."""
+
+    def __init__(self, problem: Problem, layout: Layout, size: int, backward: bool) -> None:
+        n, m = problem.logits.shape[1:]
+        self._layout, self._entries = layout, size * n * m
+        self._like = problem.logits.new_empty(0, dtype=problem.compute_dtype)
+        self._matrices: dict[str, Tensor] = {}
+        in_hand = _IN_HAND[backward]
+        kept = problem.n_iters + 1 if backward else 0
+        self._lines = [
+            [(count, self._like.new_empty(count * side * size)) for count in counts]
+            for side, counts in ((n, (in_hand, kept)), (m, (in_hand, kept if max(n, m) > KEEP_V_ABOVE else 0)))
+        ]
+
+    def matrix(self, use: str, shape: torch.Size) -> Tensor:
+        """The matrix for ``use``, of (B, n, m) ``shape`` in the layout."""
+        if use not in self._matrices:
+            self._matrices[use] = self._like.new_empty(self._entries)
+        return self._layout.buffer(self._matrices[use], shape)
+
+    def rings(self, row: torch.Size, col: torch.Size) -> tuple[tuple[Ring, Ring], tuple[Ring, Ring]]:
+        """Row and column vectors in hand; those of a history, which are the former where none is kept."""
+        rings = [
+            [Ring(flat, count, shape) for count, flat in lines] for lines, shape in zip(self._lines, (row, col), strict=True)
+        ]
+        (rows, row_history), (cols, col_history) = rings
+        return (rows, cols), (row_history if row_history.count else rows, col_history if col_history.count else cols)
+
+
 def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     """The batch in pieces; a piece with tame and wild matrices comes twice, once for each kind.
 
     On an accelerator the batch is one piece, and wild: looking at values would stall the host.
     """
     batch, n, m = problem.logits.shape
-    on_cpu = problem.logits.device.type == "cpu"
+    layout, on_cpu = choose_layout(problem.logits), problem.logits.device.type == "cpu"
     entries = next(x for side, x in (_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) if max(n, m) <= side)
-    size = max(entries // (n * m), 2) if on_cpu else batch
-    layout = choose_layout(problem.logits)
-    flat = (min(size, batch) * n * m,)
-    buffers = [
-        problem.logits.new_empty(flat if needed else (0,), dtype=problem.compute_dtype)
-        for needed in (_needs_copy(problem, layout), True, layout.needs_scratch(max(n, m)), backward)
-    ]
-    spare = _IN_HAND[backward]
-    kept = problem.n_iters + spare if backward else 0
-    counts = ((n, kept), (m, kept if max(n, m) > KEEP_V_ABOVE else min(kept, spare)))
-    rows, cols = ([buffers[1].new_empty(x * min(size, batch) * side) for x in (count, spare)] for side, count in counts)
+    pieces = math.ceil(batch * n * m / entries) if on_cpu else 1
+    size = max(math.ceil(batch / max(pieces, 1)), 2)  # all of one size: a small last one would not pay for its calls
+    size = min(math.ceil(size / layout.batch_multiple) * layout.batch_multiple, batch)
+    memory = _Memory(problem, layout, size, backward)
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
-        S, K, scratch, W = _load(problem, layout, where, buffers)
-        row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
-        history, in_hand = ((Ring(x, row), Ring(y, col)) for x, y in zip(rows, cols, strict=True))
-        store = (layout, S, K, W, scratch, layout.operands(K, scratch), in_hand, history if backward else in_hand)
-        tame = None
+        S = _load(problem, layout, where, memory)
+        tame, kinds = None, [False]
         if on_cpu and uniform and problem.f0 is None:
             dims = (layout.rows, layout.cols)
             tame = S.amax(dims) - S.amin(dims) <= TAME_RANGE
-        if tame is not None and bool(tame.any()):
-            r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
-            whole_r, whole_c = S.new_full((), r).expand(row), S.new_full((), c).expand(col)
-            chunk = Chunk(*store, whole_r, whole_c, None, None, None, uniform, (r, c))
-            yield Part(where, chunk, None if bool(tame.all()) else tame)
-        if tame is None or not bool(tame.all()):
-            lines = _marginals(S, problem, layout, where)
-            f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
-            chunk = Chunk(*store, *lines, f0, uniform)
-            yield Part(where, chunk, None if tame is None or not bool(tame.any()) else ~tame)
+            found = ((False, not bool(tame.all())), (True, bool(tame.any())))
+            kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
+        for kind in kinds:
+            chosen = None if tame is None or len(kinds) == 1 else tame == kind
+            yield Part(where, _chunk(problem, layout, where, S, memory, backward, kind), chosen)
 
 
-def _needs_copy(problem: Problem, layout: Layout) -> bool:
-    """Whether S cannot be the logits themselves."""
-    return layout is BatchLast or problem.logits.dtype != problem.compute_dtype
+def _chunk(problem: Problem, layout: Layout, where: slice, S: Tensor, memory: _Memory, backward: bool, tame: bool) -> Chunk:
+    shape = problem.logits[where].shape
+    _, n, m = shape
+    row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
+    K = memory.matrix("K", shape)
+    scratch = memory.matrix("scratch", shape) if layout.needs_scratch(max(n, m)) else S.new_empty(0)
+    W = S.new_empty(0)
+    if backward:
+        W = S if tame and S.data_ptr() != problem.logits[where].data_ptr() else memory.matrix("W", shape)
+    store = (layout, S, K, W, scratch, layout.operands(K, scratch), *memory.rings(row, col))
+    uniform = problem.row_marginal is None and problem.col_marginal is None
+    if tame:
+        r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
+        return Chunk(*store, S.new_full((), r).expand(row), S.new_full((), c).expand(col), None, None, None, uniform, (r, c))
+    lines = _marginals(S, problem, layout, where)
+    f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
+    return Chunk(*store, *lines, f0, uniform)
 
 
-def _load(problem: Problem, layout: Layout, part: slice, buffers: list[Tensor]) -> tuple[Tensor, ...]:
-    """S, and the buffers K, scratch and W, of this part's shape or empty."""
-    logits = problem.logits[part]
-    own, K, scratch, W = (layout.buffer(x, logits.shape if x.numel() else torch.Size((0, 0, 0))) for x in buffers)
-    S = logits
-    if _needs_copy(problem, layout):
-        copy(layout.batch_first(own), logits)
-        S = own
-    if isinstance(problem.temperature, Tensor):
-        tau = problem.temperature[part]
-        S = S / (tau.view(-1, 1, 1) if layout.line == -1 else tau)
-    elif problem.temperature != 1.0:
-        S = S / problem.temperature
+def _load(problem: Problem, layout: Layout, where: slice, memory: _Memory) -> Tensor:
+    """S, which is the logits themselves where they can serve."""
+    S = problem.logits[where]
+    own = layout is BatchLast or problem.logits.dtype != problem.compute_dtype
+    if own:
+        S = memory.matrix("S", S.shape)
+        copy(layout.batch_first(S), problem.logits[where])
+    tau = problem.temperature
+    if isinstance(tau, Tensor):
+        tau = tau[where].view(-1, 1, 1) if layout.line == -1 else tau[where]
+    if isinstance(tau, Tensor) or tau != 1.0:
+        S = S.div_(tau) if own else S / tau
     if problem.mask is not None:
-        S = S.masked_fill(~layout.matrix(problem.mask[part]), -torch.inf)
+        S = S.masked_fill(~layout.matrix(problem.mask[where]), -torch.inf)
     for marginal, spread in ((problem.row_marginal, layout.down), (problem.col_marginal, layout.across)):
         if marginal is not None:
-            S = S.masked_fill(spread(layout.vector(marginal[part]) == 0), -torch.inf)
-    return S, K, scratch, W
+            S = S.masked_fill(spread(layout.vector(marginal[where]) == 0), -torch.inf)
+    return S
 
 
 def _marginals(S: Tensor, problem: Problem, at: Layout, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..problem import Gradients, Outputs, Problem
 from ..reference import deflated
 from .chunk import parts
+from .layout import copy
 from .spectrum import largest_singular_value
 from .sweeps import Chunk, Swept, log_of, run
 
@@ -29,9 +30,10 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Fill ``outputs`` for ``problem``."""
     for part in parts(problem, backward=False):
         chunk, at = part.chunk, part.chunk.layout
-        swept = run(chunk, problem.n_iters, problem.tol, record=False)
+        swept = run(chunk, problem.n_iters, problem.tol, potentials=outputs.f is not None)
         if outputs.residual is not None and outputs.sweeps is not None:
-            part.write(outputs.residual, chunk.column_error(swept.v, chunk.col_sums(swept.u)) + swept.poison)
+            residual = chunk.column_error(swept.v, chunk.col_sums(swept.u))
+            part.write(outputs.residual, residual if swept.poison is None else residual + swept.poison)
             part.write(outputs.sweeps, swept.sweeps)
         if outputs.f is not None and outputs.g is not None:
             part.write(outputs.f, at.vector(swept.f + log_of(swept.u)))
@@ -46,7 +48,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
 def _plan(chunk: Chunk, swept: Swept) -> Tensor:
     """P = diag(u) K diag(v), overwriting K."""
     at = chunk.layout
-    return chunk.K.mul_(at.down(swept.u + at.scalar(swept.poison))).mul_(at.across(swept.v))
+    return chunk.K.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
@@ -54,11 +56,11 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     for part in parts(problem, backward=True):
         chunk, at = part.chunk, part.chunk.layout
         stops = None if sweeps is None else sweeps[part.where]
-        swept = run(chunk, problem.n_iters, -1.0, record=True, stops=stops)
-        cotangent = at.matrix(grad_plan[part.where]).to(chunk.S.dtype)
+        swept = run(chunk, problem.n_iters, record=True, stops=stops)
+        copy(at.batch_first(chunk.W), grad_plan[part.where])
         if not chunk.tame:
-            cotangent = cotangent.masked_fill(chunk.S.isneginf(), 0.0)
-        d_logits, lines = _adjoint(chunk, swept, cotangent, stops, gradients.f0 is not None)
+            chunk.W.masked_fill_(chunk.S.isneginf(), 0.0)
+        d_logits, lines = _adjoint(chunk, swept, stops, gradients.f0 is not None)
         tau = problem.temperature
         if isinstance(tau, Tensor):
             tau = tau[part.where]
@@ -71,20 +73,20 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
                 part.write(target, at.vector(line))
 
 
-def _adjoint(
-    chunk: Chunk, swept: Swept, cotangent: Tensor, stops: Tensor | None, lines: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """dS, and the adjoints of f0, log r, log c if ``lines``; df and -dg are carried, which spares the signs."""
+def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """dS from the cotangent of P in W, and the adjoints of f0, log r, log c if ``lines``.
+
+    df and -dg are carried, which spares the signs.
+    """
     at = chunk.layout
     chunk = replace(chunk, vectors=chunk.in_hand)
-    W = torch.mul(cotangent, at.down(swept.u + at.scalar(swept.poison)), out=chunk.W).mul_(at.across(swept.v))
-    weighted = torch.mul(W, chunk.K, out=chunk.scratch) if chunk.scratch.numel() else W * chunk.K
-    df = weighted.sum(at.cols)
-    less_dg: Tensor | None = -weighted.sum(at.rows)
-    d_row, less_d_col = torch.zeros_like(df), torch.zeros_like(swept.v)
+    W = chunk.W.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
+    df, dg = chunk.vectors[0].take(), chunk.vectors[1].take()
+    at.product_sums(W, chunk.K, chunk.scratch, df, dg)
+    less_dg: Tensor | None = dg.neg_()
+    d_row, less_d_col = (df.new_zeros(x.shape if lines else ()) for x in (df, dg))
     if not swept.segments:
-        return weighted.sub_(chunk.K.mul_(at.down(chunk.over_r(df)))), (d_row, df, less_d_col)
-    del weighted
+        return W.sub_(at.down(chunk.over_r(df))).mul_(chunk.K), (d_row, df, less_d_col)
     done, last = sum(len(segment.u) - 1 for segment in swept.segments), swept.segments[-1]
     earlier = None  # dS of the segments behind, whose K is another
     for segment in reversed(swept.segments):

@@ -136,7 +136,7 @@ class Chunk:
 class Swept:
     """Where the sweeps ended: P = diag(u) K diag(v), K the chunk's, with potentials ``f``, ``g``; ``sweeps`` (B,) int32.
 
-    ``poison`` (B,): NaN for a matrix with NaN or +inf among its logits, else 0.
+    ``poison`` (B,): NaN for a matrix with NaN or +inf among its logits, else 0; None if none can be, as among the tame.
     """
 
     u: Tensor
@@ -144,8 +144,12 @@ class Swept:
     f: Tensor
     g: Tensor
     sweeps: Tensor
-    poison: Tensor
+    poison: Tensor | None
     segments: list[Segment]
+
+    def poisoned_u(self, at: Layout) -> Tensor:
+        """U, NaN in a matrix that is to be NaN."""
+        return self.u if self.poison is None else self.u + at.scalar(self.poison)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
@@ -175,18 +179,17 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     return f, top
 
 
-def _tame_sweep(chunk: Chunk) -> tuple[Segment, Tensor, Tensor]:
-    """The first sweep of tame matrices, with one exponential per entry: sets K; as for :func:`_log_sweep`."""
-    at, c, K = chunk.layout, chunk.c, chunk.K
-    top = _shifted_exp(chunk.S, at.rows, K)
-    sums = K.sum(at.rows)
-    g = c.log() - sums.log() - top
-    K.mul_(at.across(chunk.col_factor(sums)))
-    rows = K.sum(at.cols)
-    u = chunk.row_factor(rows.clone())
+def _tame_sweep(chunk: Chunk, potentials: bool) -> tuple[Segment, Tensor]:
+    """The first sweep of tame matrices, with one exponential per entry: sets K; its segment (f, g: 0 if unwanted), and v."""
+    at, K, (rows, cols) = chunk.layout, chunk.K, chunk.vectors
+    top = torch.amax(chunk.S, at.rows, out=cols.take())
+    torch.sub(chunk.S, at.across(top), out=K).exp_()
+    v = chunk.col_factor(torch.sum(K, at.rows, out=cols.take()))
+    before = torch.sum(K.mul_(at.across(v)), at.cols, out=rows.take())
+    u = chunk.row_factor(rows.take().copy_(before))
     K.mul_(at.down(u))
-    one = torch.ones_like(top)
-    return Segment(u.log(), g, [chunk.over_r(rows), torch.ones_like(u)], [one] * chunk.keeps_v), one, top
+    f, g = (u.log(), v.log() - top) if potentials else (u.new_zeros(()), u.new_zeros(()))
+    return Segment(f, g, [chunk.over_r(before), u.fill_(1.0)], [v] * chunk.keeps_v), v.fill_(1.0)
 
 
 def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
@@ -220,47 +223,61 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
     return max(int(_LOG2_GAIN / math.log2(gain)) - 1, 0)
 
 
-def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | None = None) -> Swept:
+def run(
+    chunk: Chunk,
+    n_iters: int,
+    tol: float = -1.0,
+    record: bool = False,
+    potentials: bool = False,
+    stops: Tensor | None = None,
+) -> Swept:
     """``n_iters`` sweeps, each matrix stopping at residual <= tol (if tol >= 0), or after its ``stops`` (B,) sweeps.
 
-    ``record`` keeps the factors of every sweep for the adjoint.
+    ``record`` keeps the factors of every sweep for the adjoint; without ``potentials`` f and g may come out as 0.
     """
     at = chunk.layout
-    counts = torch.zeros(chunk.r.shape[1 + at.line], dtype=torch.int32, device=chunk.r.device)
+    freezing = tol >= 0.0 or stops is not None
+    sure = min(n_iters, 1) if freezing else n_iters
+    counts = torch.full((chunk.r.shape[1 + at.line],), sure, dtype=torch.int32, device=chunk.r.device)
     if n_iters == 0:
         f, top = _row_step(chunk, chunk.S)
         one_u, one_v = torch.ones_like(chunk.r), torch.ones_like(chunk.c)
         return Swept(one_u, one_v, f, torch.zeros_like(chunk.c), counts, _poison(top, at), [])
+    poison = None
     if chunk.tame:
-        segment, v, top = _tame_sweep(chunk)
+        segment, v = _tame_sweep(chunk, potentials)
     else:
         segment, v, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
+        poison = _poison(top, at)
     segments = [segment]
-    poison, counts, active = _poison(top, at), counts + 1, torch.ones_like(counts, dtype=torch.bool)
-    budget = _sweeps_per_kernel(chunk, n_iters)
-    left, freezing = budget, tol >= 0.0 or stops is not None
+    active = torch.ones_like(counts, dtype=torch.bool)
+    left = budget = _sweeps_per_kernel(chunk, n_iters)
 
     for done in range(1, n_iters):
-        u = segment.u[-1]
-        sums = chunk.col_sums(u)
+        u, sums = segment.u[-1], None
         if freezing:
-            active = stops > done if stops is not None else active & ~(chunk.column_error(v, sums) <= tol)
+            if stops is None:
+                sums = chunk.col_sums(u)
+                active = active & ~(chunk.column_error(v, sums) <= tol)
+            else:
+                active = stops > done
             if active.device.type == "cpu" and not bool(active.any()):
                 break
-        counts = counts + active
+            counts += active
         if left == 0:
-            f, g = segment.f + log_of(u), segment.g + log_of(v)
+            old, old_v, f, g, sums = segment, v, segment.f + log_of(u), segment.g + log_of(v), None
             if budget == 0:
                 segment, v, _ = _log_sweep(chunk, f)
-                if freezing:
-                    segment, v = _only_active(chunk, active, segment, v, f, g)
             else:
-                chunk.set_kernel(f, g)
-                u, v, left = torch.ones_like(u), torch.ones_like(v), budget
-                segment, sums = Segment(f, g, [u], []), chunk.col_sums(u)
+                segment, v, left = Segment(f, g, [torch.ones_like(u)], []), torch.ones_like(v), budget
+            if freezing:
+                segment, v = _only_active(chunk, active, segment, v, old, old_v)
+            if freezing or budget > 0:
+                chunk.set_kernel(segment.f, segment.g)
             segments.append(segment)
+            u = segment.u[-1]
         if budget > 0:
-            new_v = chunk.col_factor(sums)
+            new_v = chunk.col_factor(chunk.col_sums(u) if sums is None else sums)
             new_u = chunk.row_factor(chunk.row_sums(new_v))
             if freezing:
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
@@ -273,15 +290,14 @@ def run(chunk: Chunk, n_iters: int, tol: float, record: bool, stops: Tensor | No
     return Swept(segment.u[-1], v, segment.f, segment.g, counts, poison, segments)
 
 
-def _only_active(chunk: Chunk, active: Tensor, new: Segment, v: Tensor, f: Tensor, g: Tensor) -> tuple[Segment, Tensor]:
-    """The one-sweep segment ``new``, its K and v for the active matrices, the plan exp(S + f + g) for the others."""
+def _only_active(
+    chunk: Chunk, active: Tensor, new: Segment, new_v: Tensor, old: Segment, old_v: Tensor
+) -> tuple[Segment, Tensor]:
+    """The segment ``new`` and its v for the active matrices, the old ones for the others: how long some go on must not
+    change a bit of those that stopped."""
     on = chunk.layout.scalar(active)
-    v = torch.where(on, v, 1.0)
-    segment = Segment(
-        torch.where(on, new.f, f), torch.where(on, new.g, g), [torch.where(on, u, 1.0) for u in new.u], [v] * chunk.keeps_v
-    )
-    chunk.set_kernel(segment.f, segment.g)
-    return segment, v
+    f, g, v = (torch.where(on, x, y) for x, y in ((new.f, old.f), (new.g, old.g), (new_v, old_v)))
+    return Segment(f, g, [torch.where(on, u, old.u[-1]) for u in new.u], [v] * len(new.v)), v
 
 
 def _poison(top: Tensor, at: Layout) -> Tensor:

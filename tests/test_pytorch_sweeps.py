@@ -1,0 +1,68 @@
+"""fastdsm.pytorch: what its sweeps record, what stopping leaves alone, how a batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdsm
+from fastdsm.problem import Problem
+from fastdsm.pytorch.chunk import parts
+from fastdsm.pytorch.sweeps import run
+
+
+@pytest.mark.parametrize(("batch", "n", "m"), [(3, 16, 16), (2, 24, 9), (600, 12, 12), (700, 4, 4)])
+@pytest.mark.parametrize("scale", [0.5, 12.0])
+def test_recorded_factors_belong_to_their_sweeps(batch: int, n: int, m: int, scale: float) -> None:
+    logits = scale * torch.randn(batch, n, m, dtype=torch.float64)
+    for part in parts(Problem(logits, 100), backward=True):
+        chunk, at, swept = part.chunk, part.chunk.layout, run(part.chunk, 100, record=True)
+        assert sum(len(segment.u) - 1 for segment in swept.segments) == 100
+        for segment in swept.segments:
+            if not chunk.tame:  # who keeps one K throughout
+                chunk.set_kernel(segment.f, segment.g)
+            for k in range(len(segment.u) - 1):
+                v = chunk.c / (chunk.K * at.down(segment.u[k])).sum(at.rows)
+                if segment.v:
+                    torch.testing.assert_close(segment.v[k], v)
+                torch.testing.assert_close(segment.u[k + 1], chunk.r / (chunk.K * at.across(v)).sum(at.cols))
+
+
+@pytest.mark.parametrize("n", [12, 32])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_how_long_others_go_on_changes_no_bit(n: int, uneven: bool) -> None:
+    logits = torch.randn(3, n, n) * torch.tensor([1.0, 8.0, 60.0])[:, None, None]
+    logits[0, 0] += 40.0  # wild, but soon done
+    marginal = torch.ones(n)
+    if uneven:
+        marginal[0] = 1e-14  # every sweep is in the log domain
+    options = {"n_iters": 60, "tol": 1e-5, "row_marginal": marginal}
+    plan, info = fastdsm.sinkhorn(logits, return_info=True, **options)
+    assert info.sweeps[0] < 20
+    assert info.sweeps[2] == 60
+    assert torch.equal(fastdsm.sinkhorn(logits[:1], **options)[0], plan[0])
+
+
+def test_pieces_are_of_like_size() -> None:
+    for batch in (1, 2, 13121, 65536, 65537, 100_000):
+        logits = torch.zeros(batch, 4, 4)
+        for backward in (False, True):
+            sizes = [part.where.stop - part.where.start for part in parts(Problem(logits, 3), backward)]
+            assert sum(sizes) == batch
+            assert max(sizes) - min(sizes) <= 64 * len(sizes)
+
+
+@pytest.mark.parametrize(("batch", "n"), [(700, 4), (600, 12), (5, 24)])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_gradient_of_a_piece_with_tame_and_wild_matrices(batch: int, n: int, temperature: float) -> None:
+    logits = (
+        torch.randn(batch, n, n, dtype=torch.float64) * torch.linspace(0.1, 10.0, batch, dtype=torch.float64)[:, None, None]
+    )
+    cotangent = torch.randn_like(logits)
+    gradients = []
+    for call in (fastdsm.sinkhorn, fastdsm.reference.sinkhorn):
+        leaf = logits.clone().requires_grad_()
+        call(leaf, temperature=temperature).backward(cotangent)
+        assert torch.equal(leaf, logits)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
