@@ -2,20 +2,26 @@
 
 plan = fastdsm.sinkhorn(logits)                      # (..., n, m), rows and columns normalised
 plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular value, in the same launch
+out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attention with such a plan, never stored
 """
 
 from . import reference
+from .attention import sinkhorn_attention
+from .attention_spectrum import sinkhorn_attention_sigma2
 from .projection import sinkhorn, sinkhorn_sigma2
-from .results import SinkhornInfo, SinkhornSpectrum
+from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum
 from .spectrum import sigma2, sigma2_bounds
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionInfo",
     "SinkhornInfo",
     "SinkhornSpectrum",
     "reference",
     "sigma2",
     "sigma2_bounds",
     "sinkhorn",
+    "sinkhorn_attention",
+    "sinkhorn_attention_sigma2",
     "sinkhorn_sigma2",
 ]

@@ -6,8 +6,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import pytorch
-from .problem import Gradients, Outputs, Problem
+from . import pytorch, streamed, streamed_spectrum
+from .problem import Attention, Dropout, Gradients, Outputs, Problem
 
 
 def _kernels(backend: str) -> ModuleType | None:
@@ -63,3 +63,71 @@ def sigma2_bounds(
     kernels = _kernels(backend)
     if kernels is None or not kernels.sigma2_bounds(plan, row_marginal, col_marginal, mask, *results):
         pytorch.sigma2_bounds(plan, row_marginal, col_marginal, mask, *results)
+
+
+def attention_forward(
+    problem: Attention,
+    value: Tensor,
+    sweeps: streamed.Sweeps,
+    dropout: Dropout | None,
+    out: Tensor,
+    state: streamed.State,
+    residual: bool,
+    backend: str,
+) -> None:
+    """Fill ``out`` and ``state``; without logits there is nothing but zeros."""
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
+        for x in (out, state.f, state.g, state.residual, state.sweeps):
+            x.zero_()
+        return
+    kernels = _kernels(backend)
+    if kernels is not None and kernels.attention.supports(problem):
+        streamed.attention_forward(kernels.attention, problem, value, sweeps, dropout, out, state, residual)
+    else:
+        pytorch.attention_forward(problem, value, sweeps, dropout, out, state, residual)
+
+
+def attention_backward(
+    problem: Attention,
+    value: Tensor,
+    sweeps: streamed.Sweeps,
+    dropout: Dropout | None,
+    grad_out: Tensor,
+    exact: Tensor,
+    state: streamed.State,
+    gradients: streamed.AttentionGradients,
+    implicit: bool,
+    backend: str,
+) -> None:
+    """Fill ``gradients``."""
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
+        for x in (gradients.query, gradients.key, gradients.value, gradients.bias):
+            if x is not None:
+                x.zero_()
+        return
+    kernels = _kernels(backend)
+    if kernels is not None and kernels.attention.supports(problem):
+        streamed.attention_backward(
+            kernels.attention, problem, value, sweeps, dropout, grad_out, exact, state, gradients, implicit
+        )
+    else:
+        pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, exact, state, gradients, implicit)
+
+
+def attention_sigma2(
+    problem: Attention,
+    sweeps: streamed.Sweeps,
+    accuracy: streamed_spectrum.Accuracy,
+    found: streamed_spectrum.Spectrum,
+    backend: str,
+) -> None:
+    """Fill ``found``; without logits there is nothing but zeros."""
+    if problem.query.numel() == 0 or problem.key.numel() == 0:
+        for x in vars(found).values():
+            x.zero_()
+        return
+    kernels = _kernels(backend)
+    if kernels is not None and kernels.attention.supports(problem):
+        streamed_spectrum.attention_sigma2(kernels.attention, problem, sweeps, accuracy, found)
+    else:
+        pytorch.attention_sigma2(problem, sweeps, accuracy, found)

@@ -17,7 +17,7 @@ from . import reference
 from .problem import compute_dtype
 
 
-def _calls() -> Any:
+def differentiable_calls() -> Any:
     """The differentiable calls, which are made of these gradients and therefore imported late."""
     from . import transforms
 
@@ -28,24 +28,26 @@ Gradients = tuple[Tensor | None, ...]
 _TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
 
 
-def _save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
+def save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
+    """Keep an operator's inputs for its gradient, and extra tensors."""
     ctx.kinds = [x is None or isinstance(x, Tensor) for x in inputs]
     ctx.save_for_backward(*(x for x, kept in zip(inputs, ctx.kinds, strict=True) if kept), *extra)
     ctx.options = [x for x, kept in zip(inputs, ctx.kinds, strict=True) if not kept]
 
 
-def _saved(ctx: Any) -> tuple[list[Any], list[Tensor | None]]:
+def saved(ctx: Any) -> tuple[list[Any], list[Tensor | None]]:
     """The inputs as they came, and the extra tensors."""
     tensors, options = list(ctx.saved_tensors), list(ctx.options)
     inputs = [tensors.pop(0) if kept else options.pop(0) for kept in ctx.kinds]
     return inputs, tensors
 
 
-def _padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradients:
+def padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradients:
+    """One gradient for every input: None for those after the last given."""
     return (*gradients, *(None,) * (len(inputs) - len(gradients)))
 
 
-def _through(function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any) -> Gradients:
+def through(function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any) -> Gradients:
     """Gradients of ``function`` of the inputs by autograd, themselves differentiable."""
     where = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and isinstance(x, Tensor)]
 
@@ -95,12 +97,12 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inp
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     if not inputs[2]:
         ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, inputs)
+    save(ctx, inputs)
 
 
 def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
-    inputs, _ = _saved(ctx)
-    return _through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
+    inputs, _ = saved(ctx)
+    return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
 
 
 def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]) -> list[Tensor | None]:
@@ -114,7 +116,9 @@ def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None
         logits, grad_plan = logits.to(wide), grad_plan.to(wide)
         vectors = (x if x is None else x.to(wide) for x in inputs[1 : _TENSORS - 1])
         inputs = (logits, *vectors, *inputs[_TENSORS - 1 :])
-    d_logits, d_f0, d_log_row, d_log_col = _calls().sinkhorn_backward(grad_plan, sweeps, any(needed[2:5]), *inputs)
+    d_logits, d_f0, d_log_row, d_log_col = differentiable_calls().sinkhorn_backward(
+        grad_plan, sweeps, any(needed[2:5]), *inputs
+    )
     gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
     if needed[1]:
         product = torch.where(d_logits == 0, 0.0, d_logits * logits)
@@ -139,12 +143,12 @@ def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Ten
 
 
 def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    _save(ctx, inputs)
+    save(ctx, inputs)
 
 
 def _sinkhorn_gradient(ctx: Any, grad: Tensor) -> Gradients:
-    inputs, _ = _saved(ctx)
-    return _padded(_projection(ctx.needs_input_grad, grad, None, inputs), inputs)
+    inputs, _ = saved(ctx)
+    return padded(_projection(ctx.needs_input_grad, grad, None, inputs), inputs)
 
 
 def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -152,12 +156,12 @@ def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -
     with_sigma2 = inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
-    _save(ctx, inputs, sweeps, plan)
+    save(ctx, inputs, sweeps, plan)
 
 
 def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
     grad_sigma2 = others[-1]
-    inputs, (sweeps, plan) = _saved(ctx)
+    inputs, (sweeps, plan) = saved(ctx)
     if grad_plan is None and grad_sigma2 is None:
         return (None,) * len(inputs)
     *projection, _ = inputs
@@ -171,7 +175,7 @@ def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -
             (plan, row, col, lines),
             (True, needed[3], needed[4], False),
             grad_sigma2,
-            lambda: _calls().sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
+            lambda: differentiable_calls().sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
         )
         assert d_plan is not None
         grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
@@ -181,7 +185,7 @@ def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -
         known = found[index]
         if extra is not None and known is not None:
             found[index] = known + extra
-    return _padded(found, inputs)
+    return padded(found, inputs)
 
 
 def _of_sigma2(
@@ -189,13 +193,13 @@ def _of_sigma2(
 ) -> Gradients:
     """Gradients of sigma2 in (plan, row, col, mask): u2^T M v2 with fixed vectors, or the SVD's where graphs go on."""
     if torch.is_grad_enabled():
-        return _through(_oracle_sigma2, leaves, needed, grad)
+        return through(_oracle_sigma2, leaves, needed, grad)
     u, v = vectors()
 
     def fixed(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
         return (u * (reference.deflated_plan(plan, row, col, mask) * v.unsqueeze(-2)).sum(-1)).sum(-1)
 
-    return _through(fixed, leaves, needed, grad)
+    return through(fixed, leaves, needed, grad)
 
 
 def _oracle_sigma2(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -206,16 +210,16 @@ def _sigma2_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...])
     _, u, v = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(u, v)
-    _save(ctx, inputs, u, v)
+    save(ctx, inputs, u, v)
 
 
 def _sigma2_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
-    inputs, (u, v) = _saved(ctx)
+    inputs, (u, v) = saved(ctx)
     if grad is None:
         return (None,) * len(inputs)
     assert u is not None
     assert v is not None
-    return _padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
+    return padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
 
 
 AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -37,7 +37,9 @@ LIBRARY.define(
 )
 
 
-def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function is operator ``name`` on the CPU and on CUDA."""
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, key)
@@ -89,7 +91,7 @@ def _info_like(logits: Tensor, with_sigma2: bool) -> tuple[Tensor, ...]:
     )
 
 
-@_implement("sinkhorn")
+@implement("sinkhorn")
 def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
     plan = logits.new_empty(logits.shape)
     *problem, backend = inputs
@@ -98,7 +100,7 @@ def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
     return plan
 
 
-@_implement("sinkhorn_info")
+@implement("sinkhorn_info")
 def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *problem, backend, with_sigma2 = inputs
     plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_sigma2)
@@ -116,7 +118,7 @@ def _gradients_like(logits: Tensor, lines: bool, columns_first: bool) -> tuple[T
     return logits.new_empty(logits.shape), *(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@_implement("sinkhorn_backward")
+@implement("sinkhorn_backward")
 def _sinkhorn_backward(
     grad_plan: Tensor, sweeps: Tensor | None, lines: bool, logits: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
@@ -131,7 +133,7 @@ def _sinkhorn_backward(
     return results
 
 
-@_implement("sigma2")
+@implement("sigma2")
 def _sigma2(plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     results = _vectors_like(plan)
     backends.sigma2(results, plan, *inputs)
@@ -144,7 +146,7 @@ def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, u, v
 
 
-@_implement("sigma2_bounds")
+@implement("sigma2_bounds")
 def _sigma2_bounds(plan: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     results = _bounds_like(plan)
     backends.sigma2_bounds(results, plan, *inputs)

@@ -1,8 +1,8 @@
-"""One projection problem in canonical form, as every backend receives it.
+"""Problems in canonical form, as every backend receives them.
 
-The public calls validate and flatten; ``first="row"`` has been turned into ``first="col"`` by transposing, so that a
-backend only ever runs the sweep ``g <- log c - LSE_i(S + f)``, ``f <- log r - LSE_j(S + g)``, whose rows are exact at
-the end.
+The public calls validate and flatten; a projection with ``first="row"`` has been turned into ``first="col"`` by
+transposing, so that a backend only ever runs the sweep ``g <- log c - LSE_i(S + f)``, ``f <- log r - LSE_j(S + g)``, whose
+rows are exact at the end.
 """
 
 from __future__ import annotations
@@ -76,3 +76,67 @@ class Gradients:
     f0: Tensor | None = None
     log_row: Tensor | None = None
     log_col: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The logits S = (scale query key^T + bias) / temperature of every head, -inf where an entry takes no part.
+
+    query: (B, H, N, d). key: (B, G, M, d), H a multiple of G: head h meets key head h // (H / G). One dtype, float16,
+        bfloat16, float32 or float64, any strides; B, N and M may be 0 only together with an early return.
+    temperature: float, or (B, H) in the compute dtype.
+    bias: floating, mask: bool, True where an entry takes part; (B, H, N, M), expanded (stride 0) where broadcast.
+    query_padding (B, N), key_padding (B, M): bool, True where a line takes no part.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    temperature: float | Tensor = 1.0
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    query_padding: Tensor | None = None
+    key_padding: Tensor | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic inside and of every potential."""
+        return compute_dtype(self.query.dtype)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Entries of the plan that are dropped: each with probability ``p``, drawn from ``seed`` (1,) int64; the rest / (1 - p)."""
+
+    p: float
+    seed: Tensor
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """f (B, H, N) and g (B, H, M) of exp(S + f + g), each as a base and what has been added to it since: compute dtype.
+
+    S + f + g is to be formed in one order wherever it is needed, ((S + first base) + last base) + (fine f + fine g), g the
+    first where ``columns_first``, so that large bases are rounded alike in all passes; the fine parts are small.
+    """
+
+    f_base: Tensor
+    g_base: Tensor
+    f_fine: Tensor
+    g_fine: Tensor
+    columns_first: bool
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the gradient of the logits takes away from P * (grad_out value^T), in the sweeps' exact adjoint.
+
+    plan: of P. Segment s stands for E = exp(S + f + g) with ``segments[s]``, times a sum of rank-one matrices x_k y_k^T, the
+    next ``counts[s]`` of them. x (B, H, K, N), y (B, H, K, M): finite, contiguous, compute dtype.
+    """
+
+    plan: Potentials
+    segments: list[Potentials]
+    x: Tensor
+    y: Tensor
+    counts: list[int]

@@ -1,4 +1,4 @@
-"""The oracle: log-domain Sinkhorn and sigma2 in plain PyTorch, differentiated by autograd through every sweep.
+"""The oracle: log-domain Sinkhorn, its attention and sigma2 in plain PyTorch, differentiated by autograd through every sweep.
 
 Nothing here is fast. It is what the kernels and the PyTorch path are measured against: in float64 it is the truth, in
 float32 it is the usual log-domain loop whose error the others must not exceed twice. Any dtype and device; float16 and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .results import SinkhornInfo, SinkhornSpectrum, default_tol
+from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum, default_tol
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
@@ -159,3 +159,73 @@ def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
     value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
     return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)
+
+
+def attention_logits(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """scale query key^T + attn_mask (B, H, N, M), and which entries take part; float32, or float64 for float64."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = _unpadded(query, query_padding_mask).to(dtype), _unpadded(key, key_padding_mask).to(dtype)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = scale * query @ key.mT
+    valid = torch.ones_like(logits, dtype=torch.bool)
+    if query_padding_mask is not None:
+        valid = valid & ~query_padding_mask[:, None, :, None]
+    if key_padding_mask is not None:
+        valid = valid & ~key_padding_mask[:, None, None, :]
+    if attn_mask is None:
+        return logits, valid
+    if attn_mask.dtype == torch.bool:
+        return logits, valid & attn_mask
+    return logits + attn_mask.expand_as(logits).masked_fill(~valid, 0.0).to(dtype), valid & (attn_mask != -torch.inf)
+
+
+def _unpadded(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x (B, H, N, d) with zeros on the padded lines."""
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
+
+
+def sinkhorn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    n_iters: int = 3,
+    first: str = "col",
+    tol: float | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, AttentionInfo]:
+    """Sinkhorn attention as :func:`fastdsm.sinkhorn_attention` defines it, for (B, H, N, d), with every matrix stored."""
+    if is_causal:
+        raise ValueError("a causal plan does not exist: see fastdsm.sinkhorn_attention")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits, valid = attention_logits(query, key, attn_mask, scale, key_padding_mask, query_padding_mask)
+    found = sinkhorn(logits, n_iters=n_iters, temperature=temperature, first=first, tol=tol, mask=valid, return_info=True)
+    plan, info = found
+    assert isinstance(plan, Tensor)
+    value = _unpadded(value, key_padding_mask).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    out = torch.nn.functional.dropout(plan, dropout_p) @ value.to(plan.dtype)
+    return (out.to(value.dtype), AttentionInfo(*info)) if return_info else out.to(value.dtype)
+
+
+def sinkhorn_attention_sigma2(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
+    """sigma2 (B, H) of the plan of :func:`sinkhorn_attention`; options as there."""
+    scale = options.pop("scale", None)
+    paddings = (options.pop("key_padding_mask", None), options.pop("query_padding_mask", None))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits, valid = attention_logits(query, key, attn_mask, scale, *paddings)  # type: ignore[arg-type]
+    return sinkhorn_sigma2(logits, mask=valid, **options).sigma2

@@ -31,6 +31,16 @@ class SinkhornInfo(NamedTuple):
     g: Tensor
 
 
+class AttentionInfo(NamedTuple):
+    """How the plan of an attention ended, per head (B, H), as in :class:`SinkhornInfo`; f (B, H, N) and g (B, H, M)."""
+
+    residual: Tensor
+    converged: Tensor
+    sweeps: Tensor
+    f: Tensor
+    g: Tensor
+
+
 class SinkhornSpectrum(NamedTuple):
     """A plan and its sigma2, both differentiable, with residual, sweeps, f and g as in :class:`SinkhornInfo`."""
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from . import gradients
-from .operators import LIBRARY
+from . import attention_gradients, gradients
+from .attention_operators import LIBRARY
+
+_AUTOGRAD = {**gradients.AUTOGRAD, **attention_gradients.AUTOGRAD}
 
 
 def _composable(name: str) -> Callable[..., Any]:
     """A call of ``torch.ops.fastdsm.<name>``, its gradient registered both ways."""
     operator = getattr(torch.ops.fastdsm, name).default
-    context, gradient = gradients.AUTOGRAD[name]
+    context, gradient = _AUTOGRAD[name]
     torch.library.register_autograd(f"fastdsm::{name}", gradient, setup_context=context, lib=LIBRARY)
     members = {
         "generate_vmap_rule": True,
@@ -41,4 +43,6 @@ sinkhorn = _composable("sinkhorn")
 sinkhorn_info = _composable("sinkhorn_info")
 sinkhorn_backward = _composable("sinkhorn_backward")
 sigma2 = _composable("sigma2")
+sinkhorn_attention = _composable("sinkhorn_attention")
+sinkhorn_attention_backward = _composable("sinkhorn_attention_backward")
 sigma2_bounds: Callable[..., Any] = torch.ops.fastdsm.sigma2_bounds.default

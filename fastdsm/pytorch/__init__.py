@@ -1,6 +1,15 @@
 """The PyTorch path: the same operations as the kernels, for CPU tensors and for matrices no kernel serves yet."""
 
+from .attention import attention_backward, attention_forward, attention_sigma2
 from .projection import sinkhorn_backward, sinkhorn_forward
 from .spectrum import sigma2, sigma2_bounds
 
-__all__ = ["sigma2", "sigma2_bounds", "sinkhorn_backward", "sinkhorn_forward"]
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "attention_sigma2",
+    "sigma2",
+    "sigma2_bounds",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,16 +94,50 @@ def _rayleigh(M: Tensor, power: Tensor) -> Triple:
 
 
 def lanczos(M: Tensor, tol: float, max_iters: int) -> Triple:
-    """Lanczos on M^T M with full reorthogonalisation, from a fixed start, until a residual of 2 tol ||M||^2.
+    """:func:`lanczos_of` a stored matrix, from a fixed start."""
+    found = lanczos_of(partial(_times, M), partial(_times, M.mT), _times(M.mT, _times(M, _start(M))), tol, max_iters)
+    return found.value, found.u, found.v
 
-    An eigenvalue lies within a residual of the Ritz value; estimates from gaps stop too early on a dense spectrum.
+
+@dataclass(frozen=True)
+class Krylov:
+    """value = ||M v||, v and u = M v / ||M v|| unit vectors, and M^T M compressed to a Krylov space, tridiagonal.
+
+    ``border(rest)``: the largest eigenvalue of the compression bordered with ``rest`` >= 0, the trace it leaves out: in a
+    basis that goes on from the Krylov space's, M^T M is that compression, one entry that couples it to the next vector, and
+    a positive semi-definite block of trace ``rest``, whose norm is no more. So this is an upper bound of ||M||^2.
     """
-    enough = max(2 * tol, 16 * torch.finfo(M.dtype).eps)
-    steps = min(max_iters, M.shape[2])
-    v = _unit(_times(M.mT, _times(M, _start(M))))
+
+    value: Tensor
+    u: Tensor
+    v: Tensor
+    diagonal: list[Tensor]
+    off: list[Tensor]
+
+    @property
+    def trace(self) -> Tensor:
+        """Trace of the compression."""
+        return torch.stack(self.diagonal).sum(0)
+
+    def border(self, rest: Tensor) -> Tensor:
+        """Upper bound of ||M||^2, given the trace that the compression leaves out."""
+        return torch.linalg.eigvalsh(_tridiagonal([*self.diagonal, rest], self.off).nan_to_num())[..., -1]
+
+
+def lanczos_of(
+    product: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], start: Tensor, tol: float, max_iters: int
+) -> Krylov:
+    """Lanczos on M^T M with full reorthogonalisation, until a residual of 2 tol ||M||^2; M is known by its products.
+
+    An eigenvalue lies within a residual of the Ritz value; estimates from gaps stop too early on a dense spectrum. product:
+    (B, m) to (B, n), adjoint: the reverse; start: (B, m), in the space that M leaves alone if it has a null space.
+    """
+    enough = max(2 * tol, 16 * torch.finfo(start.dtype).eps)
+    steps = min(max_iters, start.shape[1])
+    v = _unit(start)
     basis, diagonal, off = [v], [], []
     for step in range(steps):
-        w = _times(M.mT, _times(M, v))
+        w = adjoint(product(v))
         diagonal.append((w * v).sum(-1))
         stacked = torch.stack(basis, 1)
         for _ in range(2):
@@ -112,18 +148,28 @@ def lanczos(M: Tensor, tol: float, max_iters: int) -> Triple:
             ritz, weights, residual = _top_of_tridiagonal(diagonal, off)
             if last or _stop(((residual <= enough * ritz) | (ritz <= 0)).all()):
                 break
-        v = w / off[-1].clamp(min=torch.finfo(M.dtype).tiny)[:, None]
+        # Where the space is exhausted what is left of w is rounding: the next vector is 0, and so are those after it.
+        spent = off[-1] <= 8 * torch.finfo(start.dtype).eps * torch.stack(diagonal).amax(0)
+        off[-1] = off[-1].masked_fill(spent, 0.0)
+        v = (w / off[-1].masked_fill(spent, 1.0)[:, None]).masked_fill(spent[:, None], 0.0)
         basis.append(v)
     v = _unit(_times(torch.stack(basis, 1).mT, weights))
-    image = _times(M, v)
-    return image.norm(dim=-1), _unit(image), v
+    image = product(v)
+    return Krylov(image.norm(dim=-1), _unit(image), v, diagonal, off)
+
+
+def _tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> Tensor:
+    """The symmetric matrix with this diagonal and these entries beside it."""
+    T = torch.diag_embed(torch.stack(diagonal, -1))
+    if len(diagonal) > 1:
+        between = torch.stack(off[: len(diagonal) - 1], -1)
+        T = T + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
+    return T
 
 
 def _top_of_tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Largest eigenvalue, its vector, and its residual in the whole space."""
-    between = torch.stack(off[:-1], -1) if len(off) > 1 else diagonal[0].new_zeros((diagonal[0].shape[0], 0))
-    T = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(between, 1) + torch.diag_embed(between, -1)
-    values, vectors = torch.linalg.eigh(T.nan_to_num())
+    values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off).nan_to_num())
     return values[:, -1], vectors[..., -1], (off[-1] * vectors[:, -1, -1].abs()).nan_to_num()
 
 
@@ -221,10 +267,13 @@ def _stop(done: Tensor) -> bool:
 
 
 def _start(M: Tensor) -> Tensor:
-    """Noise that depends on the index alone, so that no structure of M is orthogonal to it, made where M lives."""
-    index = torch.arange(1, M.shape[2] + 1, dtype=torch.float64, device=M.device)
-    noise = (index * index * 0.6180339887498949).frac() - 0.5
-    return noise.to(M.dtype).expand(M.shape[0], -1)
+    return noise(M.shape[2], M).expand(M.shape[0], -1)
+
+
+def noise(size: int, like: Tensor) -> Tensor:
+    """(size,) noise that depends on the index alone, so that no structure is orthogonal to it; dtype and device of ``like``."""
+    index = torch.arange(1, size + 1, dtype=torch.float64, device=like.device)
+    return ((index * index * 0.6180339887498949).frac() - 0.5).to(like.dtype)
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:

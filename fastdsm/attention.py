@@ -1,0 +1,254 @@
+"""Sinkhorn attention: ``fastdsm.sinkhorn_attention``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, reference, transforms
+from .results import AttentionInfo, default_tol
+
+
+def sinkhorn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    n_iters: int = 3,
+    first: str = "col",
+    tol: float | None = None,
+    grad: str | None = None,
+    return_info: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionInfo]:
+    """Attention with a doubly-stochastic plan: softmax's place in scaled_dot_product_attention taken by Sinkhorn.
+
+    out = P value, P = exp(S + f + g) after ``n_iters`` sweeps on S = (scale query key^T + attn_mask) / temperature. Each
+    query line has mass 1, each key line (valid queries) / (valid keys). On a GPU no (N, M) matrix is ever stored, forward or
+    backward: memory beside inputs and outputs is O(n_iters (N + M)) per head; on a CPU a few heads' plans at most.
+
+    Args:
+        query: (..., H, N, d), float16, bfloat16, float32 or float64, any strides; 2 and 3 dimensions are without heads.
+        key: (..., G, M, d), value: (..., G, M, e). G = H, or with ``enable_gqa`` a divisor of H: query head h meets key
+            head h // (H / G). The arithmetic is float32 (float64 for float64); float32 products follow
+            torch.get_float32_matmul_precision() on a GPU.
+        attn_mask: broadcastable to (..., H, N, M): bool, True where an entry takes part, or floating, added to
+            scale query key^T (differentiable; -inf takes an entry out).
+        dropout_p: probability in [0, 1) with which an entry of the plan is dropped, as in scaled_dot_product_attention:
+            also in evaluation, unless the caller passes 0.
+        is_causal: must be False. A lower-triangular doubly-stochastic matrix is the identity.
+        scale: of the logits, default 1 / sqrt(d).
+        enable_gqa: allow fewer key and value heads than query heads.
+        key_padding_mask: bool (..., M), query_padding_mask: bool (..., N), True where a line is padding. What lies there is
+            never used; padded and fully masked query lines give zeros, in value and gradient.
+        temperature: > 0, a float or a tensor broadcastable to (..., H), then differentiable.
+        n_iters: sweeps, >= 0; 0 is scaled_dot_product_attention ("col").
+        first: "col": query lines are exact at the end; "row": key lines are.
+        tol: None, or a relative residual >= 0 at which each head stops by itself.
+        grad: None or "unrolled", the exact gradient of the sweeps done; "implicit", the fixed point's by conjugate gradients
+            (at most n_iters steps), right only where the sweeps have converged, wherefore it needs ``tol``.
+        return_info: also return an :class:`AttentionInfo`, at the price of one more pass.
+        backend: as for :func:`fastdsm.sinkhorn`.
+
+    Returns:
+        (..., H, N, e) in value's dtype. Differentiable in query, key, value, a floating attn_mask and temperature.
+
+    Raises:
+        TypeError, ValueError: with what was expected, what came and what to do.
+
+    Source: Sinkformers (Sander et al., arXiv 2110.11773), whose attention this is for "row" counted in half steps.
+    """
+    call = Checked(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        key_padding_mask, query_padding_mask, temperature, n_iters, first, tol, grad, backend,
+    )  # fmt: skip
+    if call.backend == "reference":
+        found = reference.sinkhorn_attention(*call.operands, return_info=return_info, **call.keywords)
+        if not isinstance(found, Tensor):
+            return call.restore(found[0]), AttentionInfo(*map(call.restore, found[1]))
+        return call.restore(found)
+    out, f, g, residual, sweeps, _ = transforms.sinkhorn_attention(*call.inputs, return_info, call.saving)
+    if not return_info:
+        return call.restore(out)
+    converged = residual <= (default_tol(residual.dtype) if tol is None else tol)
+    potentials = (x[:, :, -1].to(residual.dtype) for x in (f, g))
+    return call.restore(out), AttentionInfo(*map(call.restore, (residual, converged, sweeps, *potentials)))
+
+
+class Checked:
+    """A call's arguments, checked and brought to (B, H, N, d)."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        key_padding_mask: Tensor | None,
+        query_padding_mask: Tensor | None,
+        temperature: float | Tensor,
+        n_iters: int,
+        first: str,
+        tol: float | None,
+        grad: str | None,
+        backend: str,
+    ) -> None:
+        if is_causal:
+            raise ValueError(
+                "is_causal=True has no Sinkhorn plan: a lower-triangular doubly-stochastic matrix is the identity, and "
+                "normalising a column reads future queries; use softmax attention there, or attn_mask for another pattern"
+            )
+        query, key, value = _autocast(query, key, value)
+        _check_operands(query, key, value, enable_gqa)
+        arguments.check_count(n_iters, "n_iters")
+        arguments.check_choice(first, "first", ("col", "row"))
+        arguments.check_tol(tol)
+        if grad is not None:
+            arguments.check_choice(grad, "grad", ("unrolled", "implicit"))
+        if grad == "implicit" and tol is None:
+            raise ValueError('grad="implicit" is right at the fixed point only and needs tol, such as tol=1e-4, got tol=None')
+        if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be a float in [0, 1), got {dropout_p}")
+        self.backend = arguments.resolve_backend(backend, query)
+        self._query = query
+        batch, (N, d), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
+        self._lead = batch
+        like = query[..., :1].expand(*query.shape[:-1], M)
+        tau = arguments.temperature_of(temperature, like)
+        bias, mask = _attn_mask(attn_mask, query, M)
+        paddings = [
+            _padding(x, name, query, length, role)
+            for x, name, length, role in (
+                (query_padding_mask, "query_padding_mask", N, "query"),
+                (key_padding_mask, "key_padding_mask", M, "key"),
+            )
+        ]
+        query, key, value = map(_four, (query, key, value))
+        heads = query.shape[1]
+        tensors = [query, key, value, bias, mask, tau.reshape(-1, heads) if isinstance(tau, Tensor) else None, *paddings]
+        scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
+        number = 1.0 if isinstance(tau, Tensor) else tau
+        seed = None
+        if dropout_p > 0:
+            seed = torch.randint(2**62, (1,), device=query.device)
+        self.inputs: tuple[Any, ...] = (
+            *tensors, seed, scale, number, n_iters, first == "col", -1.0 if tol is None else float(tol),
+            float(dropout_p), grad == "implicit", self.backend,
+        )  # fmt: skip
+        self.operands = (query, key, value, mask if bias is None else bias, float(dropout_p))
+        self.keywords: dict[str, Any] = {
+            "scale": scale, "temperature": number if tensors[5] is None else tensors[5], "n_iters": n_iters, "first": first,
+            "tol": tol, "query_padding_mask": paddings[0], "key_padding_mask": paddings[1],
+        }  # fmt: skip
+
+    @property
+    def saving(self) -> bool:
+        """Whether a backward may follow, for which the kernels keep every sweep's potentials."""
+        if torch._C._are_functorch_transforms_active():
+            return True
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self.inputs)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Give a result (B, H, ...) the leading dimensions of the query."""
+        return x if len(self._lead) == 2 else x.reshape((*self._lead, *x.shape[2:]))
+
+
+def _four(x: Tensor) -> Tensor:
+    """(B, H, lines, features) of any number of leading dimensions."""
+    if x.dim() < 4:
+        return x[(None,) * (3 - x.dim())].unsqueeze(1)
+    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+
+
+def _autocast(*operands: Tensor) -> list[Tensor]:
+    """As scaled_dot_product_attention: in an autocast region operands take its dtype, float64 ones excepted."""
+    found = []
+    for x in operands:
+        narrows = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        on = narrows and torch.is_autocast_enabled(x.device.type)
+        found.append(x.to(torch.get_autocast_dtype(x.device.type)) if on else x)
+    return found
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor of shape (..., lines, features), got {type(x).__name__}")
+        if x.dtype not in arguments.DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
+        if x.dtype != query.dtype:
+            raise TypeError(f"query, key and value must have one dtype, got query {query.dtype} and {name} {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"query, key and value must be on one device, got query on {query.device}, {name} on {x.device}")
+        if x.dim() < 2 or x.dim() != query.dim():
+            raise ValueError(
+                f"query, key and value must have the same number of dimensions, at least 2, got {_shapes(named)}; "
+                "add leading dimensions of size 1"
+            )
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"query and key must have the same number of features, at least 1, got {_shapes(named)}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"key and value must have the same number of lines, got {_shapes(named)}")
+    heads = slice(None, -3) if query.dim() > 3 else slice(None, -2)
+    if not query.shape[heads] == key.shape[heads] == value.shape[heads]:
+        raise ValueError(f"query, key and value must have the same batch dimensions, got {_shapes(named)}; expand one of them")
+    if query.dim() <= 3:
+        return
+    many, few = query.shape[-3], key.shape[-3]
+    if few != value.shape[-3]:
+        raise ValueError(f"key and value must have the same number of heads, got {_shapes(named)}")
+    if many != few and not enable_gqa:
+        raise ValueError(f"query and key must have the same number of heads unless enable_gqa=True, got {_shapes(named)}")
+    if few == 0 or many % few:
+        raise ValueError(f"with enable_gqa the key's heads must divide the query's, got {many} and {few} in {_shapes(named)}")
+
+
+def _shapes(named: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+
+
+def _attn_mask(attn_mask: Tensor | None, query: Tensor, M: int) -> tuple[Tensor | None, Tensor | None]:
+    """As a bias or as a mask, four dimensions, 1 where it is broadcast."""
+    if attn_mask is None:
+        return None, None
+    if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.dtype in arguments.DTYPES):
+        kind = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise TypeError(f"attn_mask must be a bool or floating-point tensor, got {kind}")
+    arguments.check_device(attn_mask, "attn_mask", query)
+    shape = (*query.shape[:-1], M)
+    arguments.broadcast(attn_mask, "attn_mask", shape)
+    x = attn_mask[(None,) * (len(shape) - attn_mask.dim())]
+    if x.dim() > 4:
+        x = x.expand(*shape[:-3], *x.shape[-3:])
+    x = _four(x)
+    return (None, x) if x.dtype == torch.bool else (x, None)
+
+
+def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str) -> Tensor | None:
+    """(B, length) bool."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a bool tensor, True where a {role} line is padding, got {kind}")
+    arguments.check_device(x, name, query)
+    batch = query.shape[:-3] if query.dim() > 3 else query.shape[:-2]
+    if x.dim() < 1 or x.shape[-1] != length:
+        raise ValueError(f"{name} must have shape (..., {length}), one entry per {role} line, got {tuple(x.shape)}")
+    return arguments.broadcast(x, name, (*batch, length)).reshape(-1, length)

@@ -1,0 +1,74 @@
+"""sigma2 of an attention's plan without the plan: ``fastdsm.sinkhorn_attention_sigma2``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference, transforms
+from .attention import Checked
+
+
+def sinkhorn_attention_sigma2(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    n_iters: int = 3,
+    first: str = "col",
+    tol: float | None = None,
+    accuracy: float = 1e-4,
+    max_steps: int = 24,
+    return_bounds: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Second singular value of every head's plan, as :func:`fastdsm.sigma2` defines it, by products with vectors only.
+
+    Lanczos with full reorthogonalisation on M^T M, M the plan with its trivial singular pair projected out: two passes over
+    the logits a step and O(max_steps (N + M)) memory a head; on a CPU a few heads' plans at most are stored instead.
+
+    Args:
+        query, key, attn_mask, scale, enable_gqa, key_padding_mask, query_padding_mask, temperature, n_iters, first, tol,
+            backend: the plan, as for :func:`fastdsm.sinkhorn_attention`.
+        accuracy: relative accuracy aimed at, > 0; a CPU stops there, a GPU, which does not look, takes all ``max_steps``.
+        max_steps: Lanczos steps at most, >= 1.
+        return_bounds: also return a certified interval.
+
+    Returns:
+        (..., H), float32 (float64 for float64): ||M v2||, a lower bound up to rounding. Differentiable in what the plan is
+        differentiable in, by u2 v2^T; at multiplicity one element of the subdifferential. With ``return_bounds`` also
+        (lower, upper), not differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
+        hold, tight once a few singular values carry the rest, at the price of one more pass.
+    """
+    if not accuracy > 0:
+        raise ValueError(f"accuracy must be > 0, a relative one such as 1e-4, got {accuracy}")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be an int >= 1, got {max_steps!r}")
+    call = Checked(
+        query, key, key, attn_mask, 0.0, False, scale, enable_gqa,
+        key_padding_mask, query_padding_mask, temperature, n_iters, first, tol, None, backend,
+    )  # fmt: skip
+    if call.backend == "reference":
+        query, key, _, mask, _ = call.operands
+        value = call.restore(reference.sinkhorn_attention_sigma2(query, key, mask, **call.keywords))
+        return (value, value.detach(), value.detach()) if return_bounds else value
+    tensors = list(call.inputs)
+    with torch.no_grad():
+        arguments = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
+        value, u, v, upper = torch.ops.fastdsm.sinkhorn_attention_sigma2(*arguments, accuracy, max_steps, return_bounds)
+    lower = value
+    if call.saving:
+        # u^T P v with fixed vectors has the gradient; its value, from other sweeps, is replaced by the one that was measured.
+        heads = call.operands[0].shape[1]
+        tensors[1] = tensors[1].repeat_interleave(heads // tensors[1].shape[1], dim=1)
+        tensors[2] = v.unsqueeze(-1)
+        bilinear = (transforms.sinkhorn_attention(*tensors, False, True)[0].squeeze(-1) * u).sum(-1)
+        value = value + (bilinear - bilinear.detach())
+    if not return_bounds:
+        return call.restore(value)
+    return call.restore(value), call.restore(lower * (1 - 64 * torch.finfo(lower.dtype).eps)), call.restore(upper)

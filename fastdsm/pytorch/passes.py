@@ -1,0 +1,98 @@
+"""The passes of Sinkhorn attention (:class:`fastdsm.streamed.Passes`) in plain PyTorch, block by block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Attention, Dropout, Potentials, Terms
+from .blocks import blocks
+
+
+def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    if over == "rows":
+        out.fill_(-torch.inf)
+    for block in blocks(problem):
+        S = block.logits(problem, at)
+        if over == "cols":
+            out[block.by_row] = _log_sum_exp(S, -1, online)
+        else:
+            target = out[block.by_head]
+            target.copy_(torch.logaddexp(target, _log_sum_exp(S, -2, online)))
+
+
+def _top(S: Tensor, dim: int) -> Tensor:
+    """Largest along ``dim``, 0 where all are -inf."""
+    top = S.amax(dim, keepdim=True)
+    return top.masked_fill_(top == -torch.inf, 0.0)
+
+
+def _log_sum_exp(S: Tensor, dim: int, online: bool) -> Tensor:
+    """log sum exp along ``dim``, (b, heads, lines), float64, using up S (b, g, r, ., .)."""
+    if not online:
+        return S.exp_().sum(dim).double().log_().flatten(1, 2)
+    top = _top(S, dim)
+    sums = S.sub_(top).exp_().sum(dim)
+    return (top.squeeze(dim).double() + sums.double().log_()).flatten(1, 2)
+
+
+def attend(
+    problem: Attention,
+    at: Potentials,
+    online: bool,
+    value: Tensor,
+    dropout: Dropout | None,
+    out: Tensor,
+    line: Tensor,
+) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    for block in blocks(problem):
+        S = block.logits(problem, at)
+        top = _top(S, -1)
+        P = S.sub_(top).exp_()
+        sums = P.sum(-1, keepdim=True)
+        line[block.by_row] = (top.double() + sums.double().log()).squeeze(-1).flatten(1, 2)
+        product = block.dropped(P, dropout) @ block.keys(value, problem)
+        out[block.by_row] = (product / sums.masked_fill_(sums == 0, 1.0)).flatten(1, 2).to(out.dtype)
+
+
+def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dropout | None, out: Tensor) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    if over == "rows":
+        out.zero_()
+    for block in blocks(problem):
+        P = block.dropped(block.logits(problem, at).exp_(), dropout)
+        if over == "cols":
+            out[block.by_row] = (P @ block.keys(x, problem)).flatten(1, 2).to(out.dtype)
+        else:
+            out[block.by_group] += (P.mT @ block.queries(x, problem)).sum(2)
+
+
+def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    if over == "rows":
+        out.zero_()
+    for block in blocks(problem):
+        P = block.logits(problem, at).exp_()
+        if over == "cols":
+            out[block.by_row] = (P @ block.heads_of(w).unsqueeze(-1)).squeeze(-1).flatten(1, 2)
+        else:
+            out[block.by_head] += (block.rows_of(w).unsqueeze(-2) @ P).squeeze(-2).flatten(1, 2)
+
+
+def gradient(
+    problem: Attention, which: str, terms: Terms, value: Tensor, grad_out: Tensor, dropout: Dropout | None, out: Tensor
+) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    total = torch.zeros_like(out, dtype=problem.compute_dtype)
+    for block in blocks(problem):
+        dS = block.dropped(block.queries(grad_out, problem) @ block.keys(value, problem).mT, dropout)
+        dS *= block.logits(problem, terms.plan).exp_()
+        start = 0
+        for at, count in zip(terms.segments, terms.counts, strict=True):
+            x, y = (block.heads_of(z)[..., start : start + count, :] for z in (terms.x, terms.y))
+            dS -= block.logits(problem, at).exp_().mul_(x[..., block.rows].mT @ y)
+            start += count
+        block.add_gradient(problem, which, dS, total)
+    out.copy_(total)
