@@ -1,4 +1,4 @@
-"""What one would write without fastdsm: the eager loop, torch.compile of it, and full decompositions for sigma2."""
+"""What one would write without fastdsm: eager loops, torch.compile of them, and full decompositions for sigma2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 import fastdsm
 
 from .harness import SWEEPS, Definition, Implementation, Outputs
+from .targets import ATTENTION_SWEEPS
 
 
 def sinkhorn_loop(logits: Tensor) -> Tensor:
@@ -19,6 +20,23 @@ def sinkhorn_loop(logits: Tensor) -> Tensor:
         col_potential = -torch.logsumexp(logits + row_potential.unsqueeze(-1), dim=-2)
         row_potential = -torch.logsumexp(logits + col_potential.unsqueeze(-2), dim=-1)
     return torch.exp(logits + row_potential.unsqueeze(-1) + col_potential.unsqueeze(-2))
+
+
+def attention_loop(operands: Tensor) -> Tensor:
+    """Sinkhorn attention as it is usually written, the logits and every sweep's stored; operands: :func:`split`."""
+    query, key, value = split(operands)
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    row_potential = torch.zeros_like(logits[..., 0])
+    for _ in range(ATTENTION_SWEEPS):
+        col_potential = -torch.logsumexp(logits + row_potential.unsqueeze(-1), dim=-2)
+        row_potential = -torch.logsumexp(logits + col_potential.unsqueeze(-2), dim=-1)
+    return torch.exp(logits + row_potential.unsqueeze(-1) + col_potential.unsqueeze(-2)) @ value
+
+
+def split(operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (heads, N, d), views of operands (heads, N, 3, d)."""
+    query, key, value = operands.unbind(-2)
+    return query, key, value
 
 
 def mean_free(plan: Tensor) -> Tensor:
@@ -54,6 +72,23 @@ ROWS_THEN_COLUMNS = Definition(
 PLAN_AND_SIGMA2 = Definition("the plan, and the norm of its mean-free part", _oracle_both)
 SIGMA2 = Definition("norm of the mean-free part", lambda x: (fastdsm.reference.sigma2(x),))
 SIGMA2_TWICE = Definition("norm of the mean-free part, from below and above", lambda x: SIGMA2.function(x) * 2)
+
+
+def _oracle_attention(x: Tensor) -> Outputs:
+    query, key, value = (operand.unsqueeze(0) for operand in split(x))
+    return (cast(Tensor, fastdsm.reference.sinkhorn_attention(query, key, value, n_iters=ATTENTION_SWEEPS))[0],)
+
+
+ATTENTION = Definition("log-domain sweeps, columns then rows, times the value", _oracle_attention)
+
+
+def attention_baselines() -> list[Implementation]:
+    """The eager loop and torch.compile of it."""
+    compiled = torch.compile(attention_loop, fullgraph=True, dynamic=False)
+    return [
+        Implementation("eager", "loop of torch.logsumexp", lambda x: (attention_loop(x),), ATTENTION),
+        Implementation("torch.compile", "torch.compile(loop)", lambda x: (compiled(x),), ATTENTION),
+    ]
 
 
 def sinkhorn_baselines() -> list[Implementation]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import machine_code
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
-from .targets import fastest_other
+from .targets import ATTENTION_SHAPE, fastest_other
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 README = ROOT / "README.md"
@@ -82,7 +82,10 @@ def _line(group: list[Row]) -> str:
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """Say how many matrices of what size: "65,536 of 4 × 4"."""
+    """Say how many matrices of what size: "65,536 of 4 × 4", "8 heads of 1,024 × 1,024, d = 64"."""
+    if len(shape) == len(ATTENTION_SHAPE):
+        heads, lines, _, features = shape
+        return f"{heads} heads of {lines:,} × {lines:,}, d = {features}"
     *batch, n, m = shape
     count = 1
     for length in batch:
@@ -103,7 +106,8 @@ def conditions(run: Run) -> str:
     where = f"{run.machine}, {run.threads} threads" if run.device == "cpu" else run.machine
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
-        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. float32, standard normal logits, 20 sweeps; "
+        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. float32, standard normal logits, 20 sweeps (attention: "
+        "normal operands, 3 sweeps); "
         "medians of interleaved rounds in one process. Eager: the loop of alternating `torch.logsumexp`, and "
         "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "
         "packages listed, each by its own public call, its output held against float64 first. Extra memory: the most "

@@ -43,8 +43,8 @@ class Row:
     A row with ``left_out`` says why nothing was timed; its numbers are None.
     """
 
-    operation: str  # "sinkhorn", "sinkhorn_sigma2", "sigma2", "sigma2_bounds"
-    shape: tuple[int, ...]
+    operation: str  # "sinkhorn", "sinkhorn_attention", "sinkhorn_sigma2", "sigma2", "sigma2_bounds"
+    shape: tuple[int, ...]  # of the input; attention: heads, lines, which of query, key and value, features
     dtype: str
     sweeps: int | None  # None where the operation has no sweeps
     direction: str  # FORWARD or BACKWARD (forward and backward, timed together)

@@ -20,6 +20,10 @@ EAGER_RATIO: dict[tuple[str, Shape], float] = {
     (BACKWARD, (512, 64, 64)): 4.0,
     (BACKWARD, (32, 256, 256)): 4.0,
 }
+# Sinkhorn attention, float32: times faster forward, and peak extra memory as a share of the loop's, both passes.
+ATTENTION_SHAPE, ATTENTION_SWEEPS = (8, 1024, 3, 64), 3  # heads, lines of query and key, which operand, features
+ATTENTION_RATIO = 2.0
+ATTENTION_MEMORY = 0.25
 # Peak extra memory of forward and backward, in sizes of the input; output and gradient count.
 MOST_MEMORY = 4.0
 
@@ -37,9 +41,10 @@ class Verdict:
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Hold the rows of fastdsm.sinkhorn on a CPU to :data:`EAGER_RATIO`, :data:`MOST_MEMORY` and to every other row."""
-    rows = [row for row in rows if row.operation == "sinkhorn" and row.run.device == "cpu"]
-    found = []
+    """Hold the CPU rows of fastdsm.sinkhorn and of its attention to what this module promises, and to every other row."""
+    on_cpu = [row for row in rows if row.run.device == "cpu"]
+    rows = [row for row in on_cpu if row.operation == "sinkhorn"]
+    found = _attention_verdicts([row for row in on_cpu if row.operation == "sinkhorn_attention"])
     for (direction, shape), required in EAGER_RATIO.items():
         group = [row for row in rows if (row.direction, row.shape) == (direction, shape) and row.left_out is None]
         ours = next((row for row in group if row.implementation == "fastdsm"), None)
@@ -52,6 +57,20 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
             ok = size is not None and size < MOST_MEMORY
             found.append(Verdict(shape, direction, "inputs of extra memory, less than", size, MOST_MEMORY, ok))
     return found
+
+
+def _attention_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    by_name = {(row.implementation, row.direction): row for row in rows}
+    ours = by_name.get(("fastdsm", FORWARD))
+    ratio = ours.ratio_to_eager if ours else None
+    bytes_held = [row.peak_extra_bytes if row else None for row in (by_name.get((x, BACKWARD)) for x in ("fastdsm", "eager"))]
+    share = bytes_held[0] / bytes_held[1] if bytes_held[0] is not None and bytes_held[1] else None
+    ok = share is not None and share < ATTENTION_MEMORY
+    promise = "of the eager loop's extra memory, less than"
+    return [
+        _at_least(ATTENTION_SHAPE, FORWARD, "times faster than the eager loop", ratio, ATTENTION_RATIO),
+        Verdict(ATTENTION_SHAPE, BACKWARD, promise, share, ATTENTION_MEMORY, ok),
+    ]
 
 
 def fastest_other(group: Sequence[Row]) -> tuple[str, float | None]:

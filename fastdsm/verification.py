@@ -105,7 +105,7 @@ class Target:
 class Case:
     """One set of inputs: ``shape`` (B, n, m), normal logits of standard deviation ``std``, one of ``OPTIONS`` or ""."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     std: float
     n_iters: int = 20
@@ -217,7 +217,12 @@ def verify_case(case: Case, target: Target) -> list[Record]:
     try:
         return _compare(case, target)
     except Exception as error:
-        return [Record(str(target), "forward", f"raised {type(error).__name__}: {error}", case, math.nan, 0.0)]
+        return [failed(case, target, error)]
+
+
+def failed(case: Case, target: Target, error: Exception) -> Record:
+    """The record of a case that raised."""
+    return Record(str(target), "forward", f"raised {type(error).__name__}: {error}", case, math.nan, 0.0)
 
 
 def _compare(case: Case, target: Target) -> list[Record]:
@@ -225,18 +230,18 @@ def _compare(case: Case, target: Target) -> list[Record]:
     if target.device != "cpu":
         logits, cotangent = logits.to(target.device), cotangent.to(target.device)
         options = {k: x.to(target.device) if isinstance(x, Tensor) else x for k, x in options.items()}
-    record = partial(_record, target=target, case=case)
+    record = partial(compare, target=target, case=case)
     call = _evaluate(partial(sinkhorn, backend=target.backend), logits, options, cotangent)
     oracle = _oracle_at(call.info.sweeps, options)
-    truth = _evaluate(oracle, *_cast(torch.float64, logits, options, cotangent))
-    plain = _evaluate(oracle, *_cast(torch.float32, logits, options, cotangent))
+    truth = _evaluate(oracle, *cast(torch.float64, logits, options, cotangent))
+    plain = _evaluate(oracle, *cast(torch.float32, logits, options, cotangent))
 
     records = [
         record("forward", "plan", call.plan, truth.plan, plain.plan),
         record("forward", "residual", call.info.residual, truth.info.residual, plain.info.residual),
     ]
     if "tol" in options:
-        records.append(_stopping(case, target, call, truth, plain, options["tol"], _cast(torch.float64, logits)[0]))
+        records.append(_stopping(case, target, call, truth, plain, options["tol"], cast(torch.float64, logits)[0]))
     for name, gradient in truth.gradients.items():
         size = gradient_size(gradient, cotangent)
         quantity = f"gradient of {name}"
@@ -298,7 +303,7 @@ def _inputs(case: Case) -> tuple[Tensor, dict[str, Any], Tensor]:
     return logits, options, cotangent
 
 
-def _cast(
+def cast(
     dtype: torch.dtype, logits: Tensor, options: Mapping[str, Any] | None = None, cotangent: Tensor | None = None
 ) -> tuple[Any, ...]:
     """The same numbers in another dtype."""
@@ -354,10 +359,10 @@ def _stopping(case: Case, target: Target, call: _Run, truth: _Run, plain: _Run, 
 
 def _sigma2_of(plan: Tensor, options: Mapping[str, Any]) -> Tensor:
     """The oracle's sigma2 in the dtype of ``plan``, with the marginals in that dtype too."""
-    return reference.sigma2(plan, **_cast(plan.dtype, plan, options)[1])
+    return reference.sigma2(plan, **cast(plan.dtype, plan, options)[1])
 
 
-def _record(
+def compare(
     group: str,
     quantity: str,
     found: Tensor,

@@ -18,7 +18,7 @@ from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvals
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.rows import BACKWARD, FORWARD, Row, Run, read_rows, row_of, write_rows
-from benchmarks.targets import EAGER_RATIO, verdicts
+from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, verdicts
 
 command = import_module("fastdsm.cli.bench")  # fastdsm.cli.bench is also the name of the function in it
 
@@ -40,6 +40,10 @@ def records() -> list[Row]:
         for name, ratio in (("fastdsm", 2 * required), ("eager", 1.0), ("torch.compile", 2.0), ("POT", 0.5)):
             rows.append(row(name, 0.01 / ratio, ratio, direction, shape=shape))
         rows.append(row("GeomLoss", 0.0, 0.0, direction, shape=shape, **left_out()))
+    for direction in (FORWARD, BACKWARD):
+        for name, ratio, held in (("fastdsm", 4.0, 1_000), ("eager", 1.0, 8_000)):
+            changes = {"operation": "sinkhorn_attention", "shape": ATTENTION_SHAPE, "sweeps": 3, "peak_extra_bytes": held}
+            rows.append(row(name, 0.01 / ratio, ratio, direction, **changes))
     return rows
 
 
@@ -64,7 +68,7 @@ def test_a_row_with_other_fields_is_refused() -> None:
 
 def test_targets_kept() -> None:
     found = verdicts(records())
-    assert len(found) == 20  # two per size and direction, memory per size
+    assert len(found) == 22  # two per size and direction, memory per size, two of attention
     assert all(verdict.ok for verdict in found)
 
 
@@ -85,9 +89,19 @@ def test_a_missed_target_is_found(direction: str, change: dict[str, object], pro
     assert [(verdict.direction, verdict.promise) for verdict in missed] == [(direction, promise)]
 
 
+@pytest.mark.parametrize(("direction", "change"), [(FORWARD, {"ratio_to_eager": 1.9}), (BACKWARD, {"peak_extra_bytes": 2_000})])
+def test_a_missed_target_of_attention_is_found(direction: str, change: dict[str, object]) -> None:
+    rows = records()
+    key = ("sinkhorn_attention", "fastdsm", direction)
+    at = next(i for i, x in enumerate(rows) if (x.operation, x.implementation, x.direction) == key)
+    rows[at] = replace(rows[at], **change)
+    missed = [verdict for verdict in verdicts(rows) if not verdict.ok]
+    assert [(verdict.shape, verdict.direction) for verdict in missed] == [(ATTENTION_SHAPE, direction)]
+
+
 def test_what_was_not_measured_fails() -> None:
     found = verdicts([])
-    assert len(found) == 20
+    assert len(found) == 22
     assert not any(verdict.ok for verdict in found)
     assert all(verdict.measured is None for verdict in found)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastdsm import reference, verification
+from fastdsm import attention_verification, reference, verification
+from fastdsm.attention_verification import AttentionCase
 from fastdsm.cli import app
 from fastdsm.verification import Case, Target, budget, gradient_size, half_ulp, verify_case
 
@@ -19,6 +20,7 @@ TINY = [
     Case((2, 3, 5), torch.float64, 1.0, 3),
     Case((2, 4, 4), torch.bfloat16, 1.0),
 ]
+TINY_ATTENTION = [AttentionCase((1, 2, 1, 5, 4, 3, 2), torch.float32, 2.0, 3, option) for option in ("", "mask", "padding")]
 
 
 def run(*arguments):
@@ -28,6 +30,7 @@ def run(*arguments):
 @pytest.fixture
 def tiny_grid(monkeypatch):
     monkeypatch.setattr(verification, "cases", lambda target, quick: TINY)
+    monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
     monkeypatch.setattr(verification, "targets", lambda: [CPU])
 
 
@@ -156,6 +159,7 @@ def test_verify_exits_with_1_on_a_miss(monkeypatch, tmp_path):
 
 
 def test_verify_without_the_backend(monkeypatch):
+    monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
     monkeypatch.setattr(verification, "targets", lambda: [CPU])
     result = run("verify", "--backend", "triton")
     assert result.exit_code == 2

@@ -130,7 +130,7 @@ def _print_times(console: Console, rows: list[Row]) -> None:
 
 def _promises(kept: list[Verdict]) -> Table:
     """The promised numbers, pass or fail."""
-    table = Table(title="Promised and measured: sinkhorn, float32, 20 sweeps")
+    table = Table(title="Promised and measured: float32, 20 sweeps, attention 3")
     for name in ("shape", "direction", "promise"):
         table.add_column(name)
     for name in ("required", "measured", ""):

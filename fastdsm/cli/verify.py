@@ -39,7 +39,7 @@ def verify(
 ) -> None:
     """Hold every call to its error budget, on whatever this machine has.
 
-    Plans, residuals, gradients, sigma2 and its certified bounds are compared with the float64 oracle over shapes,
+    Plans, residuals, gradients, sigma2, its certified bounds and attention are compared with the float64 oracle over shapes,
     dtypes, logit scales, numbers of sweeps and options: the Triton kernels on a CUDA device, the same kernels in
     Triton's interpreter where TRITON_INTERPRET=1 is set (tiny sizes), and the PyTorch path. Exit code 1 on any miss.
 
@@ -54,6 +54,7 @@ def verify(
 
         TRITON_INTERPRET=1 fastdsm verify --backend triton
     """
+    from ..attention_verification import AttentionCase, attention_cases, verify_attention_case
     from ..verification import cases, targets, verify_case
 
     console = Console()
@@ -67,11 +68,14 @@ def verify(
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        grids = {target: cases(target, quick) for target in chosen}
+        grids = {target: [*cases(target, quick), *attention_cases(target, quick)] for target in chosen}
         bars = {target: progress.add_task(str(target), total=len(grid)) for target, grid in grids.items()}
         for target, grid in grids.items():
             for case in grid:
-                records += verify_case(case, target)
+                if isinstance(case, AttentionCase):
+                    records += verify_attention_case(case, target)
+                else:
+                    records += verify_case(case, target)
                 progress.advance(bars[target])
     for target in chosen:
         console.print(_table(target, records))
@@ -103,7 +107,7 @@ def _table(target: Target, records: list[Record]) -> Table:
     for record in records:
         if record.target == str(target):
             rows.setdefault((record.group, str(record.case.dtype).removeprefix("torch.")), []).append(record)
-    for group in ("forward", "gradient", "sigma2", "bounds"):
+    for group in ("forward", "gradient", "sigma2", "bounds", "attention"):
         for row in [row for row in rows if row[0] == group]:
             worst = max(rows[row], key=lambda record: record.share)
             misses = sum(not record.ok for record in rows[row])
