@@ -78,7 +78,7 @@ def sinkhorn_attention(
         if not isinstance(found, Tensor):
             return call.restore(found[0]), AttentionInfo(*map(call.restore, found[1]))
         return call.restore(found)
-    out, f, g, residual, sweeps, _ = transforms.sinkhorn_attention(*call.inputs, return_info, call.saving)
+    out, f, g, residual, sweeps = transforms.sinkhorn_attention(*call.inputs, return_info, call.saving)
     if not return_info:
         return call.restore(out)
     converged = residual <= (default_tol(residual.dtype) if tol is None else tol)

@@ -13,10 +13,10 @@ from .gradients import Gradients, differentiable_calls, padded, save, saved, thr
 
 
 def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    out, f, g, residual, sweeps, exact = output
+    _, f, g, residual, sweeps = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(f, g, residual, sweeps, exact)
-    save(ctx, inputs, exact if exact.dim() > 1 else out, f, g, sweeps)
+    ctx.mark_non_differentiable(f, g, residual, sweeps)
+    save(ctx, inputs, f, g, sweeps)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients:
@@ -50,7 +50,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients
 
 
 def _oracle_backward(
-    grad_out: Tensor, exact: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, with_bias: bool, *inputs: Any
+    grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, with_bias: bool, *inputs: Any
 ) -> tuple[Tensor, ...]:
     """What ``sinkhorn_attention_backward`` returns, from the oracle."""
     query, key, value, bias, mask, temperature, query_padding, key_padding, seed, scale, tau, n_iters, *others = inputs
@@ -85,7 +85,7 @@ def _oracle_backward(
 
 
 def _backward_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    if not inputs[5]:
+    if not inputs[4]:
         ctx.mark_non_differentiable(output[3])
     save(ctx, inputs)
 

@@ -24,9 +24,9 @@ _INPUTS = (
     "float dropout_p, bool implicit, str backend"
 )
 TENSORS = 9  # the tensors lead
-LIBRARY.define(f"sinkhorn_attention({_INPUTS}, bool residual, bool saving) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"sinkhorn_attention({_INPUTS}, bool residual, bool saving) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    "sinkhorn_attention_backward(Tensor grad_out, Tensor exact, Tensor f, Tensor g, Tensor sweeps, bool with_bias, "
+    "sinkhorn_attention_backward(Tensor grad_out, Tensor f, Tensor g, Tensor sweeps, bool with_bias, "
     f"{_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
@@ -62,39 +62,34 @@ def _sweeps(n_iters: int, columns_first: bool, tol: float, backend: str, saving:
 
 
 def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Uninitialised (out, f, g, residual, sweeps, exact)."""
+    """Uninitialised (out, f, g, residual, sweeps)."""
     n_iters, columns_first, tol, _, _, backend, _, saving = inputs[-8:]
     B, H, N, _ = query.shape
     K = slots(_sweeps(n_iters, columns_first, tol, backend, saving))
     dtype = compute_dtype(query.dtype)
-    rounded = saving and value.dtype != dtype
     return (
         value.new_empty((B, H, N, value.shape[3])),
         query.new_empty((B, H, K, N), dtype=torch.float64),
         query.new_empty((B, H, K, key.shape[2]), dtype=torch.float64),
         query.new_empty((B, H), dtype=dtype),
         query.new_empty((B, H), dtype=torch.int32),
-        value.new_empty((B, H, N, value.shape[3]) if rounded else (0,), dtype=dtype),
     )
 
 
 @implement("sinkhorn_attention")
 def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    out, f, g, residual, sweeps, exact = results = _results_like(query, key, value, *inputs)
+    out, f, g, residual, sweeps = results = _results_like(query, key, value, *inputs)
     n_iters, columns_first, tol, p, _, backend, wanted, saving = inputs[-8:]
-    target = exact if exact.dim() > 1 else out
     backends.attention_forward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
         _sweeps(n_iters, columns_first, tol, backend, saving),
         _dropout(inputs[5], p),
-        target,
+        out,
         State(f, g, residual, sweeps),
         wanted,
         backend,
     )
-    if target is exact:
-        out.copy_(exact)
     return results
 
 
@@ -106,7 +101,6 @@ def _gradients_like(with_bias: bool, query: Tensor, key: Tensor, value: Tensor, 
 @implement("sinkhorn_attention_backward")
 def _attention_backward(
     grad_out: Tensor,
-    exact: Tensor,
     f: Tensor,
     g: Tensor,
     sweeps: Tensor,
@@ -124,7 +118,6 @@ def _attention_backward(
         Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1),
         _dropout(inputs[5], p),
         grad_out,
-        exact,
         State(f, g, torch.empty_like(sweeps), sweeps),
         AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
         implicit,
@@ -159,9 +152,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "fastdsm::sinkhorn_attention_backward",
-    lambda grad_out, exact, f, g, sweeps, with_bias, query, key, value, bias, *_: _gradients_like(
-        with_bias, query, key, value, bias
-    ),
+    lambda grad_out, f, g, sweeps, with_bias, query, key, value, bias, *_: _gradients_like(with_bias, query, key, value, bias),
     lib=LIBRARY,
 )
 
@@ -197,7 +188,7 @@ def _over_batch(operator: Any, query_at: int, gradient_of_bias: int | None) -> C
 
 for _name, _at, _bias in (
     ("sinkhorn_attention", 0, None),
-    ("sinkhorn_attention_backward", 6, 3),
+    ("sinkhorn_attention_backward", 5, 3),
     ("sinkhorn_attention_sigma2", 0, None),
 ):
     _rule = _over_batch(getattr(torch.ops.fastdsm, _name).default, _at, _bias)

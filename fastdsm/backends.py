@@ -93,7 +93,6 @@ def attention_backward(
     sweeps: streamed.Sweeps,
     dropout: Dropout | None,
     grad_out: Tensor,
-    exact: Tensor,
     state: streamed.State,
     gradients: streamed.AttentionGradients,
     implicit: bool,
@@ -107,11 +106,9 @@ def attention_backward(
         return
     kernels = _kernels(backend)
     if kernels is not None and kernels.attention.supports(problem):
-        streamed.attention_backward(
-            kernels.attention, problem, value, sweeps, dropout, grad_out, exact, state, gradients, implicit
-        )
+        streamed.attention_backward(kernels.attention, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
     else:
-        pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, exact, state, gradients, implicit)
+        pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
 
 
 def attention_sigma2(

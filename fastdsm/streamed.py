@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -68,6 +68,18 @@ class Passes(Protocol):
     def weigh(self, problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor) -> None:
         """out <- P w, or P^T w, for one vector per head, in the compute dtype."""
 
+    def products(
+        self,
+        problem: Attention,
+        over: str,
+        at: Potentials,
+        value: Tensor,
+        grad_out: Tensor,
+        dropout: Dropout | None,
+        out: Tensor,
+    ) -> None:
+        """out <- line sums of P * (grad_out value^T), for each query head, of the very products that ``gradient`` forms."""
+
     def gradient(
         self,
         problem: Attention,
@@ -95,7 +107,8 @@ class Sweeps:
 class State:
     """Potentials f (B, H, K, N) and g (B, H, K, M), float64, after every sweep from the start on, or the last (K = 1).
 
-    residual (B, H), 0 where it was not asked for; sweeps (B, H) int32.
+    The first side starts without a potential: slot 0 holds what rounding added to its first one. residual (B, H), 0 where it
+    was not asked for; sweeps (B, H) int32.
     """
 
     f: Tensor
@@ -141,7 +154,11 @@ def attention_forward(
             new_y = torch.where(active.unsqueeze(-1), new_y, y)
         y = new_y
         if t == 1:
+            # Without a fine part, which would be rounded away next to S + y as long as the last side has no base.
+            y = y.to(problem.compute_dtype).double()
             base = x, y
+            if sweeps.keep:
+                first[:, :, 0] = y - new_y
         if fused and t == sweeps.n_iters:
             break
         passes.lse(problem, over_last, _potentials(problem, sweeps, base, x, y), t == 1, line, active)
@@ -252,16 +269,12 @@ def attention_backward(
     sweeps: Sweeps,
     dropout: Dropout | None,
     grad_out: Tensor,
-    exact: Tensor,
     state: State,
     gradients: AttentionGradients,
     implicit: bool,
 ) -> None:
-    """Fill ``gradients`` from the kept potentials; ``exact`` is the output before it was rounded to 16 bits.
-
-    P * dP has the line sums grad_out * out and d_value * value, so that no pass has to form them.
-    """
-    dtype, heads, groups = problem.compute_dtype, problem.query.shape[1], problem.key.shape[1]
+    """Fill ``gradients`` from the kept potentials."""
+    dtype = problem.compute_dtype
     last, first = _by_side(state.f, state.g, sweeps)
     base = (last[:, :, min(1, last.shape[2] - 1)], first[:, :, min(1, first.shape[2] - 1)])
 
@@ -270,15 +283,14 @@ def attention_backward(
         started = t > 0 or sweeps.n_iters == 0
         return _potentials(problem, sweeps, base if started else (last[:, :, 0], base[1]), last[:, :, t], first[:, :, s])
 
-    by_head = problem
-    if heads != groups:  # d_key is one for each query head
-        by_head = replace(problem, key=problem.key.repeat_interleave(heads // groups, 1))
-    d_value = value.new_empty((value.shape[0], heads, *value.shape[2:]), dtype=dtype)
-    passes.apply(by_head, "rows", at(-1, -1), grad_out, dropout, d_value)
-    gradients.value.copy_(d_value.unflatten(1, (groups, -1)).sum(2))
-    d_query = _line_products(grad_out, exact, problem.query_padding)
-    d_key = _line_products(d_value, value.repeat_interleave(heads // groups, 1), problem.key_padding)
+    plan = at(-1, -1)
+    d_value = torch.empty_like(value, dtype=dtype)
+    passes.apply(problem, "rows", plan, grad_out, dropout, d_value)
+    gradients.value.copy_(d_value)
     del d_value
+    d_query, d_key = torch.empty_like(plan.f_fine), torch.empty_like(plan.g_fine)
+    passes.products(problem, "cols", plan, value, grad_out, dropout, d_query)
+    passes.products(problem, "rows", plan, value, grad_out, dropout, d_key)
     d_last, d_first = _by_side(d_query, d_key, sweeps)
     terms = (_implicit_terms if implicit else _unrolled_terms)(passes, problem, sweeps, state, at, d_last, d_first)
     for which, target in (("query", gradients.query), ("key", gradients.key), ("bias", gradients.bias)):
@@ -289,13 +301,6 @@ def attention_backward(
 def _by_side(query: Tensor, key: Tensor, sweeps: Sweeps) -> tuple[Tensor, Tensor]:
     """The last side's and the first's, of a query's and a key's; and back."""
     return (query, key) if sweeps.columns_first else (key, query)
-
-
-def _line_products(x: Tensor, y: Tensor, padding: Tensor | None) -> Tensor:
-    """Inner products (B, H, lines) of the lines of x and y, 0 where padded, whatever lies there."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    products = (x.to(dtype) * y.to(dtype)).sum(-1)
-    return products if padding is None else products.masked_fill(padding.unsqueeze(1), 0.0)
 
 
 def _weigh(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials, w: Tensor, to_first: bool) -> Tensor:
@@ -344,7 +349,8 @@ def _unrolled_terms(
         alpha = torch.where(active, d_last / last_mass, 0.0)
         take((step, step), t, t, alpha, None)
         d_first = d_first - _weigh(passes, problem, sweeps, at(t, t), alpha, to_first=True)
-        beta = torch.where(active, d_first / first_mass, 0.0)
+        sums = first_mass if t > 1 else first_mass * first[:, :, 0].exp().to(first_mass.dtype)
+        beta = torch.where(active, d_first / sums, 0.0)
         take((step, step) if t > 1 else (0, 1), t - 1, t, None, beta)
         if t > 1:
             d_last = torch.where(active, -_weigh(passes, problem, sweeps, at(t - 1, t), beta, to_first=False), d_last)

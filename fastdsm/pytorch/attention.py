@@ -46,7 +46,6 @@ def attention_backward(
     sweeps: Sweeps,
     dropout: Dropout | None,
     grad_out: Tensor,
-    exact: Tensor,
     state: State,
     gradients: AttentionGradients,
     implicit: bool,
@@ -54,7 +53,7 @@ def attention_backward(
     """Fill ``gradients``; nothing was kept but the last potentials, so that the sweeps are run again."""
     if implicit or not _stored(problem):
         state = state if implicit else _kept(problem, sweeps, state)
-        streamed.attention_backward(passes, problem, value, sweeps, dropout, grad_out, exact, state, gradients, implicit)
+        streamed.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}
     for at in blocks(problem, whole=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Attention, Dropout, Potentials, Terms
-from .blocks import blocks
+from .blocks import Block, blocks
 
 
 def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None) -> None:
@@ -81,14 +81,34 @@ def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor)
             out[block.by_head] += (block.rows_of(w).unsqueeze(-2) @ P).squeeze(-2).flatten(1, 2)
 
 
+def products(
+    problem: Attention, over: str, at: Potentials, value: Tensor, grad_out: Tensor, dropout: Dropout | None, out: Tensor
+) -> None:
+    """As in :class:`~fastdsm.streamed.Passes`."""
+    out.zero_()
+    for block in blocks(problem):
+        dS = _products(problem, block, at, value, grad_out, dropout)
+        if over == "cols":
+            out[block.by_row] = dS.sum(-1).flatten(1, 2)
+        else:
+            out[block.by_head] += dS.sum(-2).flatten(1, 2)
+
+
+def _products(
+    problem: Attention, block: Block, at: Potentials, value: Tensor, grad_out: Tensor, dropout: Dropout | None
+) -> Tensor:
+    """P * (grad_out value^T) of a block."""
+    dP = block.dropped(block.queries(grad_out, problem) @ block.keys(value, problem).mT, dropout)
+    return dP.mul_(block.logits(problem, at).exp_())
+
+
 def gradient(
     problem: Attention, which: str, terms: Terms, value: Tensor, grad_out: Tensor, dropout: Dropout | None, out: Tensor
 ) -> None:
     """As in :class:`~fastdsm.streamed.Passes`."""
     total = torch.zeros_like(out, dtype=problem.compute_dtype)
     for block in blocks(problem):
-        dS = block.dropped(block.queries(grad_out, problem) @ block.keys(value, problem).mT, dropout)
-        dS *= block.logits(problem, terms.plan).exp_()
+        dS = _products(problem, block, terms.plan, value, grad_out, dropout)
         start = 0
         for at, count in zip(terms.segments, terms.counts, strict=True):
             x, y = (block.heads_of(z)[..., start : start + count, :] for z in (terms.x, terms.y))
