@@ -28,6 +28,7 @@ Sharper tests that divide by a gap of Ritz values stop early, 1.6e-3 off, on clu
 import triton
 import triton.language as tl
 
+from .memory import load_entries
 from .squaring import exponent_of, inverse_or_zero, power_of_two
 
 
@@ -40,17 +41,17 @@ def panel(source, c, start, n, m, BLOCK_N: tl.constexpr, FROM_LOGITS: tl.constex
     j = tl.arange(0, c.shape[0]).to(tl.int64)[None, :]
     r = tl.load(row_ptr + i, mask=i < n, other=0.0)
     entry = (r != 0) & (j < m) & (c != 0)[None, :]
-    bits = tl.load(mask_ptr + i * mask_stride_n + j * mask_stride_m, mask=entry & (has_mask != 0), other=1)
+    bits = load_entries(mask_ptr + i * mask_stride_n + j * mask_stride_m, entry & (has_mask != 0), 1)
     entry = entry & (bits != 0)
     at = matrix_ptr + i * stride_n + j * stride_m
     if FROM_LOGITS:
         log2e: tl.constexpr = 1.4426950408889634
         f_ptr, g, scale = source[8], source[9], source[10]
         f = tl.load(f_ptr + i, mask=i < n, other=0.0)
-        logits = tl.load(at, mask=entry, other=float("-inf")).to(c.dtype)
+        logits = load_entries(at, entry, float("-inf")).to(c.dtype)
         plan = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale, f * log2e) + g[None, :] * log2e)
     else:
-        plan = tl.load(at, mask=entry, other=0.0).to(c.dtype)
+        plan = load_entries(at, entry, 0.0).to(c.dtype)
     return plan, tl.sum(r, axis=1)
 
 

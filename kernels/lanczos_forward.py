@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .configuration import finite_jit
 from .lanczos import apply_gram, dot, less_outer, panel, right_vector
+from .memory import load_entries
 from .squaring import inverse_or_zero, power_of_two
 
 
@@ -79,7 +80,7 @@ def _stored_plan(
         r = tl.load(row_ptr + i.to(tl.int64) * row_stride_n, mask=(i < n) & (has_row != 0), other=1.0)
         entry = ((i < n) & (r != 0))[:, None] & inside[None, :]
         at = i.to(tl.int64)[:, None] * mask_stride_n + j.to(tl.int64)[None, :] * mask_stride_m
-        entry = entry & (tl.load(mask_ptr + at, mask=entry & (has_mask != 0), other=1) != 0)
+        entry = entry & (load_entries(mask_ptr + at, entry & (has_mask != 0), 1) != 0)
         found = found | entry.to(tl.int32)
         valid = tl.max(entry.to(tl.int32), axis=1) != 0
         r = tl.where(valid, r, 0.0)

@@ -22,16 +22,24 @@ from .panel_forward import _sinkhorn_panel_fwd_kernel
 MAX_SIZE = 256
 BLOCKS_M = (64, 128, 256)
 NUM_WARPS = 8
-# Rows of a panel by its columns: 2 to 8 entries a thread. Found by compiling for sm_80, sm_90 and sm_100: the assembler
-# spills a few registers where that lets one more program onto an SM, so sizes are kept clear of its steps (64, 80, 128).
+# Rows of a panel by its columns: 2 to 8 entries a thread. Found by compiling for sm_80, sm_90 and sm_100: none spills.
 ROWS = {
-    (_sinkhorn_panel_fwd_kernel, torch.float32): {64: 32, 128: 8, 256: 8},
+    (_sinkhorn_panel_fwd_kernel, torch.float32): {64: 32, 128: 8, 256: 4},
     (_sinkhorn_panel_bwd_kernel, torch.float32): {64: 16, 128: 8, 256: 8},
-    (_sinkhorn_panel_fwd_kernel, torch.float64): {64: 16, 128: 8, 256: 8},
+    (_sinkhorn_panel_fwd_kernel, torch.float64): {64: 16, 128: 8, 256: 4},
     (_sinkhorn_panel_bwd_kernel, torch.float64): {64: 8, 128: 4, 256: 4},
 }
-# The one exception, for the same reason: kernel, dtype of the logits, columns, aligned.
+# The one exception: kernel, dtype of the logits, columns, aligned.
 ROWS_EXCEPTION = {(_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16}
+# Registers of a thread, by kernel, compute dtype and WITH_SIGMA2: enough for two programs on an SM, or for one. By itself
+# ptxas stops at 80 or 128 to fit one more, and spills for it. Not for the float64 backward, which spills when told.
+MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {
+    (_sinkhorn_panel_fwd_kernel, torch.float32, False): 128,
+    (_sinkhorn_panel_fwd_kernel, torch.float32, True): 255,
+    (_sinkhorn_panel_fwd_kernel, torch.float64, False): 255,
+    (_sinkhorn_panel_fwd_kernel, torch.float64, True): 255,
+    (_sinkhorn_panel_bwd_kernel, torch.float32, False): 255,
+}
 # Programs of a backward per SM: at over 128 registers a thread, only one fits.
 PROGRAMS_PER_SM = 1
 # History of all programs of a backward together, in bytes, at the most; long iterations run in fewer programs.
@@ -66,6 +74,7 @@ def _configuration(kernel: Any, dtype: torch.dtype, block_m: int, aligned: bool,
         },
         NUM_WARPS,
         matrices=1,
+        maxnreg=MAX_REGISTERS.get((kernel, compute, constants.get("WITH_SIGMA2", False))),
         label=f"{_ELEMENTS[dtype]} {block_m} {'aligned' if aligned else 'strided'}"
         + " sigma2" * bool(constants.get("WITH_SIGMA2")),
     )

@@ -24,20 +24,20 @@ What one pass wrote the next may read: every pass, and the end of a matrix, has 
 
 import triton.language as tl
 
-from .arithmetic import LN_2, exp2, narrow
+from .arithmetic import LN_2, exp2
 from .configuration import finite_jit
 from .panel_sweeps import (
     MAX_ROWS,
     column_indices,
-    inside,
     load_col_marginal,
     load_panel,
+    load_tile,
     log2_scale,
     log_sweep,
     row_sum,
     scaled_kernel,
     scaling_sweep,
-    tile_pointers,
+    store_tile,
 )
 
 
@@ -124,6 +124,7 @@ def _sinkhorn_panel_bwd_kernel(
             m,
             k,
         )
+        grad_at = grad_plan_ptr + b * grad_plan_stride_b
         given_c, col_used = load_col_marginal(col_ptr + b * col_stride_b, col_stride_m, has_col, m, cols)
         sweeps = n_iters
         if has_sweeps != 0:
@@ -194,11 +195,8 @@ def _sinkhorn_panel_bwd_kernel(
             f = tl.load(hist_f_ptr + (segment + 1) * n + rows, mask=rows < n, other=0.0)
             u = tl.load(hist_u_ptr + last * n + rows, mask=rows < n, other=0.0)
             plan = scaled_kernel(x, k, f, g) * u[None, :, None] * v[:, None, :]
-            pointers = tile_pointers(
-                grad_plan_ptr + b * grad_plan_stride_b, rows, cols, grad_plan_stride_n, grad_plan_stride_m, ALIGNED
-            )
-            grad = tl.load(pointers, mask=inside(grad_plan_ptr, rows, cols, n, m, ALIGNED), other=0.0).to(k.dtype)
-            grad = tl.where(x == -float("inf"), 0.0, grad)
+            grad = load_tile(grad_at, rows, cols, n, m, grad_plan_stride_n, grad_plan_stride_m, 0.0, ALIGNED)
+            grad = tl.where(x == -float("inf"), 0.0, grad.to(k.dtype))
             e = tl.where(r == 0, 0.0, row_sum(plan * grad) / r)
             partial += plan * (grad - e[None, :, None])
             tl.store(hist_e_ptr + last * n + rows, e, mask=rows < n)
@@ -234,11 +232,8 @@ def _sinkhorn_panel_bwd_kernel(
             r = tl.where(has_row != 0, r, r_uniform)
             f = tl.load(hist_f_ptr + (segment + 1) * n + rows, mask=rows < n, other=0.0)
             u = tl.load(hist_u_ptr + last * n + rows, mask=rows < n, other=0.0)
-            pointers = tile_pointers(
-                grad_plan_ptr + b * grad_plan_stride_b, rows, cols, grad_plan_stride_n, grad_plan_stride_m, ALIGNED
-            )
-            grad = tl.load(pointers, mask=inside(grad_plan_ptr, rows, cols, n, m, ALIGNED), other=0.0).to(k.dtype)
-            grad = tl.where(x == -float("inf"), 0.0, grad)
+            grad = load_tile(grad_at, rows, cols, n, m, grad_plan_stride_n, grad_plan_stride_m, 0.0, ALIGNED)
+            grad = tl.where(x == -float("inf"), 0.0, grad.to(k.dtype))
             e = tl.load(hist_e_ptr + last * n + rows, mask=rows < n, other=0.0)
             plan = scaled_kernel(x, k, f, g_last) * u[None, :, None] * v[:, None, :]
             grad = plan * (grad - e[None, :, None]) + poison
@@ -255,9 +250,8 @@ def _sinkhorn_panel_bwd_kernel(
                 f = tl.load(hist_f_ptr + (first // period + 1) * n + rows, mask=rows < n, other=0.0)
                 g = tl.load(hist_g_ptr + (first // period) * m + cols, mask=in_cols, other=0.0)
                 grad -= scaled_kernel(x, k, f, g) * weight
-            pointers = tile_pointers(grad_logits_ptr + b * grad_stride_b, rows, cols, grad_stride_n, grad_stride_m, ALIGNED)
-            grad = narrow(grad * (k * LN_2), grad_logits_ptr.dtype.element_ty)
-            tl.store(pointers, grad, mask=inside(grad_logits_ptr, rows, cols, n, m, ALIGNED))
+            grad *= k * LN_2
+            store_tile(grad_logits_ptr + b * grad_stride_b, rows, cols, n, m, grad_stride_n, grad_stride_m, grad, ALIGNED)
             tl.store(grad_row_ptr + b * n + rows, r * dlog_r, mask=(rows < n) & (has_vectors != 0))
             e = tl.load(hist_e_ptr + rows, mask=(rows < n) & (sweeps > 0), other=0.0)
             tl.store(grad_f0_ptr + b * n + rows, r * e, mask=(rows < n) & (has_vectors != 0))

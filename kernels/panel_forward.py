@@ -9,13 +9,12 @@ natural units, from which ``lanczos`` recomputes the plan's entries.
 
 import triton.language as tl
 
-from .arithmetic import LN_2, log2, narrow
+from .arithmetic import LN_2, log2
 from .configuration import finite_jit
 from .lanczos import lanczos_sigma2
 from .panel_sweeps import (
     MAX_ROWS,
     column_indices,
-    inside,
     load_col_marginal,
     load_panel,
     log2_scale,
@@ -23,7 +22,7 @@ from .panel_sweeps import (
     row_sum,
     scaled_kernel,
     scaling_sweep,
-    tile_pointers,
+    store_tile,
 )
 
 
@@ -149,8 +148,7 @@ def _sinkhorn_panel_fwd_kernel(
         f = tl.load(base_ptr + rows, mask=rows < n, other=0.0)
         u = tl.load(u_ptr + rows, mask=rows < n, other=1.0)
         plan = scaled_kernel(x, k, f, g) * u[None, :, None] * v[:, None, :] + poison
-        pointers = tile_pointers(plan_ptr + b * plan_stride_b, rows, cols, plan_stride_n, plan_stride_m, ALIGNED)
-        tl.store(pointers, narrow(plan, plan_ptr.dtype.element_ty), mask=inside(plan_ptr, rows, cols, n, m, ALIGNED))
+        store_tile(plan_ptr + b * plan_stride_b, rows, cols, n, m, plan_stride_n, plan_stride_m, plan, ALIGNED)
         potential = (f + log2(u)) * LN_2
         tl.store(f_ptr + b * n + rows, potential, mask=(rows < n) & (has_info != 0))
         if WITH_SIGMA2:

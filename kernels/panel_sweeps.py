@@ -30,7 +30,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2_E, exp2, log2, quotient
+from .arithmetic import LOG2_E, exp2, log2, narrow, quotient
+from .memory import load_entries, store_entries
 
 MAX_ROWS = tl.constexpr(256)
 
@@ -83,15 +84,35 @@ def inside(ptr, rows, cols, n, m, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, rows, cols, n, m, stride_n, stride_m, other, ALIGNED: tl.constexpr):
+    """Entries of a panel, ``other`` beyond the matrix. What is ALIGNED tells by itself along which axis lanes run."""
+    pointers, within = tile_pointers(ptr, rows, cols, stride_n, stride_m, ALIGNED), inside(ptr, rows, cols, n, m, ALIGNED)
+    if ALIGNED:
+        return tl.load(pointers, mask=within, other=other)
+    else:
+        return load_entries(pointers, within, other)
+
+
+@triton.jit
+def store_tile(ptr, rows, cols, n, m, stride_n, stride_m, values, ALIGNED: tl.constexpr):
+    """The mirror of :func:`load_tile`; rounds to the element type."""
+    pointers, within = tile_pointers(ptr, rows, cols, stride_n, stride_m, ALIGNED), inside(ptr, rows, cols, n, m, ALIGNED)
+    values = narrow(values, ptr.dtype.element_ty)
+    if ALIGNED:
+        tl.store(pointers, values, mask=within)
+    else:
+        store_entries(pointers, values, within)
+
+
+@triton.jit
 def load_panel(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
     """x of a panel in the dtype of k, -inf where excluded, and the given row marginal, 1 where none is given."""
     x_ptr, stride_n, stride_m, mask_ptr, mask_stride_n, mask_stride_m, has_mask, row_ptr, stride_row, has_row, n, m, k = matrix
-    within = inside(x_ptr, rows, cols, n, m, ALIGNED)
-    x = tl.load(tile_pointers(x_ptr, rows, cols, stride_n, stride_m, ALIGNED), mask=within, other=-float("inf"))
+    x = load_tile(x_ptr, rows, cols, n, m, stride_n, stride_m, -float("inf"), ALIGNED)
     r = tl.load(row_ptr + rows.to(tl.int64) * stride_row, mask=(rows < n) & (has_row != 0), other=1.0)
     used = (r != 0)[None, :, None] & col_used[:, None, :]
     if has_mask != 0:
-        kept = tl.load(tile_pointers(mask_ptr, rows, cols, mask_stride_n, mask_stride_m, False), mask=within, other=0)
+        kept = load_tile(mask_ptr, rows, cols, n, m, mask_stride_n, mask_stride_m, 0, False)
         used = used & (kept != 0)
     return tl.where(used, x.to(k.dtype), -float("inf")), r
 
@@ -99,7 +120,7 @@ def load_panel(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
 @triton.jit
 def load_col_marginal(col_ptr, stride_col, has_col, m, cols):
     """The given column marginal, 1 where none is given, and the columns that it does not exclude."""
-    c = tl.load(col_ptr + cols.to(tl.int64) * stride_col, mask=(cols < m) & (has_col != 0), other=1.0)
+    c = load_entries(col_ptr + cols.to(tl.int64) * stride_col, (cols < m) & (has_col != 0), 1.0)
     return c, (cols < m) & (c != 0)
 
 

@@ -60,6 +60,8 @@ def _lanczos(dtype: torch.dtype, size: int, bounds: bool) -> Configuration:
         constants={"BLOCK_N": (2048 if dtype == torch.float64 else 4096) // size, "COLS": size},
         num_warps=8,
         matrices=1,
+        # By itself ptxas stops at 128 registers to fit one more program onto an SM, and spills for it.
+        maxnreg=255,
         label=f"sigma2{'_bounds' if bounds else ''} lanczos {_TYPES[dtype]} P={size}",
     )
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .arithmetic import LOG2_E, narrow
 from .configuration import finite_jit
+from .memory import load_entries, store_entries
 from .tile_sweeps import (
     col_sums,
     inverse_temperatures,
@@ -97,6 +98,7 @@ def _sinkhorn_tile_bwd_kernel(
     last = tl.maximum(n_iters, 1)
     slot_row = over_matrices(tl.arange(0, BLOCK_B)) * P + line_index(P, ROWS)
     slot_col = over_matrices(tl.arange(0, BLOCK_B)) * P + line_index(P, COLS)
+    everywhere = tl.full([1, 1, 1], True, tl.int1)
     u_ptr = history_ptr + tl.program_id(0).to(tl.int64) * last * SLOT + slot_row
     v_ptr = history_ptr + tl.program_id(0).to(tl.int64) * last * SLOT + BLOCK_B * P + slot_col
     blocks = tl.cdiv(batch, BLOCK_B)
@@ -106,9 +108,9 @@ def _sinkhorn_tile_bwd_kernel(
         row_at = row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n)
         col_at = col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m)
         f0_at = f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n)
-        r = tl.load(row_at, mask=inside_row & (has_row != 0), other=1.0)
-        c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
-        f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
+        r = load_entries(row_at, inside_row & (has_row != 0), 1.0)
+        c = load_entries(col_at, inside_col & (has_col != 0), 1.0)
+        f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0) * LOG2_E
         inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
         k = (inverse_tau * LOG2_E).to(dtype)
         x = load_logits(
@@ -145,8 +147,8 @@ def _sinkhorn_tile_bwd_kernel(
             K, f, before = log_row_step(x, k, g, r, f)
             u = tl.where(moving, 1.0, u)
             v = tl.where(moving, 1.0, v)
-            tl.store(u_ptr + t * SLOT, before)
-            tl.store(v_ptr + t * SLOT, g)
+            store_entries(u_ptr + t * SLOT, before, everywhere)
+            store_entries(v_ptr + t * SLOT, g, everywhere)
             s = col_sums(K * over_rows(u))
             stop = tl.minimum(t + period, final)
             t += 1
@@ -155,15 +157,15 @@ def _sinkhorn_tile_bwd_kernel(
                 v = tl.where(moving, quotient(c, s), v)
                 u = tl.where(moving, quotient(r, row_sums(K * over_cols(v))), u)
                 s = col_sums(K * over_rows(u))
-                tl.store(u_ptr + t * SLOT, u)
-                tl.store(v_ptr + t * SLOT, v)
+                store_entries(u_ptr + t * SLOT, u, everywhere)
+                store_entries(v_ptr + t * SLOT, v, everywhere)
                 t += 1
         tl.debug_barrier()
 
         b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
         within = over_rows(inside_row) & over_cols(inside_col)
         grad_plan_at = grad_plan_ptr + tile_offsets(b, i, j, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m)
-        W = -tl.load(grad_plan_at, mask=within & (K != 0), other=0.0).to(dtype) * over_rows(u) * over_cols(v)
+        W = -load_entries(grad_plan_at, within & (K != 0), 0.0).to(dtype) * over_rows(u) * over_cols(v)
         df, dg = -row_sums(K * W), -col_sums(K * W)
         dS = tl.zeros([P // ROWS, P // COLS, BLOCK_B, ROWS, COLS], dtype)
         grad_row = tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
@@ -189,12 +191,12 @@ def _sinkhorn_tile_bwd_kernel(
                     over_rows(in_row & (r != 0)) & over_cols(in_col & (c != 0)),
                     dtype,
                 )
-                K, _, _ = log_row_step(x_again, k, tl.load(v_ptr + start * SLOT), r, f)
+                K, _, _ = log_row_step(x_again, k, load_entries(v_ptr + start * SLOT, everywhere, 0.0), r, f)
             t = end - 1
-            u = tl.load(u_ptr + t * SLOT, mask=(slot_row >= 0) & (t > start), other=1.0)
+            u = load_entries(u_ptr + t * SLOT, everywhere & (t > start), 1.0)
             while t >= start:
-                before = tl.load(u_ptr + tl.maximum(t - 1, start) * SLOT, mask=(slot_row >= 0) & (t != start + 1), other=1.0)
-                v = tl.load(v_ptr + t * SLOT, mask=(slot_col >= 0) & (t > start), other=1.0)
+                before = load_entries(u_ptr + tl.maximum(t - 1, start) * SLOT, everywhere & (t != start + 1), 1.0)
+                v = load_entries(v_ptr + t * SLOT, everywhere & (t > start), 1.0)
                 moving = over_matrices(t < done)
                 used_df = tl.where(moving, df, 0.0)
                 a = quotient(u * used_df, r)
@@ -220,10 +222,10 @@ def _sinkhorn_tile_bwd_kernel(
             b, i, j, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m
         )
         grad_logits = dS * over_rows(over_matrices(inverse_tau.to(dtype)))
-        tl.store(grad_logits_at, narrow(grad_logits, grad_logits_ptr.dtype.element_ty), mask=within)
+        store_entries(grad_logits_at, narrow(grad_logits, grad_logits_ptr.dtype.element_ty), within)
         if has_vectors != 0:
             at_row, at_col = vector_offsets(b, i, n, 1), vector_offsets(b, j, m, 1)
-            tl.store(grad_f0_ptr + at_row, tl.where(r != 0, df, 0.0), mask=inside_row)
-            tl.store(grad_row_ptr + at_row, grad_row, mask=inside_row)
-            tl.store(grad_col_ptr + at_col, grad_col, mask=inside_col)
+            store_entries(grad_f0_ptr + at_row, tl.where(r != 0, df, 0.0), inside_row)
+            store_entries(grad_row_ptr + at_row, grad_row, inside_row)
+            store_entries(grad_col_ptr + at_col, grad_col, inside_col)
         block += tl.num_programs(0)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .arithmetic import LN_2, LOG2_E, narrow
 from .configuration import finite_jit
+from .memory import load_entries, store_entries
 from .squaring import tile_sigma2
 from .tile_sweeps import (
     as_lines,
@@ -94,9 +95,9 @@ def _sinkhorn_tile_fwd_kernel(
     row_at = row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n)
     col_at = col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m)
     f0_at = f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n)
-    r = tl.load(row_at, mask=inside_row & (has_row != 0), other=1.0)
-    c = tl.load(col_at, mask=inside_col & (has_col != 0), other=1.0)
-    f = tl.load(f0_at, mask=inside_row & (has_f0 != 0), other=0.0) * LOG2_E
+    r = load_entries(row_at, inside_row & (has_row != 0), 1.0)
+    c = load_entries(col_at, inside_col & (has_col != 0), 1.0)
+    f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0) * LOG2_E
     inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
     k = (inverse_tau * LOG2_E).to(dtype)
     x = load_logits(
@@ -176,12 +177,12 @@ def _sinkhorn_tile_fwd_kernel(
     plan = K * over_rows(u) * over_cols(v) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
     plan_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
-    tl.store(plan_at, narrow(plan, plan_ptr.dtype.element_ty), mask=over_rows(inside_row) & over_cols(inside_col))
+    store_entries(plan_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
     if has_info != 0:
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, tl.where(tol >= 0, tl.minimum(done, n_iters), n_iters), mask=inside)
-        tl.store(f_ptr + vector_offsets(b, i, n, 1), shifted(f, u, r) * LN_2, mask=inside_row)
-        tl.store(g_ptr + vector_offsets(b, j, m, 1), shifted(g, v, c) * LN_2, mask=inside_col)
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), shifted(f, u, r) * LN_2, inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), shifted(g, v, c) * LN_2, inside_col)
     if WITH_SIGMA2:
         sigma2, _, _ = tile_sigma2(as_matrices(plan), as_lines(r), as_lines(c), SQUARINGS)
         tl.store(sigma2_ptr + b, sigma2, mask=inside)

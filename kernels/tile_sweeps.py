@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INTERPRET, exp2, log2, reciprocal
+from .memory import load_entries
 
 
 @triton.jit
@@ -180,8 +181,8 @@ def load_logits(
 ):
     """x in DTYPE: the logits where ``used`` and not masked, else -inf."""
     mask_at = mask_ptr + tile_offsets(b, i, j, mask_stride_b, mask_stride_n, mask_stride_m)
-    used = used & (tl.load(mask_at, mask=used & (has_mask != 0), other=1) != 0)
-    return tl.load(logits_ptr + tile_offsets(b, i, j, stride_b, stride_n, stride_m), mask=used, other=-float("inf")).to(DTYPE)
+    used = used & (load_entries(mask_at, used & (has_mask != 0), 1) != 0)
+    return load_entries(logits_ptr + tile_offsets(b, i, j, stride_b, stride_n, stride_m), used, -float("inf")).to(DTYPE)
 
 
 @triton.jit
