@@ -17,7 +17,7 @@ from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
 # take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 8,
 # vectors are so long that two threads can share an operation on them.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 209_716), (math.inf, 7 << 16))
+_BACKWARD_ENTRIES = ((8, 209_716), (math.inf, 1 << 19))
 _IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
 
 
