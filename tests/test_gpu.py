@@ -9,6 +9,7 @@ import torch
 
 import fastdsm
 from fastdsm import reference
+from fastdsm.attention_verification import attention_cases, verify_attention_case
 from fastdsm.verification import Target, cases, verify_case
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +26,53 @@ def _no_synchronisation() -> Iterator[None]:
 def test_kernels_against_the_oracle() -> None:
     missed = [record for case in cases(KERNELS, quick=True) for record in verify_case(case, KERNELS) if not record.ok]
     assert not missed
+
+
+def test_attention_against_the_oracle() -> None:
+    grid = attention_cases(KERNELS)
+    missed = [record for case in grid for record in verify_attention_case(case, KERNELS) if not record.ok]
+    assert not missed
+
+
+def attention_operands(lines: int) -> list[torch.Tensor]:
+    shape = (2, 3, lines, 64)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.usefixtures("_no_synchronisation")
+def test_attention_does_not_synchronise() -> None:
+    query, key, value = attention_operands(200)
+    padding = torch.zeros(2, 200, device="cuda", dtype=torch.bool)
+    for options in ({}, {"tol": 1e-3, "n_iters": 20, "grad": "implicit"}, {"dropout_p": 0.1, "first": "row"}):
+        fastdsm.sinkhorn_attention(query, key, value, key_padding_mask=padding, **options).sum().backward()
+    fastdsm.sinkhorn_attention_sigma2(query, key, return_bounds=True)[0].sum().backward()
+
+
+def test_attention_in_a_graph() -> None:
+    operands = attention_operands(200)
+    expected = torch.autograd.grad(fastdsm.sinkhorn_attention(*operands).square().sum(), operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(fastdsm.sinkhorn_attention(*operands).square().sum(), operands)
+    for x in found:
+        x.zero_()
+    graph.replay()
+    for x, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, known)
+
+
+def test_attention_of_65536_lines_keeps_to_its_memory() -> None:
+    lines = 65_536
+    query, key, value = (
+        torch.randn(1, 1, lines, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = fastdsm.sinkhorn_attention(query, key, value)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert torch.cuda.max_memory_allocated() - before < 256 * lines * 8  # 134 MB; a float32 plan takes 17 GB
 
 
 @pytest.mark.usefixtures("_no_synchronisation")
