@@ -180,7 +180,8 @@ def _autocast(*operands: Tensor) -> list[Tensor]:
     found = []
     for x in operands:
         narrows = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        on = narrows and torch.is_autocast_enabled(x.device.type)
+        known = narrows and torch.amp.is_autocast_available(x.device.type)
+        on = known and torch.is_autocast_enabled(x.device.type)
         found.append(x.to(torch.get_autocast_dtype(x.device.type)) if on else x)
     return found
 

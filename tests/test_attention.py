@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import fastdsm
 from fastdsm import reference
@@ -387,3 +389,26 @@ def test_bad_accuracy_and_steps() -> None:
         fastdsm.sinkhorn_attention_sigma2(x, x, accuracy=0.0)
     with pytest.raises(ValueError, match="max_steps must be an int >= 1"):
         fastdsm.sinkhorn_attention_sigma2(x, x, max_steps=0)
+
+
+def test_shapes_without_data_and_recomputation() -> None:
+    out = fastdsm.sinkhorn_attention(*(torch.empty(2, 3, 9, 8, device="meta") for _ in range(3)))
+    assert isinstance(out, Tensor)
+    assert (out.shape, out.device.type) == ((2, 3, 9, 8), "meta")
+    operands = [torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3)]
+    gradients = []
+    for call in (fastdsm.sinkhorn_attention, partial(checkpoint, fastdsm.sinkhorn_attention, use_reentrant=False)):
+        gradients.append(torch.autograd.grad(call(*operands).square().sum(), operands))
+    for x, known in zip(*gradients, strict=True):
+        assert torch.equal(x, known)
+
+
+def test_logits_of_ten_thousand_give_a_finite_plan(path: str) -> None:
+    query, key, value = (1e2 * torch.randn(1, 1, 9, 8, requires_grad=True) for _ in range(3))
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    out = fastdsm.sinkhorn_attention(*leaves, n_iters=10)
+    truth = reference.sinkhorn_attention(*(x.detach().double() for x in leaves), n_iters=10)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+    plain = reference.sinkhorn_attention(*(x.detach() for x in leaves), n_iters=10)
+    assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6 * truth.abs().max()

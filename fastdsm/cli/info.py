@@ -54,7 +54,8 @@ def _machine() -> Table:
 
 def _serving() -> Table:
     """Who serves square float32 matrices, by device and size."""
-    table = Table(title='backend="auto", float32, 20 sweeps', caption="CUDA tensors: the kernel family")
+    caption = "CUDA tensors: the kernel family. Attention on CUDA: kernels up to 256 features, PyTorch for float64 and beyond"
+    table = Table(title='backend="auto", float32, 20 sweeps', caption=caption)
     for name in ("n x n", "CPU tensor", "CUDA tensor: forward", "with sigma2", "backward", "sigma2 of a plan"):
         table.add_column(name)
     for n in _SIZES:
