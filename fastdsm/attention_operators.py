@@ -56,16 +56,16 @@ def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
     return None if seed is None else Dropout(p, seed)
 
 
-def _sweeps(n_iters: int, columns_first: bool, tol: float, backend: str, saving: bool) -> Sweeps:
-    """The kernels keep every sweep's potentials for a backward; the PyTorch path sweeps again."""
-    return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton")
+def _sweeps(n_iters: int, columns_first: bool, tol: float, _: float, implicit: bool, backend: str, saving: bool) -> Sweeps:
+    """The kernels keep every sweep's potentials for an unrolled backward; the PyTorch path sweeps again."""
+    return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton" and not implicit)
 
 
 def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Uninitialised (out, f, g, residual, sweeps)."""
-    n_iters, columns_first, tol, _, _, backend, _, saving = inputs[-8:]
+    *options, _, saving = inputs[-8:]
     B, H, N, _ = query.shape
-    K = slots(_sweeps(n_iters, columns_first, tol, backend, saving))
+    K = slots(_sweeps(*options, saving=saving))
     dtype = compute_dtype(query.dtype)
     return (
         value.new_empty((B, H, N, value.shape[3])),
@@ -79,11 +79,12 @@ def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tu
 @implement("sinkhorn_attention")
 def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     out, f, g, residual, sweeps = results = _results_like(query, key, value, *inputs)
-    n_iters, columns_first, tol, p, _, backend, wanted, saving = inputs[-8:]
+    *options, wanted, saving = inputs[-8:]
+    _, _, _, p, _, backend = options
     backends.attention_forward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
-        _sweeps(n_iters, columns_first, tol, backend, saving),
+        _sweeps(*options, saving=saving),
         _dropout(inputs[5], p),
         out,
         State(f, g, residual, sweeps),
@@ -115,7 +116,7 @@ def _attention_backward(
     backends.attention_backward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
-        Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1),
+        Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1 > 1),
         _dropout(inputs[5], p),
         grad_out,
         State(f, g, torch.empty_like(sweeps), sweeps),

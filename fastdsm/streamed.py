@@ -141,7 +141,8 @@ def attention_forward(
     state.sweeps.fill_(min(sweeps.n_iters, 1) if sweeps.tol >= 0 else sweeps.n_iters)
     x, y = torch.zeros_like(last[:, :, 0]), torch.zeros_like(first[:, :, 0])
     line, other = torch.empty_like(x), torch.empty_like(y)
-    base = x, y
+    dtype = problem.compute_dtype
+    base = x.to(dtype), y.to(dtype)
     fused = sweeps.columns_first and value is not None and out is not None
     last[:, :, 0], first[:, :, 0] = x, y
 
@@ -155,8 +156,8 @@ def attention_forward(
         y = new_y
         if t == 1:
             # Without a fine part, which would be rounded away next to S + y as long as the last side has no base.
-            y = y.to(problem.compute_dtype).double()
-            base = x, y
+            base = base[0], y.to(dtype)
+            y = base[1].double()
             if sweeps.keep:
                 first[:, :, 0] = y - new_y
         if fused and t == sweeps.n_iters:
@@ -165,7 +166,7 @@ def attention_forward(
         new_x = _normalised(x, line, last_mass)
         x = new_x if sweeps.tol < 0 or t == 1 else torch.where(active.unsqueeze(-1), new_x, x)
         if t == 1:
-            base = x, y
+            base = x.to(dtype), base[1]
         if sweeps.keep:
             last[:, :, t], first[:, :, t] = x, y
     now, online = _potentials(problem, sweeps, base, x, y), sweeps.n_iters <= 1
@@ -178,7 +179,7 @@ def attention_forward(
         passes.lse(problem, over_last, now, True, line)
         x = _normalised(x, line, last_mass)
     if sweeps.n_iters <= 1:
-        base = x, y
+        base = x.to(dtype), base[1]
     now = _potentials(problem, sweeps, base, x, y)
     last[:, :, -1], first[:, :, -1] = x, y
     if out is not None and value is not None and not fused:
@@ -191,9 +192,8 @@ def attention_forward(
 
 
 def _potentials(problem: Attention, sweeps: Sweeps, base: tuple[Tensor, Tensor], last: Tensor, first: Tensor) -> Potentials:
-    """What passes are to see of two exact potentials."""
-    dtype = problem.compute_dtype
-    last_base, first_base = (x.to(dtype) for x in base)
+    """What passes are to see of two exact potentials, with bases in the compute dtype."""
+    dtype, (last_base, first_base) = problem.compute_dtype, base
     f_base, g_base = _by_side(last_base, first_base, sweeps)
     f_fine, g_fine = _by_side((last - last_base).to(dtype), (first - first_base).to(dtype), sweeps)
     return Potentials(f_base, g_base, f_fine, g_fine, sweeps.columns_first)
@@ -202,7 +202,8 @@ def _potentials(problem: Attention, sweeps: Sweeps, base: tuple[Tensor, Tensor],
 def final_potentials(problem: Attention, sweeps: Sweeps, state: State) -> Potentials:
     """Those of the plan."""
     last, first = _by_side(state.f[:, :, -1], state.g[:, :, -1], sweeps)
-    return _potentials(problem, sweeps, (last, first), last, first)
+    dtype = problem.compute_dtype
+    return _potentials(problem, sweeps, (last.to(dtype), first.to(dtype)), last, first)
 
 
 def _normalised(potential: Tensor, lse: Tensor, log_mass: Tensor) -> Tensor:
@@ -276,14 +277,15 @@ def attention_backward(
     """Fill ``gradients`` from the kept potentials."""
     dtype = problem.compute_dtype
     last, first = _by_side(state.f, state.g, sweeps)
-    base = (last[:, :, min(1, last.shape[2] - 1)], first[:, :, min(1, first.shape[2] - 1)])
+    end = last.shape[2] - 1
+    last_base, first_base = (x[:, :, min(1, end)].to(dtype) for x in (last, first))
 
     def at(t: int, s: int) -> Potentials:
         """exp(S + last_t + first_s)."""
-        started = t > 0 or sweeps.n_iters == 0
-        return _potentials(problem, sweeps, base if started else (last[:, :, 0], base[1]), last[:, :, t], first[:, :, s])
+        base = last[:, :, 0].to(dtype) if t == 0 < end else last_base
+        return _potentials(problem, sweeps, (base, first_base), last[:, :, t], first[:, :, s])
 
-    plan = at(-1, -1)
+    plan = at(end, end)
     d_value = torch.empty_like(value, dtype=dtype)
     passes.apply(problem, "rows", plan, grad_out, dropout, d_value)
     gradients.value.copy_(d_value)
@@ -358,7 +360,7 @@ def _unrolled_terms(
     pairs = [pair for group in segments.values() for pair in group]
     left, right = (torch.stack(vectors, 2) for vectors in zip(*pairs, strict=True))
     counts = [len(group) for group in segments.values()]
-    return Terms(at(-1, -1), [at(*reference) for reference in segments], *_by_side(left, right, sweeps), counts)
+    return Terms(at(final, final), [at(*reference) for reference in segments], *_by_side(left, right, sweeps), counts)
 
 
 def _implicit_terms(
@@ -376,7 +378,8 @@ def _implicit_terms(
     with the constants as null space, which the right side has no part in. At most ``n_iters`` steps, fewer where a head is
     done: as the sweeps, they converge the faster the smaller sigma_2 is.
     """
-    plan = at(-1, -1)
+    end = state.f.shape[2] - 1
+    plan = at(end, end)
     last_mass, first_mass = _masses(problem, sweeps)
     valid = _by_side(*valid_lines(problem), sweeps)[1].expand(d_first.shape)
     count = valid.sum(-1, keepdim=True).clamp(min=1)

@@ -403,6 +403,16 @@ def test_shapes_without_data_and_recomputation() -> None:
         assert torch.equal(x, known)
 
 
+@pytest.mark.parametrize("grad", [None, "implicit"])
+def test_what_no_kernel_serves_takes_the_pytorch_path(grad: str | None) -> None:
+    query, key, value, cotangent = operands()
+    options = {"tol": 1e-6, "n_iters": 40, "grad": grad}
+    found = run(fastdsm.sinkhorn_attention, query, key, value, cotangent, backend="triton", **options)  # float64
+    expected = run(fastdsm.sinkhorn_attention, query, key, value, cotangent, **options)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-11)
+
+
 def test_logits_of_ten_thousand_give_a_finite_plan(path: str) -> None:
     query, key, value = (1e2 * torch.randn(1, 1, 9, 8, requires_grad=True) for _ in range(3))
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]

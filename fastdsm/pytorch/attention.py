@@ -32,7 +32,7 @@ def attention_forward(
     residual: bool,
 ) -> None:
     """Fill ``out`` and ``state``."""
-    if not _stored(problem):
+    if sweeps.keep or not _stored(problem):
         streamed.attention_forward(passes, problem, value, sweeps, dropout, out, state, residual)
         return
     for at in blocks(problem, whole=True):
@@ -50,9 +50,9 @@ def attention_backward(
     gradients: AttentionGradients,
     implicit: bool,
 ) -> None:
-    """Fill ``gradients``; nothing was kept but the last potentials, so that the sweeps are run again."""
-    if implicit or not _stored(problem):
-        state = state if implicit else _kept(problem, sweeps, state)
+    """Fill ``gradients``; where nothing was kept but the last potentials, the sweeps are run again."""
+    if implicit or sweeps.keep or not _stored(problem):
+        state = state if implicit or sweeps.keep else _kept(problem, sweeps, state)
         streamed.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}
