@@ -56,8 +56,9 @@ def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
     return None if seed is None else Dropout(p, seed)
 
 
-def _sweeps(n_iters: int, columns_first: bool, tol: float, _: float, implicit: bool, backend: str, saving: bool) -> Sweeps:
+def _sweeps(options: Sequence[Any], saving: bool) -> Sweeps:
     """The kernels keep every sweep's potentials for an unrolled backward; the PyTorch path sweeps again."""
+    n_iters, columns_first, tol, _, implicit, backend = options
     return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton" and not implicit)
 
 
@@ -65,7 +66,7 @@ def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tu
     """Uninitialised (out, f, g, residual, sweeps)."""
     *options, _, saving = inputs[-8:]
     B, H, N, _ = query.shape
-    K = slots(_sweeps(*options, saving=saving))
+    K = slots(_sweeps(options, saving))
     dtype = compute_dtype(query.dtype)
     return (
         value.new_empty((B, H, N, value.shape[3])),
@@ -84,7 +85,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple
     backends.attention_forward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
-        _sweeps(*options, saving=saving),
+        _sweeps(options, saving),
         _dropout(inputs[5], p),
         out,
         State(f, g, residual, sweeps),
