@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Gradients, Outputs, Problem
-from . import panel, registers, registers_sigma2, spectrum, tile
+from . import attention, panel, registers, registers_sigma2, spectrum, tile
 from .configuration import Configuration
 
 __all__ = ["configurations", "sigma2", "sigma2_bounds", "sinkhorn_backward", "sinkhorn_forward"]
@@ -17,7 +17,7 @@ __all__ = ["configurations", "sigma2", "sigma2_bounds", "sinkhorn_backward", "si
 
 def configurations() -> list[Configuration]:
     """Every kernel that can be launched: the finite table."""
-    return [x for family in (registers, registers_sigma2, tile, panel, spectrum) for x in family.configurations()]
+    return [x for family in (registers, registers_sigma2, tile, panel, spectrum, attention) for x in family.configurations()]
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
