@@ -140,9 +140,11 @@ def test_resources() -> None:
 
 def test_a_spill_is_a_fault() -> None:
     row = {"target": "sm_80", "stack_bytes": 0, "local_bytes": 0, "spill_instructions": 0, "shared_bytes": 166_912}
+    row |= {"instructions": {"STG": 1, "MUFU": 1}}
     assert faults(row) == []
     assert faults({**row, "stack_bytes": 16, "spill_instructions": 4}) == ["stack_bytes = 16", "spill_instructions = 4"]
     assert faults({**row, "shared_bytes": 166_913}) == ["shared_bytes = 166913, the device has 166912"]
+    assert faults({**row, "instructions": {**row["instructions"], "MUFU": 0}}) == ["no MUFU: compiled to nothing"]
     assert faults({**row, "error": "ValueError: no"}) == ["does not compile: ValueError: no"]
 
 
@@ -160,7 +162,7 @@ def test_the_command_fails_on_a_spill_and_names_the_kernel(monkeypatch: pytest.M
         "spill_instructions": 0,
         "shared_bytes": 0,
         "code_bytes": 16,
-        "instructions": {},
+        "instructions": {"STG": 1, "MUFU": 1},
         "loops": [],
         "executed": [],
     }

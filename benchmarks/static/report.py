@@ -118,13 +118,18 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def faults(row: Row) -> list[str]:
-    """Why a row fails; empty when the kernel can be launched and spills nothing."""
+    """Why a row fails; empty when the kernel can be launched, spills nothing and does its work.
+
+    Every kernel stores results and takes exponentials, logarithms, roots or reciprocals: Triton has been seen to compile a
+    tile that was too large for it to nothing, without a word.
+    """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = [f"{name} = {row[name]}" for name in ("stack_bytes", "local_bytes", "spill_instructions") if row[name]]
     limit = SHARED_LIMIT[row["target"]]
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
+    found += [f"no {name}: compiled to nothing" for name in ("STG", "MUFU") if not row["instructions"].get(name)]
     return found
 
 
