@@ -25,7 +25,7 @@ def section(path: Path = STATIC) -> str:
         cells = (_cell(_found(rows, target, operation)) for target in targets)
         lines.append(f"| {operation.replace('+', ' + ')} | {' | '.join(cells)} |")
     return (
-        f"All {len(rows)} builds of the {len(rows) // len(targets)} kernels that can be launched, for {', '.join(targets)}: "
+        f"{len(rows):,} builds compiled of the {header['of']:,} that can be launched, for {', '.join(targets)}: "
         f"{spilling or 'none'} of them {'spill' if spilling != 1 else 'spills'}. Thread-instructions per matrix (registers), "
         f"counted in the machine code:\n\n" + "\n".join(lines) + f"\n\ntriton {header['triton']}, ptxas {header['ptxas']}."
     )

@@ -238,8 +238,8 @@ def test_machine_code_section_comes_from_the_recorded_rows(tmp_path: Path) -> No
         for operation, count in calls.items()
     ]
     path = tmp_path / "static.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in [{"triton": "3.7.1", "ptxas": "12.9"}, *rows]))
+    path.write_text("\n".join(json.dumps(row) for row in [{"triton": "3.7.1", "ptxas": "12.9", "of": 1872}, *rows]))
     text = machine_code.section(path)
-    assert "All 6 builds of the 3 kernels" in text
+    assert "6 builds compiled of the 1,872 that can be launched" in text
     assert "2 of them spill" in text
     assert "| forward + sigma2 | 1,500 (72) | 1,500 (72) |" in text

@@ -15,12 +15,14 @@ import typer
 from typer.testing import CliRunner, Result
 
 from benchmarks.static import command
-from benchmarks.static.compilation import Resources, read_resources
+from benchmarks.static import record as record_file
+from benchmarks.static.compilation import Resources, describe, kernel_name, read_resources
 from benchmarks.static.execution import execute, parameter_words
 from benchmarks.static.launches import OPERATIONS, Call
 from benchmarks.static.model import CLOCK_GHZ, MULTIPROCESSORS, predicted_time
 from benchmarks.static.report import analyse, faults, title, usages
 from benchmarks.static.sass import count, parse
+from fastdsm import kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,9 +152,38 @@ def test_a_spill_is_a_fault() -> None:
 
 def _command(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]) -> Result:
     monkeypatch.setattr(command, "rows_of", lambda targets, match, jobs: iter([(1, row)]))
+    monkeypatch.setattr(command, "record", lambda path, rows, table: None)
     app = typer.Typer()
     app.command()(command.main)
     return CliRunner().invoke(app, ["--match", "k", "--target", "sm_90"])
+
+
+def test_a_run_replaces_its_rows_and_drops_what_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = kernels.configurations()[:2]
+    hashes = {id(table[0]): "one", id(table[1]): "two"}
+    monkeypatch.setattr(record_file, "source", lambda configuration: hashes[id(configuration)])
+
+    def row(index: int, target: str, registers: int) -> dict[str, Any]:
+        named = {"kernel": kernel_name(table[index]), **describe(table[index]), "target": target}
+        return {**named, "source": hashes[id(table[index])], "registers": registers}
+
+    def recorded_rows() -> tuple[dict[str, Any], dict[tuple[str, str], int]]:
+        header, *rows = (json.loads(line) for line in path.read_text().splitlines())
+        return header, {(x["source"], x["target"]): x["registers"] for x in rows}
+
+    path = tmp_path / "new" / "static.jsonl"
+    record_file.record(path, [row(0, "sm_80", 40), row(1, "sm_90", 50)], table)
+    header, found = recorded_rows()
+    assert (header["rows"], header["of"]) == (2, 6)
+    record_file.record(path, [row(0, "sm_80", 41), row(0, "sm_90", 42)], table)
+    assert recorded_rows()[1] == {("one", "sm_80"): 41, ("one", "sm_90"): 42, ("two", "sm_90"): 50}
+    hashes[id(table[1])] = "edited"
+    record_file.record(path, [], table)
+    assert recorded_rows()[1] == {("one", "sm_80"): 41, ("one", "sm_90"): 42}
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "triton": "3.5.0"}), *lines[1:]]))
+    record_file.record(path, [row(0, "sm_100", 43)], table)
+    assert recorded_rows()[1] == {("one", "sm_100"): 43}
 
 
 def test_the_command_fails_on_a_spill_and_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

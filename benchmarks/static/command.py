@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import triton
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastdsm import kernels
+
 from .compilation import TARGETS
+from .record import record
 from .report import Row, faults, ordered, summary, title
 from .table import rows_of
 
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """Compile every launchable kernel without a GPU; a JSON line each; exit code 1 if any spills.
 
-    A run of everything is recorded in benchmarks/results/static.jsonl.
+    The rows replace those of the same builds in benchmarks/results/static.jsonl.
     """
     targets = target or list(TARGETS)
     if unknown := set(targets) - set(TARGETS):
@@ -43,15 +44,7 @@ def main(
     rows = ordered(rows)
     lines = [json.dumps(row) for row in rows]
     print(*lines, sep="\n")
-    if not match and set(targets) == set(TARGETS):
-        header = {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "ptxas": triton.knobs.nvidia.ptxas.version,
-            "rows": len(rows),
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text("\n".join([json.dumps(header), *lines]) + "\n")
+    record(RESULTS, rows, kernels.configurations())
     for table in summary(rows):
         console.print(table)
     failed = [(title(row), reason) for row in rows for reason in faults(row)]

@@ -76,6 +76,11 @@ def kernel_name(configuration: Configuration) -> str:
     return configuration.kernel.fn.__name__
 
 
+def source(configuration: Configuration) -> str:
+    """What changes when the kernel's source does, or that of a function it calls."""
+    return str(configuration.kernel.cache_key)[:16]
+
+
 def describe(configuration: Configuration) -> dict[str, Any]:
     """The configuration as plain values, keys sorted."""
     return {

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fastdsm.kernels.configuration import Configuration
 
-from .compilation import SHARED_LIMIT, TARGETS, compile_configuration, describe, disassemble, kernel_name
+from .compilation import SHARED_LIMIT, TARGETS, compile_configuration, describe, disassemble, kernel_name, source
 from .execution import Execution, execute, parameter_words
 from .launches import Call, ordinary_calls
 from .model import predicted_time
@@ -61,6 +61,7 @@ def identify(configuration: Configuration) -> str:
 def analyse(configuration: Configuration, target: str, calls: Sequence[Usage]) -> Row:
     """Compile, read and count one configuration."""
     row: Row = {"kernel": kernel_name(configuration), **describe(configuration), "target": target}
+    row["source"] = source(configuration)
     try:
         compiled = compile_configuration(configuration, target)
     except Exception as error:  # the compiler raises its own assortment; the row says what it was
