@@ -173,7 +173,7 @@ def test_a_run_replaces_its_rows_and_drops_what_is_stale(tmp_path: Path, monkeyp
 
     path = tmp_path / "new" / "static.jsonl"
     record_file.record(path, [row(0, "sm_80", 40), row(1, "sm_90", 50)], table)
-    header, found = recorded_rows()
+    header, _ = recorded_rows()
     assert (header["rows"], header["of"]) == (2, 6)
     record_file.record(path, [row(0, "sm_80", 41), row(0, "sm_90", 42)], table)
     assert recorded_rows()[1] == {("one", "sm_80"): 41, ("one", "sm_90"): 42, ("two", "sm_90"): 50}
