@@ -172,7 +172,16 @@ def test_a_run_replaces_its_rows_and_drops_what_is_stale(tmp_path: Path, monkeyp
         return header, {(x["source"], x["target"]): x["registers"] for x in rows}
 
     path = tmp_path / "new" / "static.jsonl"
-    record_file.record(path, [row(0, "sm_80", 40), row(1, "sm_90", 50)], table)
+    gone = {
+        "kernel": "gone",
+        "target": "sm_90",
+        "registers": 9,
+        "constants": {},
+        "pointers": {},
+        "num_warps": 1,
+        "num_stages": 1,
+    }
+    record_file.record(path, [gone, row(0, "sm_80", 40), row(1, "sm_90", 50)], table)
     header, _ = recorded_rows()
     assert (header["rows"], header["of"]) == (2, 6)
     record_file.record(path, [row(0, "sm_80", 41), row(0, "sm_90", 42)], table)

@@ -34,7 +34,7 @@ def record(path: Path, rows: Iterable[Row], table: Sequence[Configuration]) -> N
     current = {
         _build({"kernel": kernel_name(x), **describe(x), "target": target}): source(x) for x in table for target in TARGETS
     }
-    kept = {build: row for build, row in kept.items() if current.get(build) == row.get("source")}
+    kept = {build: row for build, row in kept.items() if build in current and current[build] == row.get("source")}
     header |= {"rows": len(kept), "of": len(current)}
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(json.dumps(x) for x in (header, *ordered(kept.values()))) + "\n")
