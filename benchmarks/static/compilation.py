@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastdsm import kernels
 from fastdsm.kernels.configuration import Configuration
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -77,8 +81,23 @@ def kernel_name(configuration: Configuration) -> str:
 
 
 def source(configuration: Configuration) -> str:
-    """What changes when the kernel's source does, or that of a function it calls."""
-    return str(configuration.kernel.cache_key)[:16]
+    """Hash of the files of the kernel and of the device functions it may call.
+
+    Triton's own hash of a kernel depends on which kernels were hashed before it.
+    """
+    return _hash_of_files(configuration.kernel.fn.__module__)
+
+
+@cache
+def _hash_of_files(name: str) -> str:
+    found, new = set(), {name}
+    while new:
+        found |= new
+        device_functions = (getattr(x, "fn", None) for module in new for x in vars(sys.modules[module]).values())
+        new = {function.__module__ for function in device_functions if callable(function)} - found
+        new = {module for module in new if module.startswith(kernels.__name__)}
+    texts = (Path(str(sys.modules[module].__file__)).read_bytes() for module in sorted(found))
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def describe(configuration: Configuration) -> dict[str, Any]:
