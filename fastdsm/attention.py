@@ -125,7 +125,6 @@ class Checked:
         if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be a float in [0, 1), got {dropout_p}")
         self.backend = arguments.resolve_backend(backend, query)
-        self._query = query
         batch, (N, d), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
         self._lead = batch
         like = query[..., :1].expand(*query.shape[:-1], M)

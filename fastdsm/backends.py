@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -65,6 +66,16 @@ def sigma2_bounds(
         pytorch.sigma2_bounds(plan, row_marginal, col_marginal, mask, *results)
 
 
+def _without_logits(problem: Attention) -> bool:
+    return problem.query.numel() == 0 or problem.key.numel() == 0
+
+
+def _attention_kernels(problem: Attention, backend: str) -> Any:
+    """The passes of the kernels, if they serve the problem."""
+    kernels = _kernels(backend)
+    return kernels.attention if kernels is not None and kernels.attention.supports(problem) else None
+
+
 def attention_forward(
     problem: Attention,
     value: Tensor,
@@ -76,13 +87,13 @@ def attention_forward(
     backend: str,
 ) -> None:
     """Fill ``out`` and ``state``; without logits there is nothing but zeros."""
-    if problem.query.numel() == 0 or problem.key.numel() == 0:
+    if _without_logits(problem):
         for x in (out, state.f, state.g, state.residual, state.sweeps):
             x.zero_()
         return
-    kernels = _kernels(backend)
-    if kernels is not None and kernels.attention.supports(problem):
-        streamed.attention_forward(kernels.attention, problem, value, sweeps, dropout, out, state, residual)
+    kernels = _attention_kernels(problem, backend)
+    if kernels is not None:
+        streamed.attention_forward(kernels, problem, value, sweeps, dropout, out, state, residual)
     else:
         pytorch.attention_forward(problem, value, sweeps, dropout, out, state, residual)
 
@@ -99,14 +110,14 @@ def attention_backward(
     backend: str,
 ) -> None:
     """Fill ``gradients``."""
-    if problem.query.numel() == 0 or problem.key.numel() == 0:
+    if _without_logits(problem):
         for x in (gradients.query, gradients.key, gradients.value, gradients.bias):
             if x is not None:
                 x.zero_()
         return
-    kernels = _kernels(backend)
-    if kernels is not None and kernels.attention.supports(problem):
-        streamed.attention_backward(kernels.attention, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+    kernels = _attention_kernels(problem, backend)
+    if kernels is not None:
+        streamed.attention_backward(kernels, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
     else:
         pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
 
@@ -119,12 +130,12 @@ def attention_sigma2(
     backend: str,
 ) -> None:
     """Fill ``found``; without logits there is nothing but zeros."""
-    if problem.query.numel() == 0 or problem.key.numel() == 0:
+    if _without_logits(problem):
         for x in vars(found).values():
             x.zero_()
         return
-    kernels = _kernels(backend)
-    if kernels is not None and kernels.attention.supports(problem):
-        streamed_spectrum.attention_sigma2(kernels.attention, problem, sweeps, accuracy, found)
+    kernels = _attention_kernels(problem, backend)
+    if kernels is not None:
+        streamed_spectrum.attention_sigma2(kernels, problem, sweeps, accuracy, found)
     else:
         pytorch.attention_sigma2(problem, sweeps, accuracy, found)

@@ -133,10 +133,9 @@ def attention_forward(
     residual: bool,
 ) -> None:
     """Fill ``out`` (B, H, N, e), if there is a value, and ``state``."""
-    query_mass, key_mass = _log_masses(problem)
-    last, first = (state.f, state.g) if sweeps.columns_first else (state.g, state.f)
+    last, first = _by_side(state.f, state.g, sweeps)
     over_last, over_first = ("cols", "rows") if sweeps.columns_first else ("rows", "cols")
-    last_mass, first_mass = (query_mass, key_mass) if sweeps.columns_first else (key_mass, query_mass)
+    last_mass, first_mass = _by_side(*_log_masses(problem), sweeps)
     active = torch.ones_like(state.sweeps, dtype=torch.bool)
     state.sweeps.fill_(min(sweeps.n_iters, 1) if sweeps.tol >= 0 else sweeps.n_iters)
     x, y = torch.zeros_like(last[:, :, 0]), torch.zeros_like(first[:, :, 0])
@@ -237,15 +236,15 @@ def valid_lines(problem: Attention) -> tuple[Tensor, Tensor]:
         block = slice(start, start + max(_BLOCK_ENTRIES // max(M, 1), 1))
         entries = queries[:, :, block, None] & keys[:, :, None, :]
         if problem.mask is not None:
-            entries = entries & unexpanded(problem.mask)[:, :, block]
+            entries = entries & _unexpanded(problem.mask)[:, :, block]
         if problem.bias is not None:
-            entries = entries & (unexpanded(problem.bias)[:, :, block] != -torch.inf)
+            entries = entries & (_unexpanded(problem.bias)[:, :, block] != -torch.inf)
         rows.append(entries.any(-1))
         cols = cols | entries.any(-2)
     return torch.cat(rows, -1), cols
 
 
-def unexpanded(x: Tensor) -> Tensor:
+def _unexpanded(x: Tensor) -> Tensor:
     """``x`` with the batch and head dimensions it is merely expanded over cut to one."""
     for dim in (0, 1):
         if x.stride(dim) == 0:
@@ -305,12 +304,23 @@ def _by_side(query: Tensor, key: Tensor, sweeps: Sweeps) -> tuple[Tensor, Tensor
     return (query, key) if sweeps.columns_first else (key, query)
 
 
-def _weigh(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials, w: Tensor, to_first: bool) -> Tensor:
-    """exp(S + last + first), or its transpose (``to_first``), times w, by sides."""
-    over = "rows" if to_first == sweeps.columns_first else "cols"
+def weighed(passes: Passes, problem: Attention, over: str, at: Potentials, w: Tensor) -> Tensor:
+    """P w (B, H, N) over "cols", or P^T w (B, H, M) over "rows"."""
     out = torch.empty_like(at.g_base if over == "rows" else at.f_base)
     passes.weigh(problem, over, at, w.contiguous(), out)
     return out
+
+
+def _weighed(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials, w: Tensor, to_first: bool) -> Tensor:
+    """The same by sides: exp(S + last + first), or its transpose (``to_first``), times w."""
+    return weighed(passes, problem, "rows" if to_first == sweeps.columns_first else "cols", at, w)
+
+
+def centred(x: Tensor, valid: Tensor) -> Tensor:
+    """x (B, H, lines) less its mean over the valid lines, 0 elsewhere."""
+    x = torch.where(valid, x, 0.0)
+    mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(valid, x - mean, 0.0)
 
 
 def _masses(problem: Attention, sweeps: Sweeps) -> tuple[Tensor, Tensor]:
@@ -350,12 +360,12 @@ def _unrolled_terms(
         active = done >= t
         alpha = torch.where(active, d_last / last_mass, 0.0)
         take((step, step), t, t, alpha, None)
-        d_first = d_first - _weigh(passes, problem, sweeps, at(t, t), alpha, to_first=True)
+        d_first = d_first - _weighed(passes, problem, sweeps, at(t, t), alpha, to_first=True)
         sums = first_mass if t > 1 else first_mass * first[:, :, 0].exp().to(first_mass.dtype)
         beta = torch.where(active, d_first / sums, 0.0)
         take((step, step) if t > 1 else (0, 1), t - 1, t, None, beta)
         if t > 1:
-            d_last = torch.where(active, -_weigh(passes, problem, sweeps, at(t - 1, t), beta, to_first=False), d_last)
+            d_last = torch.where(active, -_weighed(passes, problem, sweeps, at(t - 1, t), beta, to_first=False), d_last)
             d_first = torch.where(active, 0.0, d_first)
     pairs = [pair for group in segments.values() for pair in group]
     left, right = (torch.stack(vectors, 2) for vectors in zip(*pairs, strict=True))
@@ -382,15 +392,11 @@ def _implicit_terms(
     plan = at(end, end)
     last_mass, first_mass = _masses(problem, sweeps)
     valid = _by_side(*valid_lines(problem), sweeps)[1].expand(d_first.shape)
-    count = valid.sum(-1, keepdim=True).clamp(min=1)
 
     def product(x: Tensor, to_first: bool) -> Tensor:
-        return _weigh(passes, problem, sweeps, plan, x, to_first)
+        return _weighed(passes, problem, sweeps, plan, x, to_first)
 
-    def centred(x: Tensor) -> Tensor:
-        return torch.where(valid, x - torch.where(valid, x, 0.0).sum(-1, keepdim=True) / count, 0.0)
-
-    rest = centred((d_first - product(d_last / last_mass, True)) / first_mass)
+    rest = centred((d_first - product(d_last / last_mass, True)) / first_mass, valid)
     beta, direction = torch.zeros_like(rest), rest
     square = rest.square().sum(-1, keepdim=True)
     enough = square * torch.finfo(rest.dtype).eps ** 2
@@ -398,7 +404,7 @@ def _implicit_terms(
         active = square > enough
         if active.device.type == "cpu" and not bool(active.any()):
             break
-        image = centred(direction - product(product(direction, False) / last_mass, True) / first_mass)
+        image = centred(direction - product(product(direction, False) / last_mass, True) / first_mass, valid)
         step = torch.where(active, square / (direction * image).sum(-1, keepdim=True), 0.0)
         beta, rest = beta + step * direction, rest - step * image
         new_square = rest.square().sum(-1, keepdim=True)

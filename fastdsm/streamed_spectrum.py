@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .problem import Attention, Potentials
 from .pytorch.spectrum import lanczos_of, noise
-from .streamed import Passes, State, Sweeps, attention_forward, final_potentials, valid_lines
+from .streamed import Passes, State, Sweeps, attention_forward, centred, final_potentials, valid_lines, weighed
 
 # Rounding of float32 in a sum of squares of a plan, and in a Ritz value, relative to the sum: ten times what was seen.
 _SLACK = 64
@@ -44,22 +44,16 @@ def attention_sigma2(passes: Passes, problem: Attention, sweeps: Sweeps, accurac
     queries, keys = (x.expand(y.shape) for x, y in zip(valid_lines(problem), (found.u, found.v), strict=True))
 
     def product(x: Tensor) -> Tensor:
-        out = torch.empty_like(found.u)
-        passes.weigh(problem, "cols", at, x.contiguous(), out)
-        return out
+        return weighed(passes, problem, "cols", at, x)
 
     def adjoint(x: Tensor) -> Tensor:
-        out = torch.empty_like(found.v)
-        passes.weigh(problem, "rows", at, x.contiguous(), out)
-        return out
+        return weighed(passes, problem, "rows", at, x)
 
     def squares() -> Tensor:
         """P_ij^2 is the plan of twice the logits and twice the potentials."""
         half = replace(problem, temperature=problem.temperature / 2)
         doubled = Potentials(2 * at.f_base, 2 * at.g_base, 2 * at.f_fine, 2 * at.g_fine, at.columns_first)
-        out = torch.empty_like(found.u)
-        passes.weigh(half, "cols", doubled, torch.ones_like(found.v), out)
-        return out.sum(-1)
+        return weighed(passes, half, "cols", doubled, torch.ones_like(found.v)).sum(-1)
 
     spectrum(product, adjoint, squares, queries, keys, accuracy, found)
 
@@ -82,19 +76,15 @@ def spectrum(
     n, m = (x.sum(-1, keepdim=True).clamp(min=1).to(dtype) for x in (queries, keys))
     root = (n / m).sqrt()  # of a key line's mass
 
-    def centred(x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        x = torch.where(valid, x, 0.0)
-        return torch.where(valid, x - x.sum(-1, keepdim=True) / count, 0.0)
-
     def forward(x: Tensor) -> Tensor:
-        x = centred(x.unflatten(0, shape), keys, m)
-        return centred(product(x / root), queries, n).flatten(0, 1)
+        x = centred(x.unflatten(0, shape), keys)
+        return centred(product(x / root), queries).flatten(0, 1)
 
     def backward(x: Tensor) -> Tensor:
-        x = centred(x.unflatten(0, shape), queries, n)
-        return centred(adjoint(x) / root, keys, m).flatten(0, 1)
+        x = centred(x.unflatten(0, shape), queries)
+        return centred(adjoint(x) / root, keys).flatten(0, 1)
 
-    start = centred(noise(keys.shape[-1], found.v).expand(keys.shape), keys, m).flatten(0, 1)
+    start = centred(noise(keys.shape[-1], found.v).expand(keys.shape), keys).flatten(0, 1)
     krylov = lanczos_of(forward, backward, start, accuracy.tol, accuracy.max_steps)
     found.value.copy_(krylov.value.unflatten(0, shape))
     found.u.copy_(krylov.u.unflatten(0, shape))

@@ -116,10 +116,10 @@ def _projected_backward(S: Tensor, sweeps: Sweeps, d_plan: Tensor, stops: Tensor
 
 def attention_sigma2(problem: Attention, sweeps: Sweeps, accuracy: Accuracy, found: Spectrum) -> None:
     """Fill ``found``; sweeps keep nothing."""
-    queries, keys = (x.expand(y.shape) for x, y in zip(streamed.valid_lines(problem), (found.u, found.v), strict=True))
     if not _stored(problem):
         streamed_spectrum.attention_sigma2(passes, problem, sweeps, accuracy, found)
         return
+    queries, keys = (x.expand(y.shape) for x, y in zip(streamed.valid_lines(problem), (found.u, found.v), strict=True))
     for at in blocks(problem, whole=True):
         plan = _projected(at.logits(problem), sweeps).flatten(1, 2)
 

@@ -69,16 +69,12 @@ class Block:
         tau = problem.temperature
         return self.heads_of(tau)[..., None, None] if isinstance(tau, Tensor) else tau
 
-    def logits(self, problem: Attention, at: Potentials | None = None) -> Tensor:
-        """S, or S + f + g, (b, g, r, rows, M), in the compute dtype, -inf where an entry takes no part."""
+    def logits(self, problem: Attention) -> Tensor:
+        """S, (b, g, r, rows, M), in the compute dtype, -inf where an entry takes no part."""
         tau = self.temperature(problem)
         S = (self.queries(problem.query, problem) * (problem.scale / tau)) @ self.keys(problem.key, problem).mT
         if problem.bias is not None:
             S += self.rows_of(problem.bias).to(S.dtype) / tau
-        if at is not None:
-            f, g = self.rows_of(at.f_base).unsqueeze(-1), self.heads_of(at.g_base).unsqueeze(-2)
-            S = (S.add_(g).add_(f)) if at.columns_first else (S.add_(f).add_(g))
-            S.add_(self.rows_of(at.f_fine).unsqueeze(-1)).add_(self.heads_of(at.g_fine).unsqueeze(-2))
         if problem.mask is not None:
             S.masked_fill_(~self.rows_of(problem.mask), -torch.inf)
         if problem.query_padding is not None:
@@ -86,6 +82,12 @@ class Block:
         if problem.key_padding is not None:
             S.masked_fill_(problem.key_padding[self.batch, None, None, None, :], -torch.inf)
         return S
+
+    def exponent(self, S: Tensor, at: Potentials) -> Tensor:
+        """S + f + g, in place."""
+        f, g = self.rows_of(at.f_base).unsqueeze(-1), self.heads_of(at.g_base).unsqueeze(-2)
+        S = S.add_(g).add_(f) if at.columns_first else S.add_(f).add_(g)
+        return S.add_(self.rows_of(at.f_fine).unsqueeze(-1)).add_(self.heads_of(at.g_fine).unsqueeze(-2))
 
     def dropped(self, P: Tensor, dropout: Dropout | None) -> Tensor:
         """P with dropout's zeros and factors 1 / (1 - p), in place: a function of the seed and an entry's place alone.

@@ -14,7 +14,7 @@ def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor
     if over == "rows":
         out.fill_(-torch.inf)
     for block in blocks(problem):
-        S = block.logits(problem, at)
+        S = block.exponent(block.logits(problem), at)
         if over == "cols":
             out[block.by_row] = _log_sum_exp(S, -1, online)
         else:
@@ -48,7 +48,7 @@ def attend(
 ) -> None:
     """As in :class:`~fastdsm.streamed.Passes`."""
     for block in blocks(problem):
-        S = block.logits(problem, at)
+        S = block.exponent(block.logits(problem), at)
         top = _top(S, -1)
         P = S.sub_(top).exp_()
         sums = P.sum(-1, keepdim=True)
@@ -62,7 +62,7 @@ def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dro
     if over == "rows":
         out.zero_()
     for block in blocks(problem):
-        P = block.dropped(block.logits(problem, at).exp_(), dropout)
+        P = block.dropped(block.exponent(block.logits(problem), at).exp_(), dropout)
         if over == "cols":
             out[block.by_row] = (P @ block.keys(x, problem)).flatten(1, 2).to(out.dtype)
         else:
@@ -74,7 +74,7 @@ def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor)
     if over == "rows":
         out.zero_()
     for block in blocks(problem):
-        P = block.logits(problem, at).exp_()
+        P = block.exponent(block.logits(problem), at).exp_()
         if over == "cols":
             out[block.by_row] = (P @ block.heads_of(w).unsqueeze(-1)).squeeze(-1).flatten(1, 2)
         else:
@@ -87,7 +87,7 @@ def products(
     """As in :class:`~fastdsm.streamed.Passes`."""
     out.zero_()
     for block in blocks(problem):
-        dS = _products(problem, block, at, value, grad_out, dropout)
+        dS = _products(problem, block, block.logits(problem), at, value, grad_out, dropout)
         if over == "cols":
             out[block.by_row] = dS.sum(-1).flatten(1, 2)
         else:
@@ -95,11 +95,11 @@ def products(
 
 
 def _products(
-    problem: Attention, block: Block, at: Potentials, value: Tensor, grad_out: Tensor, dropout: Dropout | None
+    problem: Attention, block: Block, S: Tensor, at: Potentials, value: Tensor, grad_out: Tensor, dropout: Dropout | None
 ) -> Tensor:
-    """P * (grad_out value^T) of a block."""
+    """P * (grad_out value^T) of a block, using up its logits S."""
     dP = block.dropped(block.queries(grad_out, problem) @ block.keys(value, problem).mT, dropout)
-    return dP.mul_(block.logits(problem, at).exp_())
+    return dP.mul_(block.exponent(S, at).exp_())
 
 
 def gradient(
@@ -108,11 +108,12 @@ def gradient(
     """As in :class:`~fastdsm.streamed.Passes`."""
     total = torch.zeros_like(out, dtype=problem.compute_dtype)
     for block in blocks(problem):
-        dS = _products(problem, block, terms.plan, value, grad_out, dropout)
+        S = block.logits(problem)
+        dS = _products(problem, block, S.clone(), terms.plan, value, grad_out, dropout)
         start = 0
         for at, count in zip(terms.segments, terms.counts, strict=True):
             x, y = (block.heads_of(z)[..., start : start + count, :] for z in (terms.x, terms.y))
-            dS -= block.logits(problem, at).exp_().mul_(x[..., block.rows].mT @ y)
+            dS -= block.exponent(S.clone(), at).exp_().mul_(x[..., block.rows].mT @ y)
             start += count
         block.add_gradient(problem, which, dS, total)
     out.copy_(total)
