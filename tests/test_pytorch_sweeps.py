@@ -13,8 +13,9 @@ from fastdsm.pytorch.sweeps import run
 
 @pytest.mark.parametrize(("batch", "n", "m"), [(3, 16, 16), (2, 24, 9), (600, 12, 12), (700, 4, 4)])
 @pytest.mark.parametrize("scale", [0.5, 12.0])
-def test_recorded_factors_belong_to_their_sweeps(batch: int, n: int, m: int, scale: float) -> None:
-    logits = scale * torch.randn(batch, n, m, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recorded_factors_belong_to_their_sweeps(batch: int, n: int, m: int, scale: float, dtype: torch.dtype) -> None:
+    logits = scale * torch.randn(batch, n, m, dtype=dtype)
     for part in parts(Problem(logits, 100), backward=True):
         chunk, at, swept = part.chunk, part.chunk.layout, run(part.chunk, 100, record=True)
         assert sum(len(segment.u) - 1 for segment in swept.segments) == 100
@@ -52,12 +53,13 @@ def test_pieces_are_of_like_size() -> None:
             assert max(sizes) - min(sizes) <= 64 * len(sizes)
 
 
-@pytest.mark.parametrize(("batch", "n"), [(700, 4), (600, 12), (5, 24)])
+@pytest.mark.parametrize(("batch", "n", "m"), [(700, 4, 4), (600, 12, 12), (5, 24, 24), (40, 3, 13), (40, 13, 3)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_gradient_of_a_piece_with_tame_and_wild_matrices(batch: int, n: int, temperature: float) -> None:
-    logits = (
-        torch.randn(batch, n, n, dtype=torch.float64) * torch.linspace(0.1, 10.0, batch, dtype=torch.float64)[:, None, None]
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_a_piece_with_tame_and_wild_matrices(
+    batch: int, n: int, m: int, temperature: float, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(batch, n, m, dtype=dtype) * torch.linspace(0.1, 10.0, batch, dtype=dtype)[:, None, None]
     cotangent = torch.randn_like(logits)
     gradients = []
     for call in (fastdsm.sinkhorn, fastdsm.reference.sinkhorn):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .layout import BatchLast, Layout, Ring, choose_layout, copy
-from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk
+from .layout import WAITING, BatchLast, Layout, Ring, choose_layout, copy
+from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk, Tame
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 8,
 # vectors are so long that two threads can share an operation on them.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 209_716), (math.inf, 1 << 19))
+_BACKWARD_ENTRIES = ((8, 209_716), (16, 450_000), (math.inf, 1 << 19))
 _IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
 
 
@@ -46,6 +46,8 @@ class _Memory:
         self._layout, self._entries = layout, size * n * m
         self._like = problem.logits.new_empty(0, dtype=problem.compute_dtype)
         self._matrices: dict[str, Tensor] = {}
+        terms = WAITING if backward and layout.stores_terms else 0
+        self.terms = self._like.new_empty(terms * n * size), self._like.new_empty(terms * m * size)
         in_hand = _IN_HAND[backward]
         kept = problem.n_iters + 1 if backward else 0
         self._lines = [
@@ -74,7 +76,7 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     On an accelerator the batch is one piece, and wild: looking at values would stall the host.
     """
     batch, n, m = problem.logits.shape
-    layout, on_cpu = choose_layout(problem.logits), problem.logits.device.type == "cpu"
+    layout, on_cpu = choose_layout(problem.logits, problem.compute_dtype), problem.logits.device.type == "cpu"
     entries = next(x for side, x in (_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) if max(n, m) <= side)
     pieces = math.ceil(batch * n * m / entries) if on_cpu else 1
     size = max(math.ceil(batch / max(pieces, 1)), 2)  # all of one size: a small last one would not pay for its calls
@@ -84,18 +86,23 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
         S = _load(problem, layout, where, memory)
-        tame, kinds = None, [False]
+        top = tame = None
+        kinds = [False]
         if on_cpu and uniform and problem.f0 is None:
             dims = (layout.rows, layout.cols)
-            tame = S.amax(dims) - S.amin(dims) <= TAME_RANGE
+            top = S.amax(dims)
+            tame = top - S.amin(dims) <= TAME_RANGE
             found = ((False, not bool(tame.all())), (True, bool(tame.any())))
             kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
         for kind in kinds:
             chosen = None if tame is None or len(kinds) == 1 else tame == kind
-            yield Part(where, _chunk(problem, layout, where, S, memory, backward, kind), chosen)
+            yield Part(where, _chunk(problem, layout, where, S, memory, backward, top if kind else None), chosen)
 
 
-def _chunk(problem: Problem, layout: Layout, where: slice, S: Tensor, memory: _Memory, backward: bool, tame: bool) -> Chunk:
+def _chunk(
+    problem: Problem, layout: Layout, where: slice, S: Tensor, memory: _Memory, backward: bool, top: Tensor | None
+) -> Chunk:
+    """The chunk of a slice, for its tame matrices where ``top`` (B,), their largest logits, is given."""
     shape = problem.logits[where].shape
     _, n, m = shape
     row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
@@ -103,12 +110,13 @@ def _chunk(problem: Problem, layout: Layout, where: slice, S: Tensor, memory: _M
     scratch = memory.matrix("scratch", shape) if layout.needs_scratch(max(n, m)) else S.new_empty(0)
     W = S.new_empty(0)
     if backward:
-        W = S if tame and S.data_ptr() != problem.logits[where].data_ptr() else memory.matrix("W", shape)
-    store = (layout, S, K, W, scratch, layout.operands(K, scratch), *memory.rings(row, col))
+        W = S if top is not None and S.data_ptr() != problem.logits[where].data_ptr() else memory.matrix("W", shape)
+    store = (layout, S, K, W, scratch, memory.terms, layout.operands(K, scratch), *memory.rings(row, col))
     uniform = problem.row_marginal is None and problem.col_marginal is None
-    if tame:
+    if top is not None:
         r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
-        return Chunk(*store, S.new_full((), r).expand(row), S.new_full((), c).expand(col), None, None, None, uniform, (r, c))
+        r_line, c_line = S.new_full((), r).expand(row), S.new_full((), c).expand(col)
+        return Chunk(*store, r_line, c_line, None, None, None, uniform, Tame(r, c, layout.scalar(top)))
     lines = _marginals(S, problem, layout, where)
     f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
     return Chunk(*store, *lines, f0, uniform)

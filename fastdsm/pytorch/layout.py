@@ -1,8 +1,11 @@
-"""The two memory layouts of a batch of matrices on a CPU, and the contractions each does fast.
+"""The memory layouts of a batch of matrices on a CPU, and the contractions each does fast.
 
 ``BatchFirst`` (B, n, m) contracts by batched row-vector products: measured 20 entries/ns on two cores where the batched
-column-vector product of the same matrices reaches 2. ``BatchLast`` (n, m, B) makes the batch the vector lane, which wins
-when a matrix is too small to fill one (n, m <= 16 and hundreds of matrices).
+column-vector product of the same matrices reaches 2. Matrices that fit one vector register or two are too small for that
+(1 entry/ns at n = 16): ``Bags`` sums their lines, weighted, as an embedding bag does its rows, the one multiply-and-sum
+that torch has in one pass (7 entries/ns; a product and a sum over the batch as the lane make three passes, 3 entries/ns,
+and half of that where two processors share one core's ports). ``BatchLast`` (n, m, B) makes the batch the vector lane,
+which wins for the smallest, and for doubles, which embedding bags do one by one.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 _BATCH_LAST_MAX_SIDE = 16  # beyond, row-vector products read a matrix faster than lanes of matrices do
 _BATCH_LAST_MIN_BATCH = 32  # times max(n, m): fewer lanes do not pay for the larger number of calls
+_BAGS_SIDES = range(9, 17)  # below, lanes of matrices win; beyond, row-vector products do without a transpose
+WAITING = 10  # rank-one terms for one product: 40 are 1.1 times faster and take a third more memory
 _ADDCMUL_MAX_SIDE = 8  # beyond, one product and one sum need fewer calls than a chain of addcmul
 
 
@@ -80,21 +86,71 @@ class BatchFirst:
         """Whether contractions use their scratch matrix."""
         return False
 
-    class LowRank:
-        """Takes rank-one matrices a b^T from ``rest``, as one product at the end."""
+    @staticmethod
+    def refresh(kernel: Tensor, scratch: Tensor) -> None:
+        """Bring ``scratch`` up to date with a new kernel."""
 
-        def __init__(self, rest: Tensor) -> None:
-            self._rest = rest
-            self._terms: list[tuple[Tensor, Tensor]] = []
+    stores_terms = True  # whether LowRank uses its store
+
+    class LowRank:
+        """Takes rank-one matrices a b^T from ``rest``, several as one product; ``store``: flat, where they wait for it."""
+
+        def __init__(self, rest: Tensor, store: tuple[Tensor, Tensor]) -> None:
+            batch, n, m = rest.shape
+            self._rest, self._waiting = rest, 0
+            self._left, self._right = (
+                flat[: WAITING * batch * side].view(WAITING, batch, side) for flat, side in zip(store, (n, m), strict=True)
+            )
 
         def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
             """Take a b^T ``times`` over; neither vector is kept."""
-            self._terms.append((a.clone(), b * times))
+            if self._waiting == WAITING:
+                self.rest()
+            self._left[self._waiting].copy_(a)
+            torch.mul(b, times, out=self._right[self._waiting])
+            self._waiting += 1
 
         def rest(self) -> Tensor:
             """What is left, in place."""
-            a, b = zip(*self._terms, strict=True)
-            return self._rest.baddbmm_(torch.stack(a, -1), torch.stack(b, -2), alpha=-1)
+            left, right = self._left[: self._waiting], self._right[: self._waiting]
+            self._waiting = 0
+            return self._rest.baddbmm_(left.permute(1, 2, 0), right.transpose(0, 1), alpha=-1)
+
+
+class Bags(BatchFirst):
+    """``BatchFirst`` whose contractions are embedding bags over the rows of K, or of its transpose in ``scratch``."""
+
+    @staticmethod
+    def operands(kernel: Tensor, scratch: Tensor) -> tuple[Any, Any]:
+        """What ``contract`` takes to form K^T u, and K v: a table of lines, its indices, and where each bag begins."""
+        batch, n, m = kernel.shape
+        index = torch.arange(batch * max(n, m), dtype=torch.int32)
+
+        def bags(table: Tensor, lines: int) -> tuple[Tensor, Tensor, Tensor]:
+            return table, index[: len(table)], index[: len(table) : lines].contiguous()
+
+        return bags(kernel.view(-1, m), n), bags(Bags._mirror(kernel, scratch).view(-1, n), m)
+
+    @staticmethod
+    def contract(operand: Any, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Sum of the lines of an operand, weighted."""
+        table, index, starts = operand
+        return out.copy_(embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights.reshape(-1)))
+
+    @staticmethod
+    def needs_scratch(side: int) -> bool:
+        """Whether contractions use their scratch matrix."""
+        return True
+
+    @staticmethod
+    def refresh(kernel: Tensor, scratch: Tensor) -> None:
+        """Bring ``scratch`` up to date with a new kernel."""
+        Bags._mirror(kernel, scratch).copy_(kernel.mT)
+
+    @staticmethod
+    def _mirror(kernel: Tensor, scratch: Tensor) -> Tensor:
+        """The scratch matrix as (B, m, n)."""
+        return scratch.view(kernel.mT.shape)
 
 
 class BatchLast:
@@ -176,10 +232,16 @@ class BatchLast:
         """Whether contractions use their scratch matrix."""
         return side > _ADDCMUL_MAX_SIDE
 
-    class LowRank:
-        """Takes rank-one matrices a b^T from ``rest``, one by one."""
+    @staticmethod
+    def refresh(kernel: Tensor, scratch: Tensor) -> None:
+        """Bring ``scratch`` up to date with a new kernel."""
 
-        def __init__(self, rest: Tensor) -> None:
+    stores_terms = False
+
+    class LowRank:
+        """Takes rank-one matrices a b^T from ``rest``, one by one; needs no store."""
+
+        def __init__(self, rest: Tensor, store: tuple[Tensor, Tensor]) -> None:
             self._rest = rest
 
         def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
@@ -206,7 +268,7 @@ class Ring:
         return vector
 
 
-Layout = type[BatchFirst] | type[BatchLast]
+Layout = type[BatchFirst] | type[BatchLast]  # Bags is a BatchFirst
 
 
 def copy(target: Tensor, source: Tensor) -> None:
@@ -225,8 +287,11 @@ def _as_2d(x: Tensor) -> Tensor | None:
     return x.as_strided((batch, n * m), (x.stride(0), x.stride(2))) if n == 1 or x.stride(1) == m * x.stride(2) else None
 
 
-def choose_layout(logits: Tensor) -> Layout:
-    """The faster layout for a (B, n, m) batch; on an accelerator always ``BatchFirst``."""
+def choose_layout(logits: Tensor, dtype: torch.dtype) -> Layout:
+    """The fastest layout for a (B, n, m) batch computed in ``dtype``; on an accelerator always ``BatchFirst``."""
     batch, side = logits.shape[0], max(logits.shape[1:])
-    small = side <= _BATCH_LAST_MAX_SIDE and batch >= _BATCH_LAST_MIN_BATCH * side
-    return BatchLast if small and logits.device.type == "cpu" else BatchFirst
+    if logits.device.type != "cpu":
+        return BatchFirst
+    if side in _BAGS_SIDES and dtype == torch.float32:
+        return Bags
+    return BatchLast if side <= _BATCH_LAST_MAX_SIDE and batch >= _BATCH_LAST_MIN_BATCH * side else BatchFirst

@@ -94,7 +94,7 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
             earlier = W.mul_(chunk.K) if earlier is None else earlier.add_(W.mul_(chunk.K))
             W = torch.zeros_like(earlier)
             chunk.set_kernel(segment.f, segment.g)
-        low_rank = at.LowRank(W)
+        low_rank = at.LowRank(W, chunk.terms)
         for k in reversed(range(len(segment.u) - 1)):
             before, u = segment.u[k], segment.u[k + 1]
             v = segment.v[k] if segment.v else chunk.col_factor(chunk.col_sums(before))

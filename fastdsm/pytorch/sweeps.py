@@ -48,13 +48,22 @@ class Segment:
 
 
 @dataclass
+class Tame:
+    """What all tame matrices of a chunk have in common, r and c, and the largest logit of each."""
+
+    r: float
+    c: float
+    top: Tensor
+
+
+@dataclass
 class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``operands`` are K as
-    contractions want it; ``in_hand`` and ``vectors`` hand out row and column vectors, the latter as many as a history takes
-    where one is kept.
+    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``terms``: flat ones where
+    rank-one terms of the adjoint wait; ``operands`` are K as contractions want it; ``in_hand`` and ``vectors`` hand out row
+    and column vectors, the latter as many as a history takes where one is kept; ``tame``: whether this is a pass for those.
     """
 
     layout: Layout
@@ -62,6 +71,7 @@ class Chunk:
     K: Tensor
     W: Tensor
     scratch: Tensor
+    terms: tuple[Tensor, Tensor]
     operands: tuple[Any, Any]
     in_hand: tuple[Ring, Ring]
     vectors: tuple[Ring, Ring]
@@ -71,12 +81,7 @@ class Chunk:
     excluded_cols: Tensor | None
     f0: Tensor | None
     uniform: bool
-    constants: tuple[float, float] | None = None
-
-    @property
-    def tame(self) -> bool:
-        """Whether this is a pass for tame matrices, whose r and c are the ``constants``."""
-        return self.constants is not None
+    tame: Tame | None = None
 
     @property
     def keeps_v(self) -> bool:
@@ -92,6 +97,7 @@ class Chunk:
         """K = exp(S + f + g)."""
         at = self.layout
         torch.add(self.S, at.down(f), out=self.K).add_(at.across(g)).exp_()
+        at.refresh(self.K, self.scratch)
 
     def col_sums(self, u: Tensor) -> Tensor:
         """K^T u."""
@@ -103,26 +109,26 @@ class Chunk:
 
     def row_factor(self, sums: Tensor) -> Tensor:
         """r / sums, 0 on excluded rows; uses up ``sums``."""
-        if self.constants:
-            return _times(sums.reciprocal_(), self.constants[0])
+        if self.tame:
+            return _times(sums.reciprocal_(), self.tame.r)
         return self.r / (sums if self.excluded_rows is None else sums + self.excluded_rows)
 
     def col_factor(self, sums: Tensor) -> Tensor:
         """c / sums, 0 on excluded columns; uses up ``sums``."""
-        if self.constants:
-            return _times(sums.reciprocal_(), self.constants[1])
+        if self.tame:
+            return _times(sums.reciprocal_(), self.tame.c)
         return self.c / (sums if self.excluded_cols is None else sums + self.excluded_cols)
 
     def over_r(self, x: Tensor) -> Tensor:
         """x / r, 0 / 0 = 0 on excluded rows."""
-        if self.constants:
-            return x if self.constants[0] == 1.0 else x / self.constants[0]
+        if self.tame:
+            return x if self.tame.r == 1.0 else x / self.tame.r
         return x / (self.r if self.excluded_rows is None else self.r + self.excluded_rows)
 
     def over_c(self, x: Tensor) -> Tensor:
         """x / c, 0 / 0 = 0 on excluded columns."""
-        if self.constants:
-            return x if self.constants[1] == 1.0 else x / self.constants[1]
+        if self.tame:
+            return x if self.tame.c == 1.0 else x / self.tame.c
         return x / (self.c if self.excluded_cols is None else self.c + self.excluded_cols)
 
     def column_error(self, v: Tensor, sums: Tensor) -> Tensor:
@@ -179,15 +185,15 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     return f, top
 
 
-def _tame_sweep(chunk: Chunk, potentials: bool) -> tuple[Segment, Tensor]:
+def _tame_sweep(chunk: Chunk, top: Tensor, potentials: bool) -> tuple[Segment, Tensor]:
     """The first sweep of tame matrices, with one exponential per entry: sets K; its segment (f, g: 0 if unwanted), and v."""
     at, K, (rows, cols) = chunk.layout, chunk.K, chunk.vectors
-    top = torch.amax(chunk.S, at.rows, out=cols.take())
     torch.sub(chunk.S, at.across(top), out=K).exp_()
     v = chunk.col_factor(torch.sum(K, at.rows, out=cols.take()))
     before = torch.sum(K.mul_(at.across(v)), at.cols, out=rows.take())
     u = chunk.row_factor(rows.take().copy_(before))
     K.mul_(at.down(u))
+    at.refresh(K, chunk.scratch)
     f, g = (u.log(), v.log() - top) if potentials else (u.new_zeros(()), u.new_zeros(()))
     return Segment(f, g, [chunk.over_r(before), u.fill_(1.0)], [v] * chunk.keeps_v), v.fill_(1.0)
 
@@ -245,7 +251,7 @@ def run(
         return Swept(one_u, one_v, f, torch.zeros_like(chunk.c), counts, _poison(top, at), [])
     poison = None
     if chunk.tame:
-        segment, v = _tame_sweep(chunk, potentials)
+        segment, v = _tame_sweep(chunk, chunk.tame.top, potentials)
     else:
         segment, v, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
         poison = _poison(top, at)
