@@ -5,7 +5,8 @@ first="col"), the other *first*; masses: 1 for each query line, (valid queries) 
 
     first <- log mass - LSE(S + last);   last <- log mass - LSE(S + first)
 
-whose second half goes together with the product by the value in the final sweep. From the second sweep on the old
+whose second half goes together with the product by the value in the final sweep, and with the first half of the next
+sweep where a backend can hold a line whole: one pass a sweep. From the second sweep on the old
 potential keeps exp(S + first + last) within the factor b = max(N, M) of the masses: no maximum is needed.
 
 The adjoint takes dP = grad_out value^T (dropout's factors included) to dS. With A_t = exp(S + last_t + first_t),
@@ -48,6 +49,14 @@ class Passes(Protocol):
         """out (float64) <- log sum exp(S + f + g), -inf on empty lines; with a running maximum if ``online``.
 
         Heads that are not ``active`` (B, H) may be left as they were.
+        """
+
+    def sweep(
+        self, problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, other: Tensor, active: Tensor
+    ) -> bool:
+        """:meth:`lse`, and ``other`` (float64) <- that of the other way round once the lines of ``out`` have sum 1.
+
+        In one pass over the logits, where that is possible: false if it is not, and nothing is done.
         """
 
     def attend(
@@ -145,8 +154,10 @@ def attention_forward(
     fused = sweeps.columns_first and value is not None and out is not None
     last[:, :, 0], first[:, :, 0] = x, y
 
+    both = False  # whether the last pass has left what the next half sweep needs
     for t in range(1, sweeps.n_iters + 1):
-        passes.lse(problem, over_first, _potentials(problem, sweeps, base, x, y), t == 1, other, active)
+        if not both:
+            passes.lse(problem, over_first, _potentials(problem, sweeps, base, x, y), t == 1, other, active)
         new_y = _normalised(y, other, first_mass)
         if sweeps.tol >= 0 and t > 1:
             active = active & ~(_relative(y, new_y) <= sweeps.tol)
@@ -161,7 +172,12 @@ def attention_forward(
                 first[:, :, 0] = y - new_y
         if fused and t == sweeps.n_iters:
             break
-        passes.lse(problem, over_last, _potentials(problem, sweeps, base, x, y), t == 1, line, active)
+        now = _potentials(problem, sweeps, base, x, y)
+        both = t < sweeps.n_iters and passes.sweep(problem, over_last, now, t == 1, line, other, active)
+        if both:
+            other += last_mass
+        else:
+            passes.lse(problem, over_last, now, t == 1, line, active)
         new_x = _normalised(x, line, last_mass)
         x = new_x if sweeps.tol < 0 or t == 1 else torch.where(active.unsqueeze(-1), new_x, x)
         if t == 1:

@@ -7,6 +7,7 @@ padded to a block, everything else is a run-time number.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -36,12 +37,17 @@ from .attention_table import (
     GRADIENTS,
     PRODUCTS,
     SWEEPS,
+    WHOLE_D,
+    WHOLE_LINES,
+    WHOLE_PROGRAMS,
+    WHOLE_STEPS,
+    WHOLES,
     configurations,
     vector_block,
 )
 from .configuration import Configuration
 
-__all__ = ["apply", "attend", "configurations", "gradient", "lse", "products", "supports", "weigh"]
+__all__ = ["apply", "attend", "configurations", "gradient", "lse", "products", "supports", "sweep", "weigh"]
 
 MAX_D = BLOCKS_D[-1]
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
@@ -76,7 +82,7 @@ def _sweep(
     query = problem.query
     inputs = shared_arguments(problem, over, at)
     kind = _kind(query.dtype), _block(query.shape[3]), has_entries(problem), stream_first(at, over), what
-    configuration = SWEEPS[kind]
+    configuration = SWEEPS[kind].on(query.device)
     configuration.launch(
         query.shape[0] * query.shape[1] * _blocks(configuration, inputs),
         **inputs,
@@ -95,6 +101,39 @@ def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor
     keeps its ``out``.
     """
     _sweep(problem, over, at, "online" if online else "bounded", None, out, active)
+
+
+def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, other: Tensor, active: Tensor) -> bool:
+    """``out`` as :func:`lse`; ``other`` <- that of the other way round once the lines of ``out`` have sum 1, in one pass.
+
+    For 16 bits, at most 128 features, nothing per entry, and an other side of at most 512 lines, which then fits on chip.
+    """
+    query, key = problem.query, problem.key
+    lines, d = (key if over == "cols" else query).shape[2], query.shape[3]
+    if has_entries(problem) or _kind(query.dtype)[1] != "half" or d > WHOLE_D[-1] or lines > WHOLE_LINES[-1]:
+        return False
+    across = "rows" if over == "cols" else "cols"
+    block = next(block for block in WHOLE_LINES if lines <= block)
+    configuration = WHOLES[ELEMENTS[query.dtype], _block(d), block, online].on(query.device)
+    inputs, step = shared_arguments(problem, across, at), configuration.constants["BLOCK_S"]
+    heads, blocks = query.shape[0] * query.shape[1], -(-inputs["n_stream"] // step)
+    chunk = step * min(max(heads * blocks // WHOLE_PROGRAMS, 1), WHOLE_STEPS)
+    chunks = -(-inputs["n_stream"] // chunk)
+    total, top = torch.empty_like(out, dtype=torch.float32), torch.zeros_like(out, dtype=torch.float32)
+    partial = torch.empty((*other.shape[:2], chunks, lines), dtype=torch.float32, device=query.device)
+    configuration.launch(
+        heads * chunks,
+        **inputs,
+        active_ptr=active.contiguous().view(torch.uint8),
+        total_ptr=total,
+        top_ptr=top,
+        partial_ptr=partial,
+        line_group=query.shape[1] // key.shape[1] if over == "cols" else 1,
+        chunk=chunk,
+    )
+    torch.add(total.double().log_(), top, alpha=math.log(2.0), out=out)
+    torch.log(partial.sum(2, dtype=torch.float64), out=other)
+    return True
 
 
 def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor) -> None:
@@ -125,7 +164,7 @@ def attend(
         return
     value, e = whole_lines(value), value.shape[3]
     inputs = shared_arguments(problem, "cols", at)
-    configuration = ATTENDS[_kind(query.dtype), _block(query.shape[3]), has_entries(problem)]
+    configuration = ATTENDS[_kind(query.dtype), _block(query.shape[3]), has_entries(problem)].on(query.device)
     configuration.launch(
         query.shape[0] * query.shape[1] * _blocks(configuration, inputs) * -(-e // configuration.constants["BLOCK_E"]),
         **inputs,
@@ -156,7 +195,7 @@ def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dro
     dropped = drops(dropout)
     entries = dropped or has_entries(problem)
     configuration = APPLIES[(element, precision), _block(query.shape[3]), entries, stream_first(at, over), dropped]
-    inputs = shared_arguments(problem, over, at)
+    configuration, inputs = configuration.on(query.device), shared_arguments(problem, over, at)
     configuration.launch(
         out.shape[0] * out.shape[1] * _blocks(configuration, inputs) * -(-e // configuration.constants["BLOCK_E"]),
         **inputs,
@@ -189,7 +228,8 @@ def products(
     query, e, kind, dropped = problem.query, value.shape[3], _kind(problem.query.dtype), drops(dropout)
     block = _block(max(query.shape[3], min(e, MAX_D)))
     configuration = PRODUCTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped]
-    inputs, step = shared_arguments(problem, over, at), configuration.constants["BLOCK_E"]
+    configuration, inputs = configuration.on(query.device), shared_arguments(problem, over, at)
+    step = configuration.constants["BLOCK_E"]
     for start in range(0, e, step):
         sides = [whole_lines(x[..., start : start + step]) for x in (grad_out, value)][:: 1 if over == "cols" else -1]
         part = out if start == 0 else torch.empty_like(out)
@@ -262,7 +302,7 @@ def _gradient(
     if which == "bias":
         configuration = BIASES[kind, block, dropped]
     else:
-        configuration = GRADIENTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped]
+        configuration = GRADIENTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped].on(device)
     inputs = shared_arguments(problem, over, stacked([at, *terms.segments]))
     value, grad_out = whole_lines(value), whole_lines(grad_out)
     sides = ((grad_out, terms.x), (value, terms.y)) if over == "cols" else ((value, terms.y), (grad_out, terms.x))

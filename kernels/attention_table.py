@@ -7,6 +7,7 @@ A kernel exists for each element type of query and key and block of features; wi
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from .attention_apply import (
 )
 from .attention_gradient import _attention_bias_bwd_kernel, _attention_gradient_bwd_kernel
 from .attention_sweep import _attention_sweep_fwd_kernel
-from .configuration import Configuration
+from .attention_whole import _attention_whole_fwd_kernel
+from .configuration import TARGETS, Configuration
 
 # Features are padded to a block: below 64 that costs products of zeros, but a pass is bound by its exponentials there.
 BLOCKS_D = (64, 128, 256)
@@ -50,7 +52,7 @@ ATTEND: Tiles = {
 }
 APPLY: Tiles = {
     "wide": (((128, 32, 8, 2), (128, 32, 8, 1), (64, 32, 8, 2)), ((64, 16, 4, 1), (128, 16, 8, 1), (32, 32, 8, 2))),
-    "mixed": (((64, 16, 4, 1, 255), (32, 32, 8, 1), (32, 32, 8, 1)), ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))),
+    "mixed": (((64, 16, 4, 1, 255), (32, 32, 8, 1), (32, 32, 8, 1)), ((64, 16, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))),
     "ieee": (((32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 8, 1)), ((16, 16, 4, 1), (16, 16, 4, 1, 255), (16, 16, 8, 1))),
     "tf32": (((64, 16, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)), ((32, 16, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1))),
 }
@@ -69,6 +71,13 @@ BIAS: Tiles = {
     "ieee": (((16, 16, 8, 1, 255), (16, 16, 8, 1, 255), (16, 16, 8, 1, 255)),) * 2,
     "tf32": (((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),) * 2,
 }
+# What Hopper has instead, for tiles wide enough for its tensor-core instructions: they spill on one of the others, or Triton
+# 3.7.1 compiles them to nothing there.
+HOPPER: dict[tuple[Any, str, int, bool], Tile] = {
+    (_attention_apply_fwd_kernel, "mixed", 128, False): (64, 16, 8, 1),
+    (_attention_apply_fwd_kernel, "mixed", 128, True): (128, 16, 8, 1, 255),
+    (_attention_gradient_bwd_kernel, "half", 128, True): (64, 16, 4, 1),
+}
 
 
 def _configuration(
@@ -81,12 +90,27 @@ def _configuration(
     **constants: Any,
 ) -> Configuration:
     """The one way to run ``kernel`` on query and key of ``kind[0]``; out: element of its result."""
+    tile = tiles[kind[1]][entries][BLOCKS_D.index(block_d)]
+    return _with_hopper(HOPPER.get((kernel, kind[1], block_d, entries)), kernel, tile, kind, block_d, out, entries, constants)
+
+
+def _with_hopper(hopper: Tile | None, kernel: Any, tile: Tile, *rest: Any) -> Configuration:
+    """A configuration, with another tile on Hopper if ``hopper`` is one."""
+    if hopper is None:
+        return _tiled(kernel, tile, *rest)
+    own = replace(_tiled(kernel, hopper, *rest), targets=("sm_90",))
+    return replace(_tiled(kernel, tile, *rest), targets=tuple(x for x in TARGETS if x != "sm_90"), hopper=own)
+
+
+def _tiled(
+    kernel: Any, tile: Tile, kind: tuple[str, str], block_d: int, out: str, entries: bool, constants: dict[str, Any]
+) -> Configuration:
     element, precision = kind
     types = dict.fromkeys(("line_ptr", "stream_ptr", "bias_ptr"), element)
     types |= dict.fromkeys(("x_ptr", "line_v_ptr", "stream_v_ptr"), "fp32" if precision == "mixed" else element)
     types |= dict.fromkeys(("mask_ptr", "line_padding_ptr", "stream_padding_ptr", "active_ptr"), "u8")
     types |= {"seed_ptr": "i64", "counts_ptr": "i32", "total_ptr": "fp64", "out_ptr": out}
-    lines, stream, warps, stages, *registers = tiles[precision][entries][BLOCKS_D.index(block_d)]
+    lines, stream, warps, stages, *registers = tile
     names = [constants["KIND"]] if "KIND" in constants else []
     label = f"{element} {precision} {block_d} {'entries' if entries else 'plain'}"
     return Configuration(
@@ -203,8 +227,32 @@ BIASES = {
     )
     for kind, block_d, dropout in itertools.product(SAME, BLOCKS_D, (False, True))
 }
+# Whole sweeps: features, lines that stay on chip with the lines per step and warps of any target and of Hopper, and how the
+# streamed side is cut, into chunks of at most so many steps as leave this many programs.
+WHOLE_D = (64, 128)
+WHOLE_TILES: dict[int, tuple[Tile, Tile]] = {
+    128: ((128, 32, 4, 1), (128, 64, 4, 1)),
+    256: ((256, 32, 4, 1), (256, 64, 4, 1)),
+    512: ((512, 32, 8, 1), (512, 64, 8, 1)),
+}
+WHOLE_LINES = tuple(WHOLE_TILES)
+WHOLE_PROGRAMS, WHOLE_STEPS = 1024, 16
+WHOLES = {
+    (element, block_d, lines, online): _with_hopper(
+        WHOLE_TILES[lines][1],
+        _attention_whole_fwd_kernel,
+        WHOLE_TILES[lines][0],
+        (element, "half"),
+        block_d,
+        "fp32",
+        False,
+        {"ONLINE": online},
+    )
+    for element, block_d, lines, online in itertools.product(("fp16", "bf16"), WHOLE_D, WHOLE_LINES, (False, True))
+}
 
 
 def configurations() -> list[Configuration]:
     """Every kernel of this family that can be launched."""
-    return [x for table in (SWEEPS, ATTENDS, APPLIES, PRODUCTS, GRADIENTS, BIASES) for x in table.values()]
+    tables = (SWEEPS, WHOLES, ATTENDS, APPLIES, PRODUCTS, GRADIENTS, BIASES)
+    return [y for table in tables for x in table.values() for y in (x, x.hopper) if y is not None]

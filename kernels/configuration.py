@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
+TARGETS = ("sm_80", "sm_90", "sm_100")
 _SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "fp64"}
 
 
@@ -29,7 +31,8 @@ class Configuration:
     """One launchable kernel.
 
     kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}.
-    constants: every constexpr argument. matrices: matrices handled by one program.
+    constants: every constexpr argument. matrices: matrices handled by one program. targets: what it is compiled for; where
+    Hopper has one of its own, ``hopper``, the others.
     """
 
     kernel: Any
@@ -40,6 +43,14 @@ class Configuration:
     num_stages: int = 1
     maxnreg: int | None = None
     label: str = field(default="", compare=False)
+    targets: tuple[str, ...] = TARGETS
+    hopper: Configuration | None = field(default=None, compare=False)
+
+    def on(self, device: torch.device) -> Configuration:
+        """The one to launch on ``device``."""
+        if self.hopper is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+            return self
+        return self.hopper
 
     def options(self) -> dict[str, int]:
         """What the compiler takes beside the constants. ``maxnreg``: registers a thread may take, where ptxas by itself

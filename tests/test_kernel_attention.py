@@ -185,6 +185,66 @@ def test_heads_that_are_not_active_keep_their_result(over: str) -> None:
     assert (some[~active] == 7).all()
 
 
+def check_sweep(c: Case, over: str) -> None:
+    dim, lines, others = (-1, c.f, c.g) if over == "cols" else (-2, c.g, c.f)
+    active = torch.ones(lines.shape[:2], dtype=torch.bool)
+    for online in (True, False):
+        out, other = empty(*lines.shape, dtype=DOUBLE), empty(*others.shape, dtype=DOUBLE)
+        assert attention.sweep(c.problem, over, c.at, online, out, other, active)
+        sums = []
+        for dtype in (DOUBLE, SINGLE):
+            y = c.exponent(dtype)
+            line = y.logsumexp(dim, keepdim=True)
+            sums.append((line.squeeze(dim), (y - line.nan_to_num(neginf=0.0)).logsumexp(-3 - dim)))
+        for found, truth, plain in zip((out, other), *sums, strict=True):
+            excluded = truth == -torch.inf
+            assert (found[excluded] == -torch.inf).all()
+            assert_within(found[~excluded].float(), truth[~excluded], plain[~excluded])
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("option", ["plain", "strided", "padding", "temperature"])
+@pytest.mark.parametrize("over", AXES)
+def test_a_sweep_in_one_pass(dtype: torch.dtype, option: str, over: str) -> None:
+    check_sweep(case(option, dtype, columns_first=over == "cols"), over)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (200, 3, 5), (70, 130, 20), (3, 300, 80)])
+def test_a_sweep_in_one_pass_of_any_size(n: int, m: int, d: int) -> None:
+    check_sweep(case("plain", BRAIN, n, m, d), "cols")
+
+
+def test_a_sweep_in_one_pass_of_long_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WHOLE_PROGRAMS", 16)
+    c = case("plain", BRAIN, 200, 6, 5)
+    check_sweep(c, "cols")
+    with recorded() as launches:
+        attention.sweep(c.problem, "cols", c.at, True, empty(*c.f.shape, dtype=DOUBLE), c.g, torch.ones(2, 4, dtype=torch.bool))
+    assert {launch.arguments["chunk"] // launch.configuration.constants["BLOCK_S"] for launch in launches} == {3}
+
+
+def test_a_sweep_in_one_pass_leaves_other_heads_alone() -> None:
+    c = case("plain", BRAIN)
+    active = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    results = [(empty(*c.f.shape, dtype=DOUBLE), empty(*c.g.shape, dtype=DOUBLE)) for _ in range(2)]
+    c.problem.query[~active] = torch.nan
+    for found, mask in zip(results, (torch.ones_like(active), active), strict=True):
+        assert attention.sweep(c.problem, "cols", c.at, False, *found, mask)
+    for full, some in zip(*results, strict=True):
+        assert full[active].isfinite().all()
+        assert torch.equal(full[active], some[active])
+
+
+@pytest.mark.parametrize(("option", "dtype", "m", "d"), [("mask", BRAIN, 33, 16), ("plain", SINGLE, 33, 16),
+                                                         ("plain", HALF, 513, 16), ("plain", HALF, 33, 129)])  # fmt: skip
+def test_what_one_pass_does_not_serve_is_left_alone(option: str, dtype: torch.dtype, m: int, d: int) -> None:
+    c = case(option, dtype, 5, m, d)
+    out, other = torch.full_like(c.f, 7.0), torch.full_like(c.g, 7.0)
+    assert not attention.sweep(c.problem, "cols", c.at, True, out, other, torch.ones(2, 4, dtype=torch.bool))
+    assert (out == 7).all()
+    assert (other == 7).all()
+
+
 @pytest.mark.parametrize("columns_first", [True, False])
 def test_potentials_are_added_in_one_order_whichever_side_is_streamed(columns_first: bool) -> None:
     """One entry a line, and bases so large that another order would round it differently."""

@@ -78,7 +78,7 @@ def _parameters(n: int, segment: int) -> dict[int, int]:
         ("STG.E desc[UR4][R2.64], R5", "STG"),
         ("LDL.64 R2, [R1+0x8]", "LDL"),
         ("STL [R1+0x8], R2", "STL"),
-        ("HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24", "MMA"),
+        ("HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24", "HGMMA"),
         ("DFMA R2, R4, R6, R8", "FP64"),
         ("HFMA2.MMA R8, -RZ, RZ, 1.625, 0", "OTHER"),
         ("HFMA2.BF16 R8, R2, R3, R4", "HALF"),

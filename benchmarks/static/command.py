@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastdsm import kernels
+from fastdsm.kernels.configuration import TARGETS
 
-from .compilation import TARGETS
 from .record import record
 from .report import Row, faults, ordered, summary, title
 from .table import rows_of

@@ -19,8 +19,6 @@ from triton.compiler import ASTSource
 from fastdsm import kernels
 from fastdsm.kernels.configuration import Configuration
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
-
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Most shared memory one program may ask for, in bytes (CUDA programming guide, table of compute capabilities)."""
 

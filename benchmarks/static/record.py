@@ -12,7 +12,7 @@ import triton
 
 from fastdsm.kernels.configuration import Configuration
 
-from .compilation import TARGETS, describe, kernel_name, source
+from .compilation import describe, kernel_name, source
 from .report import Row, ordered
 
 _IDENTITY = ("kernel", "constants", "pointers", "num_warps", "num_stages", "maxnreg")
@@ -32,7 +32,7 @@ def record(path: Path, rows: Iterable[Row], table: Sequence[Configuration]) -> N
             kept = {_build(row): row for row in known}
     kept |= {_build(row): row for row in rows}
     current = {
-        _build({"kernel": kernel_name(x), **describe(x), "target": target}): source(x) for x in table for target in TARGETS
+        _build({"kernel": kernel_name(x), **describe(x), "target": target}): source(x) for x in table for target in x.targets
     }
     kept = {build: row for build, row in kept.items() if build in current and current[build] == row.get("source")}
     header |= {"rows": len(kept), "of": len(current)}

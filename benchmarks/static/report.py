@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fastdsm.kernels.configuration import Configuration
+from fastdsm.kernels.configuration import TARGETS, Configuration
 
-from .compilation import SHARED_LIMIT, TARGETS, compile_configuration, describe, disassemble, kernel_name, source
+from .compilation import SHARED_LIMIT, compile_configuration, describe, disassemble, kernel_name, source
 from .execution import Execution, execute, parameter_words
 from .launches import Call, ordinary_calls
 from .model import predicted_time
@@ -122,7 +122,8 @@ def faults(row: Row) -> list[str]:
     """Why a row fails; empty when the kernel can be launched, spills nothing and does its work.
 
     Every kernel stores results and takes exponentials, logarithms, roots or reciprocals: Triton has been seen to compile a
-    tile that was too large for it to nothing, without a word.
+    tile that was too large for it to nothing, without a word. On Hopper attention of 16 bits and up to 128 features is to
+    use the tensor-core instructions of a whole warp group.
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -131,6 +132,12 @@ def faults(row: Row) -> list[str]:
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
     found += [f"no {name}: compiled to nothing" for name in ("STG", "MUFU") if not row["instructions"].get(name)]
+    if (
+        row["target"] == "sm_90"
+        and row["pointers"].get("stream_ptr") in ("bf16", "fp16")
+        and row["constants"]["BLOCK_D"] <= 128
+    ):
+        found += ["no HGMMA"] * (not row["instructions"].get("HGMMA"))
     return found
 
 

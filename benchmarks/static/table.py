@@ -19,7 +19,12 @@ def rows_of(targets: Sequence[str], match: str, jobs: int) -> Iterator[tuple[int
     calls, table = largest_usages(), kernels.configurations()
     keys = [identify(configuration) for configuration in table]
     texts = [f"{key} {configuration.label}" for key, configuration in zip(keys, table, strict=True)]
-    chosen = [(index, target) for index, text in enumerate(texts) for target in targets if match in text]
+    chosen = [
+        (index, target)
+        for index, text in enumerate(texts)
+        for target in targets
+        if match in text and target in table[index].targets
+    ]
     # Not forked: a child of a process with threads, as PyTorch's and Rich's, may hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_row, index, target, calls.get(keys[index], [])) for index, target in chosen]

@@ -37,6 +37,23 @@ def _log_sum_exp(S: Tensor, dim: int, online: bool) -> Tensor:
     return (top.squeeze(dim).double() + sums.double().log_()).flatten(1, 2)
 
 
+def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, other: Tensor, active: Tensor) -> bool:
+    """As in :class:`~fastdsm.streamed.Passes`; blocks hold the lines of queries whole."""
+    if over == "rows":
+        return False
+    other.zero_()
+    for block in blocks(problem):
+        S = block.exponent(block.logits(problem), at)
+        top = _top(S, -1) if online else S.new_zeros(())
+        P = S.sub_(top).exp_() if online else S.exp_()
+        sums = P.sum(-1, keepdim=True)
+        out[block.by_row] = (top.double() + sums.double().log()).squeeze(-1).flatten(1, 2)
+        shares = torch.where(sums == 0, 0.0, sums.reciprocal())
+        other[block.by_head] += (shares.mT @ P).squeeze(-2).flatten(1, 2)
+    other.log_()
+    return True
+
+
 def attend(
     problem: Attention,
     at: Potentials,
