@@ -20,7 +20,7 @@ demo: .venv/demo.done
 	$(BIN)/fastdsm demo
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 verify: .venv/dev.done
 	$(BIN)/fastdsm verify
