@@ -135,6 +135,7 @@ def sinkhorn(
 
 
 _NEWTON_STEPS = 500
+_NULL = 64.0  # units of rounding per column: eigenvalues below that share of the largest are the null vector's
 
 
 class _Equations:
@@ -168,11 +169,14 @@ class _Equations:
         return (self.S + self.row_potential(g).unsqueeze(-1) + g.unsqueeze(-2)).exp()
 
     def newton_step(self, g: Tensor) -> Tensor:
-        """The d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1."""
+        """The d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1; the matrix is a Laplacian."""
         P = self.plan(g)
         inverse_r = torch.where(self.r != 0, 1.0 / self.r.where(self.r != 0, 1.0), 0.0)
-        hessian = torch.diag_embed(P.sum(-2)) - P.mT @ (inverse_r.unsqueeze(-1) * P)
-        return (torch.linalg.pinv(hessian, hermitian=True) @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
+        weights = P.mT @ (inverse_r.unsqueeze(-1) * P)
+        weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+        laplacian = torch.diag_embed(weights.sum(-1)) - weights
+        inverse = torch.linalg.pinv(laplacian, rtol=_NULL * g.shape[-1] * torch.finfo(g.dtype).eps, hermitian=True)
+        return (inverse @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
 
     def residual(self, g: Tensor) -> Tensor:
         error = self.plan(g).sum(-2) / self.c.where(self.c != 0, 1.0) - 1.0
