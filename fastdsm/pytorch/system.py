@@ -71,8 +71,7 @@ class System:
         """The potential g = log c - LSE_i(S + f), in the log domain."""
         at = self.at
         shifted = self.S + at.down(f)
-        top = shifted.amax(at.rows)
-        top = top.masked_fill_(top == -torch.inf, 0.0)
+        top = shifted.amax(at.rows).clamp_(min=torch.finfo(shifted.dtype).min)
         sums = at.sums(shifted.sub_(at.across(top)).exp_(), at.rows)
         return torch.where(self.c == 0, 0.0, log_of(self.c) - (sums + self.spare_cols).log() - top)
 
@@ -80,8 +79,7 @@ class System:
         """The plan with exact rows at column potential base + fine."""
         at = self.at
         P = self.S + at.across(base)
-        top = P.amax(at.cols)
-        top = top.masked_fill_(top == -torch.inf, 0.0)
+        top = P.amax(at.cols).clamp_(min=torch.finfo(P.dtype).min)
         P = P.sub_(at.down(top)).exp_().mul_(at.across(fine.exp()))
         sums = at.sums(P, at.cols).add_(self.spare_rows)
         P.mul_(at.down(self.r / sums))
