@@ -60,6 +60,10 @@ def _oracle_sinkhorn(x: Tensor, first: str = "col") -> Outputs:
     return (cast(Tensor, fastdsm.reference.sinkhorn(x, n_iters=SWEEPS, first=first)),)
 
 
+def _oracle_fixed_point(x: Tensor) -> Outputs:
+    return (cast(Tensor, fastdsm.reference.sinkhorn(x, solver="newton")),)
+
+
 def _oracle_both(x: Tensor) -> Outputs:
     spectrum = fastdsm.reference.sinkhorn_sigma2(x, n_iters=SWEEPS)
     return spectrum.plan, spectrum.sigma2
@@ -69,6 +73,7 @@ COLUMNS_THEN_ROWS = Definition("log-domain sweeps, columns then rows", _oracle_s
 ROWS_THEN_COLUMNS = Definition(
     "log-domain sweeps, rows then columns, total 1", lambda x: (_oracle_sinkhorn(x, "row")[0] / x.shape[-1],)
 )
+FIXED_POINT = Definition("the limit of the sweeps", _oracle_fixed_point)
 PLAN_AND_SIGMA2 = Definition("the plan, and the norm of its mean-free part", _oracle_both)
 SIGMA2 = Definition("norm of the mean-free part", lambda x: (fastdsm.reference.sigma2(x),))
 SIGMA2_TWICE = Definition("norm of the mean-free part, from below and above", lambda x: SIGMA2.function(x) * 2)

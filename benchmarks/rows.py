@@ -43,12 +43,12 @@ class Row:
     A row with ``left_out`` says why nothing was timed; its numbers are None.
     """
 
-    operation: str  # "sinkhorn", "sinkhorn_attention", "sinkhorn_sigma2", "sigma2", "sigma2_bounds"
+    operation: str  # "sinkhorn", "newton", "sinkhorn_attention", "sinkhorn_sigma2", "sigma2", "sigma2_bounds"
     shape: tuple[int, ...]  # of the input; attention: heads, lines, which of query, key and value, features
     dtype: str
     sweeps: int | None  # None where the operation has no sweeps
     direction: str  # FORWARD or BACKWARD (forward and backward, timed together)
-    implementation: str  # "fastdsm", "eager", "torch.compile", "clone" or a peer's name
+    implementation: str  # "fastdsm", "eager" (newton: the sweeps), "torch.compile", "clone" or a peer's name
     call: str  # the call that was timed
     definition: str  # what the float64 truth computes that its output was held against
     seconds_median: float | None

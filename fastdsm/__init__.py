@@ -10,6 +10,7 @@ from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
 from .projection import sinkhorn, sinkhorn_sigma2
 from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum
+from .rounding import round_to_birkhoff
 from .spectrum import sigma2, sigma2_bounds
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "SinkhornInfo",
     "SinkhornSpectrum",
     "reference",
+    "round_to_birkhoff",
     "sigma2",
     "sigma2_bounds",
     "sinkhorn",

@@ -33,6 +33,16 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         pytorch.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
 
 
+def newton_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
+    """Fill ``outputs``; no kernel does so yet."""
+    pytorch.newton_forward(problem, outputs)
+
+
+def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients, backend: str) -> None:
+    """Fill ``gradients``; no kernel does so yet."""
+    pytorch.implicit_backward(problem, grad_plan, g, gradients)
+
+
 def sigma2(
     results: tuple[Tensor, Tensor, Tensor],
     plan: Tensor,

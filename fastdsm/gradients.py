@@ -1,8 +1,9 @@
 """Gradients of the operators, as (context, gradient) pairs for autograd.
 
-First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjoint, sigma2 is bilinear in its fixed
-vectors. ``sinkhorn_backward`` is itself differentiable: its gradient is autograd through the oracle, twice, so that double
-backward is right whatever enters the loss. sigma2's second derivative likewise goes through the oracle's SVD.
+First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjoint, ``fixed_point_backward`` the implicit
+one, sigma2 is bilinear in its fixed vectors. Both backwards are themselves differentiable: their gradient is autograd through
+the oracle, twice, so that double backward is right whatever enters the loss. sigma2's second derivative likewise goes through
+the oracle's SVD.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def differentiable_calls() -> Any:
 
 Gradients = tuple[Tensor | None, ...]
 _TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
+_OPTIONS = 5  # scale, n_iters, columns_first, tol, backend end them
 
 
 def save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
@@ -88,14 +90,31 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inp
         return found
 
     pull = torch.func.vjp(plan, logits, start, r, c)[1]
-    d_logits, d_f0, d_r, d_c = pull(grad_plan)
+    return _by_line(lines, r, c, *pull(grad_plan))
+
+
+def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``fixed_point_backward`` returns, from the oracle."""
+    logits, temperature, _, row, col, mask, scale, _, columns_first, *_ = inputs
+    first = "col" if columns_first else "row"
+    r, c = reference.marginals_of(logits, row, col, mask)
+
+    def plan(logits: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
+
+    d_logits, d_r, d_c = torch.func.vjp(plan, logits, r, c)[1](grad_plan)
+    return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+
+
+def _by_line(lines: bool, r: Tensor, c: Tensor, d_logits: Tensor, d_f0: Tensor, d_r: Tensor, d_c: Tensor) -> tuple[Tensor, ...]:
+    """A backward's outputs: those by line are those of log r and log c, or empty where not asked for."""
     if not lines:
         return (d_logits, *(x.new_empty((0,)) for x in (d_f0, d_r, d_c)))
     return d_logits, d_f0, d_r * r, d_c * c
 
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    if not inputs[2]:
+    if not inputs[-1 - _OPTIONS - _TENSORS]:
         ctx.mark_non_differentiable(*output[1:])
     save(ctx, inputs)
 
@@ -105,8 +124,16 @@ def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
     return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
 
 
-def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None, inputs: Sequence[Any]) -> list[Tensor | None]:
-    """Gradients of logits, temperature, f0 and the marginals by the backward operator."""
+def _fixed_point_backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+    inputs, _ = saved(ctx)
+    return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad, cotangents)
+
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def _projection(needed: Sequence[bool], grad_plan: Tensor, backward: Backward, inputs: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of logits, temperature, f0 and the marginals by ``backward``: (grad_plan, lines, *inputs) to the operator's."""
     logits, temperature, f0, row, col, mask = inputs[:_TENSORS]
     dtype = logits.dtype
     if needed[1]:
@@ -116,9 +143,7 @@ def _projection(needed: Sequence[bool], grad_plan: Tensor, sweeps: Tensor | None
         logits, grad_plan = logits.to(wide), grad_plan.to(wide)
         vectors = (x if x is None else x.to(wide) for x in inputs[1 : _TENSORS - 1])
         inputs = (logits, *vectors, *inputs[_TENSORS - 1 :])
-    d_logits, d_f0, d_log_row, d_log_col = differentiable_calls().sinkhorn_backward(
-        grad_plan, sweeps, any(needed[2:5]), *inputs
-    )
+    d_logits, d_f0, d_log_row, d_log_col = backward(grad_plan, any(needed[2:5]), *inputs)
     gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
     if needed[1]:
         product = torch.where(d_logits == 0, 0.0, d_logits * logits)
@@ -142,13 +167,23 @@ def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Ten
     return gradient + torch.where(valid, other.sum(-1, keepdim=True) / total, 0.0)
 
 
+def _unrolled(sweeps: Tensor | None) -> Backward:
+    """The adjoint of the sweeps done."""
+    return lambda grad_plan, lines, *inputs: differentiable_calls().sinkhorn_backward(grad_plan, sweeps, lines, *inputs)
+
+
+def _implicit(f: Tensor, g: Tensor) -> Backward:
+    """The adjoint of the fixed point at these potentials."""
+    return lambda grad_plan, lines, *inputs: differentiable_calls().fixed_point_backward(grad_plan, f, g, lines, *inputs)
+
+
 def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     save(ctx, inputs)
 
 
 def _sinkhorn_gradient(ctx: Any, grad: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return padded(_projection(ctx.needs_input_grad, grad, None, inputs), inputs)
+    return padded(_projection(ctx.needs_input_grad, grad, _unrolled(None), inputs), inputs)
 
 
 def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -160,12 +195,41 @@ def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -
 
 
 def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
-    grad_sigma2 = others[-1]
     inputs, (sweeps, plan) = saved(ctx)
+    *projection, _ = inputs
+    tol = projection[-2]
+    return _both(ctx, inputs, projection, plan, _unrolled(sweeps if tol >= 0 else None), grad_plan, others[-1])
+
+
+def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    plan, residual, sweeps, f, g, sigma2 = output
+    with_sigma2 = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    save(ctx, inputs, f, g, plan)
+
+
+def _fixed_point_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+    inputs, (f, g, plan) = saved(ctx)
+    assert f is not None
+    assert g is not None
+    *projection, _, _ = inputs
+    return _both(ctx, inputs, projection, plan, _implicit(f, g), grad_plan, others[-1])
+
+
+def _both(
+    ctx: Any,
+    inputs: Sequence[Any],
+    projection: Sequence[Any],
+    plan: Tensor | None,
+    backward: Backward,
+    grad_plan: Tensor | None,
+    grad_sigma2: Tensor | None,
+) -> Gradients:
+    """Gradients of a plan and of its sigma2 in the projection's inputs."""
     if grad_plan is None and grad_sigma2 is None:
         return (None,) * len(inputs)
-    *projection, _ = inputs
-    tol, backend = projection[-2:]
+    backend = projection[-1]
     needed, d_row, d_col = ctx.needs_input_grad, None, None
     if grad_sigma2 is not None:
         logits, _, _, row, col, mask = projection[:_TENSORS]
@@ -180,7 +244,7 @@ def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -
         assert d_plan is not None
         grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
     assert grad_plan is not None
-    found = _projection(needed, grad_plan, sweeps if tol >= 0 else None, projection)
+    found = _projection(needed, grad_plan, backward, projection)
     for index, extra in ((3, d_row), (4, d_col)):
         known = found[index]
         if extra is not None and known is not None:
@@ -226,5 +290,7 @@ AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
     "sinkhorn_info": (_info_context, _info_gradient),
     "sinkhorn_backward": (_backward_context, _backward_gradient),
+    "fixed_point": (_fixed_point_context, _fixed_point_gradient),
+    "fixed_point_backward": (_backward_context, _fixed_point_backward_gradient),
     "sigma2": (_sigma2_context, _sigma2_gradient),
 }

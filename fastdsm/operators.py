@@ -28,6 +28,10 @@ LIBRARY.define(f"sinkhorn_info({_INPUTS}, bool with_sigma2) -> (Tensor, Tensor, 
 LIBRARY.define(
     f"sinkhorn_backward(Tensor grad_plan, Tensor? sweeps, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(f"fixed_point({_INPUTS}, str solver, bool with_sigma2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"fixed_point_backward(Tensor grad_plan, Tensor f, Tensor g, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     "sigma2(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, Tensor? v0, str method, float tol, "
     "SymInt max_iters, str backend) -> (Tensor, Tensor, Tensor)"
@@ -102,12 +106,23 @@ def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
 
 @implement("sinkhorn_info")
 def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *problem, backend, with_sigma2 = inputs
+    *problem, with_sigma2 = inputs
+    return _with_info(backends.sinkhorn_forward, with_sigma2, logits, *problem)
+
+
+@implement("fixed_point")
+def _fixed_point(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *problem, solver, with_sigma2 = inputs
+    forward = backends.newton_forward if solver == "newton" else backends.sinkhorn_forward
+    return _with_info(forward, with_sigma2, logits, *problem)
+
+
+def _with_info(forward: Callable[..., None], with_sigma2: bool, logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *problem, backend = inputs
     plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_sigma2)
     wanted = sigma2 if with_sigma2 else None
     plan, f, g = (plan, f, g) if problem[-2] else (plan.mT, g, f)
-    outputs = Outputs(plan, residual, sweeps, f, g, wanted)
-    backends.sinkhorn_forward(_problem(logits, *problem), outputs, backend)
+    forward(_problem(logits, *problem), Outputs(plan, residual, sweeps, f, g, wanted), backend)
     return results
 
 
@@ -123,14 +138,32 @@ def _sinkhorn_backward(
     grad_plan: Tensor, sweeps: Tensor | None, lines: bool, logits: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
     *problem, backend = inputs
-    columns_first = problem[-2]
-    d_logits, d_f0, d_row, d_col = results = _gradients_like(logits, lines, columns_first)
-    target, cotangent, rows, cols = d_logits, grad_plan, d_row, d_col
-    if not columns_first:
-        target, cotangent, rows, cols = target.mT, cotangent.mT, cols, rows
-    gradients = Gradients(target, d_f0, rows, cols) if lines else Gradients(target)
+    results, cotangent, gradients = _backward_of(grad_plan, lines, logits, problem[-2])
     backends.sinkhorn_backward(_problem(logits, *problem), cotangent, gradients, sweeps, backend)
     return results
+
+
+@implement("fixed_point_backward")
+def _fixed_point_backward(
+    grad_plan: Tensor, f: Tensor, g: Tensor, lines: bool, logits: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    *problem, backend = inputs
+    columns_first = problem[-2]
+    results, cotangent, gradients = _backward_of(grad_plan, lines, logits, columns_first)
+    first = g if columns_first else f  # of the two potentials the one that the other follows from
+    backends.implicit_backward(_problem(logits, *problem), cotangent, first, gradients, backend)
+    return results
+
+
+def _backward_of(
+    grad_plan: Tensor, lines: bool, logits: Tensor, columns_first: bool
+) -> tuple[tuple[Tensor, ...], Tensor, Gradients]:
+    """The outputs of a backward; the cotangent and the same outputs as the canonical problem has them."""
+    d_logits, d_f0, d_row, d_col = results = _gradients_like(logits, lines, columns_first)
+    target, rows, cols = d_logits, d_row, d_col
+    if not columns_first:
+        target, grad_plan, rows, cols = target.mT, grad_plan.mT, cols, rows
+    return results, grad_plan, Gradients(target, d_f0, rows, cols) if lines else Gradients(target)
 
 
 @implement("sigma2")
@@ -165,6 +198,12 @@ torch.library.register_fake(
     lambda grad_plan, sweeps, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
     lib=LIBRARY,
 )
+torch.library.register_fake("fastdsm::fixed_point", lambda logits, *inputs: _info_like(logits, inputs[-1]), lib=LIBRARY)
+torch.library.register_fake(
+    "fastdsm::fixed_point_backward",
+    lambda grad_plan, f, g, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
+    lib=LIBRARY,
+)
 torch.library.register_fake("fastdsm::sigma2", lambda plan, *_: _vectors_like(plan), lib=LIBRARY)
 torch.library.register_fake("fastdsm::sigma2_bounds", lambda plan, *_: _bounds_like(plan), lib=LIBRARY)
 
@@ -192,5 +231,7 @@ def _over_batch(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-for _name in ("sinkhorn", "sinkhorn_info", "sinkhorn_backward", "sigma2", "sigma2_bounds"):
+for _name in (
+    "sinkhorn", "sinkhorn_info", "sinkhorn_backward", "fixed_point", "fixed_point_backward", "sigma2", "sigma2_bounds",
+):  # fmt: skip
     torch.library.register_vmap(f"fastdsm::{_name}", _over_batch(getattr(torch.ops.fastdsm, _name).default), lib=LIBRARY)

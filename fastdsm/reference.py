@@ -7,6 +7,8 @@ bfloat16 compute in float32. Symbols as in the README: S = logits / temperature,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,9 +63,25 @@ def sinkhorn(
     row_marginal: Tensor | None = None,
     col_marginal: Tensor | None = None,
     mask: Tensor | None = None,
+    solver: str = "sinkhorn",
+    grad: str | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, SinkhornInfo]:
-    """Sinkhorn projection as :func:`fastdsm.sinkhorn` defines it, one line of mathematics per line of code."""
+    """Sinkhorn projection as :func:`fastdsm.sinkhorn` defines it, one line of mathematics per line of code.
+
+    ``solver="newton"`` is :func:`fixed_point`, which takes as many steps as it needs; ``grad="implicit"`` has its gradient.
+    """
+    problem: dict[str, Any] = {"temperature": temperature, "first": first, "mask": mask}
+    problem |= {"row_marginal": row_marginal, "col_marginal": col_marginal}
+    if solver == "newton":
+        return fixed_point(logits, tol=tol, return_info=return_info, **problem)
+    if grad == "implicit":
+        with torch.no_grad():
+            plan, info = sinkhorn(logits, n_iters=n_iters, tol=tol, f0=f0, return_info=True, **problem)
+        assert isinstance(info, SinkhornInfo)
+        slope = near_fixed_point(logits, info.f, info.g, **problem)
+        plan = plan + (slope - slope.detach())
+        return (plan, info) if return_info else plan
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
     r, c = _marginals(valid, row_marginal, col_marginal, dtype)
@@ -114,6 +132,115 @@ def sinkhorn(
     residual = residual_of(f, g).masked_fill(poisoned[..., 0, 0], torch.nan)
     converged = residual <= (default_tol(dtype) if tol is None else tol)
     return plan, SinkhornInfo(residual, converged, sweeps, f.detach(), g.detach())
+
+
+_NEWTON_STEPS = 500
+_NULL = 64.0  # units of rounding per column: eigenvalues below that share of the largest are the null vector's
+
+
+class _Equations:
+    """P^T 1 = c in the column potential, the rows exact: what the sweeps converge to; for first="row" transposed."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        temperature: float | Tensor,
+        first: str,
+        row_marginal: Tensor | None,
+        col_marginal: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
+        self.poisoned = (valid & ~(logits < torch.inf)).flatten(-2).any(-1)
+        r, c = _marginals(valid, row_marginal, col_marginal, dtype)
+        tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
+        tame = logits.masked_fill(~valid | self.poisoned[..., None, None], 0.0)
+        scaled = (tame.to(dtype) / tau).masked_fill(~valid, -torch.inf)
+        self.S, self.r, self.c = (scaled, r, c) if first == "col" else (scaled.mT, c, r)
+        total = self.c.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        self.aim = self.c * (self.r.sum(-1, keepdim=True) / total)
+
+    def row_potential(self, g: Tensor) -> Tensor:
+        log_r = self.r.where(self.r != 0, 1.0).log()
+        return torch.where(self.r != 0, log_r - _log_sum_exp(self.S + g.unsqueeze(-2), -1), 0.0)
+
+    def plan(self, g: Tensor) -> Tensor:
+        return (self.S + self.row_potential(g).unsqueeze(-1) + g.unsqueeze(-2)).exp()
+
+    def newton_step(self, g: Tensor) -> Tensor:
+        """The d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1; the matrix is a Laplacian."""
+        P = self.plan(g)
+        inverse_r = torch.where(self.r != 0, 1.0 / self.r.where(self.r != 0, 1.0), 0.0)
+        weights = P.mT @ (inverse_r.unsqueeze(-1) * P)
+        weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+        laplacian = torch.diag_embed(weights.sum(-1)) - weights
+        inverse = torch.linalg.pinv(laplacian, rtol=_NULL * g.shape[-1] * torch.finfo(g.dtype).eps, hermitian=True)
+        return (inverse @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
+
+    def residual(self, g: Tensor) -> Tensor:
+        error = self.plan(g).sum(-2) / self.c.where(self.c != 0, 1.0) - 1.0
+        return torch.where(self.c != 0, error.abs(), 0.0).amax(-1)
+
+
+def fixed_point(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    first: str = "col",
+    tol: float | None = None,
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SinkhornInfo]:
+    """The projection that the sweeps converge to, by Newton's method on their dual h, with its exact gradient.
+
+    Every step t d is damped by t = log(1 + s) / s, s the spread of d, for which h must fall: along d its third derivative is
+    at most s times its second (generalised self-concordance, Sun and Tran-Dinh 2019). ``sweeps`` counts steps, the first
+    column step included. Stops at ``tol``, default as for solver="newton", or after 500. Gradients: :func:`near_fixed_point`.
+    """
+    problem = (temperature, first, row_marginal, col_marginal, mask)
+    with torch.no_grad():
+        at = _Equations(logits, *problem)
+        tol = default_tol(at.S.dtype) if tol is None else tol
+        g = torch.where(at.c != 0, at.c.where(at.c != 0, 1.0).log() - _log_sum_exp(at.S, -2), 0.0)
+        steps = torch.ones(logits.shape[:-2], dtype=torch.int32, device=logits.device)
+        for _ in range(1, _NEWTON_STEPS):
+            active = ~(at.residual(g) <= tol)
+            if not bool(active.any()):
+                break
+            d = at.newton_step(g)
+            spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).clamp(min=torch.finfo(d.dtype).tiny)
+            g = torch.where(active.unsqueeze(-1), g + d * (spread.log1p() / spread), g)
+            steps = steps + active
+        f, residual = at.row_potential(g), at.residual(g).masked_fill(at.poisoned, torch.nan)
+    f, g = (f, g) if first == "col" else (g, f)
+    plan = near_fixed_point(logits, f, g, *problem)
+    return (plan, SinkhornInfo(residual, residual <= tol, steps, f, g)) if return_info else plan
+
+
+def near_fixed_point(
+    logits: Tensor,
+    f: Tensor,
+    g: Tensor,
+    temperature: float | Tensor = 1.0,
+    first: str = "col",
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The fixed point near the potentials f, g, by two Newton steps that autograd sees.
+
+    A Newton step takes an error e of the potential to O(e^2). The detached start errs by all that the fixed point moves with
+    logits or marginals, so that after two steps the error is of fourth order: derivatives up to the third are exact.
+    """
+    at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
+    potential = (g if first == "col" else f).detach().to(at.S.dtype)
+    for _ in range(2):
+        potential = potential + at.newton_step(potential)
+    plan = at.plan(potential).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
+    return plan if first == "col" else plan.mT
 
 
 def sigma2(

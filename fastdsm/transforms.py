@@ -42,6 +42,8 @@ def _composable(name: str) -> Callable[..., Any]:
 sinkhorn = _composable("sinkhorn")
 sinkhorn_info = _composable("sinkhorn_info")
 sinkhorn_backward = _composable("sinkhorn_backward")
+fixed_point = _composable("fixed_point")
+fixed_point_backward = _composable("fixed_point_backward")
 sigma2 = _composable("sigma2")
 sinkhorn_attention = _composable("sinkhorn_attention")
 sinkhorn_attention_backward = _composable("sinkhorn_attention_backward")

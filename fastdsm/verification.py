@@ -226,7 +226,7 @@ def failed(case: Case, target: Target, error: Exception) -> Record:
 
 
 def _compare(case: Case, target: Target) -> list[Record]:
-    logits, options, cotangent = _inputs(case)
+    logits, options, cotangent = inputs(case)
     if target.device != "cpu":
         logits, cotangent = logits.to(target.device), cotangent.to(target.device)
         options = {k: x.to(target.device) if isinstance(x, Tensor) else x for k, x in options.items()}
@@ -271,7 +271,7 @@ class _Run:
     gradients: Mapping[str, Tensor]
 
 
-def _inputs(case: Case) -> tuple[Tensor, dict[str, Any], Tensor]:
+def inputs(case: Case) -> tuple[Tensor, dict[str, Any], Tensor]:
     """Logits, options and cotangent on the CPU, drawn in float32 and then held in the dtypes of the call."""
     generator = torch.Generator().manual_seed(0)
     batch, n, m = case.shape
@@ -376,20 +376,20 @@ def compare(
 ) -> Record:
     """Compare ``found`` with ``truth`` entry by entry; ``relative`` widens the budget by that share of the truth."""
     allowed = budget(truth, plain, found.dtype, size=size) + relative * truth.abs()
-    return _worst(target, group, quantity, case, (found.detach().to(torch.float64) - truth).abs(), allowed)
+    return worst(target, group, quantity, case, (found.detach().to(torch.float64) - truth).abs(), allowed)
 
 
 def _bounds(case: Case, target: Target, lower: Tensor, upper: Tensor, truth: Tensor) -> Iterator[Record]:
     """The truth lies between the bounds, and up to ``BOUNDS_GAP_SIZE`` they are within a thousandth of each other."""
     outside = torch.maximum(lower - truth, truth - upper).clamp(min=0.0)
     exact = FLOOR[torch.float64] * truth.clamp(min=1.0)
-    yield _worst(target, "bounds", "sigma2 outside its bounds", case, outside, exact)
+    yield worst(target, "bounds", "sigma2 outside its bounds", case, outside, exact)
     if min(case.shape[1:]) <= BOUNDS_GAP_SIZE:
         allowed = BOUNDS_GAP * lower + FLOOR[compute_dtype(case.dtype)]
-        yield _worst(target, "bounds", "gap of the bounds", case, upper - lower, allowed)
+        yield worst(target, "bounds", "gap of the bounds", case, upper - lower, allowed)
 
 
-def _worst(target: Target, group: str, quantity: str, case: Case, error: Tensor, allowed: Tensor) -> Record:
+def worst(target: Target, group: str, quantity: str, case: Case, error: Tensor, allowed: Tensor) -> Record:
     """The record of the entry with the largest error relative to its budget."""
     if error.numel() == 0:
         return Record(str(target), group, quantity, case, 0.0, 0.0)

@@ -83,8 +83,14 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"mask must be broadcastable to \(2, 3, 4\), got \(4, 3\)",
     ),
-    (lambda: fastdsm.sinkhorn(x, solver="fast"), ValueError, r"solver must be one of 'sinkhorn', got 'fast'"),
-    (lambda: fastdsm.sinkhorn(x, grad="approximate"), ValueError, r"grad must be one of 'unrolled', got 'approximate'"),
+    (lambda: fastdsm.sinkhorn(x, solver="fast"), ValueError, r"solver must be one of 'sinkhorn', 'newton', got 'fast'"),
+    (lambda: fastdsm.sinkhorn(x, grad="exact"), ValueError, r"grad must be one of 'unrolled', 'implicit', got 'exact'"),
+    (
+        lambda: fastdsm.sinkhorn(x, solver="newton", grad="unrolled"),
+        ValueError,
+        r'grad="unrolled" is the gradient of sweeps.*use grad="implicit"',
+    ),
+    (lambda: fastdsm.sinkhorn_sigma2(x, solver="newton", grad="unrolled"), ValueError, r'use grad="implicit"'),
     (
         lambda: fastdsm.sinkhorn(x, backend="cuda"),
         ValueError,

@@ -18,7 +18,7 @@ from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvals
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.rows import BACKWARD, FORWARD, Row, Run, read_rows, row_of, write_rows
-from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, verdicts
+from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, NEWTON_SHAPE, verdicts
 
 command = import_module("fastdsm.cli.bench")  # fastdsm.cli.bench is also the name of the function in it
 
@@ -44,6 +44,8 @@ def records() -> list[Row]:
         for name, ratio, held in (("fastdsm", 4.0, 1_000), ("eager", 1.0, 8_000)):
             changes = {"operation": "sinkhorn_attention", "shape": ATTENTION_SHAPE, "sweeps": 3, "peak_extra_bytes": held}
             rows.append(row(name, 0.01 / ratio, ratio, direction, **changes))
+    for name, ratio in (("fastdsm", 10.0), ("eager", 1.0)):
+        rows.append(row(name, 0.01 / ratio, ratio, operation="newton", shape=NEWTON_SHAPE, sweeps=None))
     return rows
 
 
@@ -68,7 +70,7 @@ def test_a_row_with_other_fields_is_refused() -> None:
 
 def test_targets_kept() -> None:
     found = verdicts(records())
-    assert len(found) == 22  # two per size and direction, memory per size, two of attention
+    assert len(found) == 23  # two per size and direction, memory per size, two of attention, one of Newton's method
     assert all(verdict.ok for verdict in found)
 
 
@@ -99,9 +101,17 @@ def test_a_missed_target_of_attention_is_found(direction: str, change: dict[str,
     assert [(verdict.shape, verdict.direction) for verdict in missed] == [(ATTENTION_SHAPE, direction)]
 
 
+def test_a_missed_target_of_newton_is_found() -> None:
+    rows = records()
+    at = next(i for i, x in enumerate(rows) if (x.operation, x.implementation) == ("newton", "fastdsm"))
+    rows[at] = replace(rows[at], ratio_to_eager=4.9)
+    missed = [verdict for verdict in verdicts(rows) if not verdict.ok]
+    assert [(verdict.shape, verdict.promise) for verdict in missed] == [(NEWTON_SHAPE, "times faster than the sweeps")]
+
+
 def test_what_was_not_measured_fails() -> None:
     found = verdicts([])
-    assert len(found) == 22
+    assert len(found) == 23
     assert not any(verdict.ok for verdict in found)
     assert all(verdict.measured is None for verdict in found)
 

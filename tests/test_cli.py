@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastdsm import attention_verification, reference, verification
+from fastdsm import attention_verification, newton_verification, reference, verification
 from fastdsm.attention_verification import AttentionCase
 from fastdsm.cli import app
+from fastdsm.newton_verification import NewtonCase, verify_newton_case
 from fastdsm.verification import Case, Target, budget, gradient_size, half_ulp, verify_case
 
 CPU = Target("torch", "cpu")
@@ -22,6 +23,8 @@ TINY = [
 ]
 TINY_ATTENTION = [AttentionCase((1, 2, 1, 5, 4, 3, 2), torch.float32, 2.0, 3, option) for option in ("", "mask", "padding")]
 
+TINY_NEWTON = [NewtonCase((2, 4, 4), torch.float32, 2.0, 30), NewtonCase((2, 3, 8), torch.float64, 1.0, 30, "marginals")]
+
 
 def run(*arguments):
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
@@ -31,6 +34,7 @@ def run(*arguments):
 def tiny_grid(monkeypatch):
     monkeypatch.setattr(verification, "cases", lambda target, quick: TINY)
     monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
+    monkeypatch.setattr(newton_verification, "newton_cases", lambda target, quick: TINY_NEWTON)
     monkeypatch.setattr(verification, "targets", lambda: [CPU])
 
 
@@ -112,6 +116,19 @@ def test_an_error_of_a_thousandth_is_a_miss(monkeypatch, name, missed):
     assert misses == {missed}
 
 
+@pytest.mark.parametrize("case", TINY_NEWTON)
+def test_newton_is_verified(monkeypatch, case):
+    records = verify_newton_case(case, CPU)
+    assert [str(record) for record in records if not record.ok] == []
+    assert {record.quantity for record in records} == {"plan", "residual", "gradient of logits"}
+    monkeypatch.setattr(verification, "sinkhorn", scaled("sinkhorn", 1.001))
+    genuine = newton_verification.sinkhorn
+    monkeypatch.setattr(newton_verification, "sinkhorn", verification.sinkhorn)
+    assert [record.quantity for record in verify_newton_case(case, CPU) if not record.ok] == ["gradient of logits"]
+    monkeypatch.setattr(newton_verification, "sinkhorn", lambda x, tol=0, **options: genuine(x, tol=1e-2, **options))
+    assert "residual" in [record.quantity for record in verify_newton_case(case, CPU) if not record.ok]
+
+
 def test_nan_and_exceptions_are_misses(monkeypatch):
     monkeypatch.setattr(verification, "sigma2", lambda plan, **options: reference.sigma2(plan, mask=None) * math.nan)
     misses = [record for record in verify_case(TINY[0], CPU) if not record.ok]
@@ -140,7 +157,7 @@ def test_verify_passes_and_writes_json(tmp_path):
     result = run("verify", "--json", str(path))
     assert result.exit_code == 0, result.output
     assert "every one within its budget" in result.output
-    for word in ("forward", "gradient", "sigma2", "bounds", "bfloat16"):
+    for word in ("forward", "gradient", "sigma2", "bounds", "newton", "bfloat16"):
         assert word in result.output
     rows = json.loads(path.read_text())["comparisons"]
     assert {row["dtype"] for row in rows} == {"float32", "float64", "bfloat16"}

@@ -31,6 +31,8 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "with info": lambda x: fastdsm.sinkhorn(x, tol=1e-3, return_info=True)[0],
     "temperature": lambda x: fastdsm.sinkhorn(x, temperature=torch.full(x.shape[:-2], 2.0)),
     "mask and marginal": lambda x: fastdsm.sinkhorn(x, mask=torch.eye(4) < 1, row_marginal=torch.arange(1.0, 5)),
+    "newton": lambda x: fastdsm.sinkhorn(x, solver="newton", temperature=torch.full(x.shape[:-2], 2.0)),
+    "implicit": lambda x: fastdsm.sinkhorn_sigma2(x, grad="implicit", first="row").sigma2,
     "sinkhorn_sigma2": lambda x: fastdsm.sinkhorn_sigma2(x).sigma2,
     "sigma2": lambda x: fastdsm.sigma2(x.exp()),
 }
@@ -93,6 +95,25 @@ def test_transforms_compose() -> None:
     torch.testing.assert_close(slopes, oracle)
 
 
+def test_transforms_of_the_fixed_point() -> None:
+    x, weights = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+
+    def converged(a: Tensor) -> Tensor:
+        return fastdsm.sinkhorn(a, solver="newton")
+
+    def oracle(a: Tensor) -> Tensor:
+        return reference.sinkhorn(a, n_iters=300)
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle(leaf), leaf, weights)
+    torch.testing.assert_close(torch.vmap(converged)(x), converged(x))
+    torch.testing.assert_close(torch.func.grad(lambda a: (converged(a) * weights).sum())(x), expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(lambda a, w: (converged(a) * w).sum()))(x, weights), expected)
+    torch.testing.assert_close(torch.func.jacrev(converged)(x[0]), torch.func.jacrev(oracle)(x[0]))
+    second = torch.func.jacrev(torch.func.jacrev(lambda a: (converged(a) ** 3).sum()))(x[0])
+    torch.testing.assert_close(second, torch.func.hessian(lambda a: (oracle(a) ** 3).sum())(x[0]), rtol=1e-6, atol=1e-8)
+
+
 def test_forward_mode_is_an_error_not_a_silent_zero() -> None:
     x = torch.randn(2, 3, 3)
     with pytest.raises(NotImplementedError, match="jvp"):
@@ -117,6 +138,14 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
     opcheck(ops.sinkhorn_backward.default, (x, None, True, *_projection_inputs(leaf)))
     opcheck(ops.sigma2.default, (leaf, None, None, None, None, "auto", 1e-4, 0, "torch"))
     opcheck(ops.sigma2_bounds.default, (x, None, None, None, "torch"))
+
+
+def test_opcheck_of_the_fixed_point() -> None:
+    x = torch.randn(2, 3, 4).mT
+    leaf = x.detach().requires_grad_()
+    temperature = torch.full((2,), 0.7, requires_grad=True)
+    opcheck(ops.fixed_point.default, (leaf, temperature, *_projection_inputs(leaf)[2:9], 1e-3, "torch", "newton", True))
+    opcheck(ops.fixed_point_backward.default, (x, torch.zeros(2, 4), torch.zeros(2, 3), True, *_projection_inputs(leaf)))
 
 
 def test_autocast_leaves_dtypes_alone() -> None:

@@ -39,9 +39,9 @@ def verify(
 ) -> None:
     """Hold every call to its error budget, on whatever this machine has.
 
-    Plans, residuals, gradients, sigma2, its certified bounds and attention are compared with the float64 oracle over shapes,
-    dtypes, logit scales, numbers of sweeps and options: the Triton kernels on a CUDA device, the same kernels in
-    Triton's interpreter where TRITON_INTERPRET=1 is set (tiny sizes), and the PyTorch path. Exit code 1 on any miss.
+    Plans, residuals, gradients, sigma2, its certified bounds, Newton's method and attention are compared with the float64
+    oracle over shapes, dtypes, logit scales, numbers of sweeps and options: the Triton kernels on a CUDA device, the same
+    kernels in Triton's interpreter where TRITON_INTERPRET=1 is set (tiny sizes), and the PyTorch path. Exit code 1 on any miss.
 
     Budget, float32: twice the error of plain log-domain PyTorch, plus 1e-6. float16 and bfloat16 add half a unit in the
     last place; float64 scales the float32 figure down. `fastdsm.verification` derives it.
@@ -55,6 +55,7 @@ def verify(
         TRITON_INTERPRET=1 fastdsm verify --backend triton
     """
     from ..attention_verification import AttentionCase, attention_cases, verify_attention_case
+    from ..newton_verification import NewtonCase, newton_cases, verify_newton_case
     from ..verification import cases, targets, verify_case
 
     console = Console()
@@ -68,12 +69,16 @@ def verify(
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        grids = {target: [*cases(target, quick), *attention_cases(target, quick)] for target in chosen}
+        grids = {
+            target: [*cases(target, quick), *newton_cases(target, quick), *attention_cases(target, quick)] for target in chosen
+        }
         bars = {target: progress.add_task(str(target), total=len(grid)) for target, grid in grids.items()}
         for target, grid in grids.items():
             for case in grid:
                 if isinstance(case, AttentionCase):
                     records += verify_attention_case(case, target)
+                elif isinstance(case, NewtonCase):
+                    records += verify_newton_case(case, target)
                 else:
                     records += verify_case(case, target)
                 progress.advance(bars[target])
@@ -107,7 +112,7 @@ def _table(target: Target, records: list[Record]) -> Table:
     for record in records:
         if record.target == str(target):
             rows.setdefault((record.group, str(record.case.dtype).removeprefix("torch.")), []).append(record)
-    for group in ("forward", "gradient", "sigma2", "bounds", "attention"):
+    for group in ("forward", "gradient", "sigma2", "bounds", "newton", "attention"):
         for row in [row for row in rows if row[0] == group]:
             worst = max(rows[row], key=lambda record: record.share)
             misses = sum(not record.ok for record in rows[row])

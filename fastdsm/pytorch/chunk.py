@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
-        S = _load(problem, layout, where, memory)
+        S = load(problem, layout, where, partial(memory.matrix, "S"))
         top = tame = None
         kinds = [False]
         if on_cpu and uniform and problem.f0 is None:
@@ -117,21 +118,21 @@ def _chunk(
         r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
         r_line, c_line = S.new_full((), r).expand(row), S.new_full((), c).expand(col)
         return Chunk(*store, r_line, c_line, None, None, None, uniform, Tame(r, c, layout.scalar(top)))
-    lines = _marginals(S, problem, layout, where)
+    lines = marginals(S, problem, layout, where)
     f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
     return Chunk(*store, *lines, f0, uniform)
 
 
-def _load(problem: Problem, layout: Layout, where: slice, memory: _Memory) -> Tensor:
-    """S, which is the logits themselves where they can serve."""
+def load(problem: Problem, layout: Layout, where: slice, buffer: Callable[[torch.Size], Tensor]) -> Tensor:
+    """S, -inf where excluded, which is the logits themselves where they can serve, else in the ``buffer`` for a shape."""
     S = problem.logits[where]
     own = layout is BatchLast or problem.logits.dtype != problem.compute_dtype
     if own:
-        S = memory.matrix("S", S.shape)
+        S = buffer(S.shape)
         copy(layout.batch_first(S), problem.logits[where])
     tau = problem.temperature
     if isinstance(tau, Tensor):
-        tau = tau[where].view(-1, 1, 1) if layout.line == -1 else tau[where]
+        tau = layout.whole(tau[where])
     if isinstance(tau, Tensor) or tau != 1.0:
         S = S.div_(tau) if own else S / tau
     if problem.mask is not None:
@@ -142,7 +143,7 @@ def _load(problem: Problem, layout: Layout, where: slice, memory: _Memory) -> Te
     return S
 
 
-def _marginals(S: Tensor, problem: Problem, at: Layout, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def marginals(S: Tensor, problem: Problem, at: Layout, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r and c, 0 on excluded lines, and the indicators of those lines."""
     row, col = (None if x is None else at.vector(x[part]) for x in (problem.row_marginal, problem.col_marginal))
     valid = ~S.isneginf()

@@ -63,8 +63,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         d_logits, lines = _adjoint(chunk, swept, stops, gradients.f0 is not None)
         tau = problem.temperature
         if isinstance(tau, Tensor):
-            tau = tau[part.where]
-            d_logits.div_(tau.view(-1, 1, 1) if at.line == -1 else tau)
+            d_logits.div_(at.whole(tau[part.where]))
         elif tau != 1.0:
             d_logits.div_(tau)
         part.write(gradients.logits, at.batch_first(d_logits))

@@ -1,0 +1,82 @@
+"""grad="implicit": the gradient of the fixed point of Sinkhorn's sweeps, whatever found it, in plain PyTorch.
+
+P = exp(S + f + g) with P 1 = r, P^T 1 = c. For a change of S, dP = P * (dS + df 1^T + 1 dg^T) and dP 1 = 0, dP^T 1 = 0 fix df
+and dg up to the constants (1, -1). With D the cotangent of P and W = P * D the adjoint is
+
+    dS = W - P * (alpha 1^T + 1 beta^T),   [diag(r) P; P^T diag(c)] [alpha; beta] = [W 1; W^T 1],
+
+whose null vector (1, -1) leaves dS alone. Without alpha = diag(1/r) (W 1 - P beta) it is the Laplacian system of Newton's
+step,
+
+    (diag(c) - P^T diag(1/r) P) beta = W^T 1 - P^T diag(1/r) W 1,
+
+deflated and solved as there. alpha and beta are also the gradients of r and c. The plan of a column marginal k c is that of
+c, as rows come out exact: hence sum c_j beta_j = 0, which takes the freedom out. (Where only one marginal is given, the other
+has its total and the choice cancels.) f0 is forgotten at the fixed point: its gradient is 0.
+
+Condition. With N = diag(r)^-1/2 P diag(c)^-1/2 the system is diag(c)^1/2 (I - N^T N) diag(c)^1/2, of eigenvalues 1 -
+sigma_i(N)^2, 0 for the deflated pair: errors of P and of D are amplified by up to 1 / (1 - sigma_2^2). A residual rho of the
+plan's marginals is an error of its potentials of up to rho / (1 - sigma_2^2), hence one of the gradient of up to rho / (1 -
+sigma_2^2)^2. So the plan is brought nearer the fixed point first: on a CPU everything here is float64, and one Newton step
+from the potentials that were found squares their residual, if that is below ``PURE_BELOW``. Where it is not, this is the
+formula at a point that is no fixed point, and the gradient of nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Gradients, Problem
+from .laplacian import solve
+from .layout import copy
+from .newton import PURE_BELOW, direction
+from .system import Point, System, fold, pieces
+
+_ACCURACY = 100.0  # units of rounding to which conjugate gradients are taken
+
+
+def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients) -> None:
+    """Fill ``gradients`` at the fixed point near the column potential ``g`` (B, m), which any solver may have found."""
+    dtype = torch.float64 if problem.logits.device.type == "cpu" else problem.compute_dtype
+    for where, system in pieces(problem, dtype):
+        at = system.at
+        D = at.matrix(grad_plan[where]).to(dtype)
+        P = _at_fixed_point(system, at.vector(g[where]).to(dtype)).P
+        d_logits, alpha, beta = _adjoint(system, P, D)
+        tau = problem.temperature
+        if isinstance(tau, Tensor):
+            d_logits.div_(at.whole(tau[where]))
+        elif tau != 1.0:
+            d_logits.div_(tau)
+        copy(gradients.logits[where], at.batch_first(d_logits.masked_fill_(at.whole(system.poisoned), torch.nan)))
+        if gradients.f0 is not None and gradients.log_row is not None and gradients.log_col is not None:
+            gradients.f0[where] = 0.0
+            unit = torch.where(at.scalar(system.poisoned), torch.nan, system.unit)
+            gradients.log_row[where] = at.vector(system.r * unit * alpha)
+            gradients.log_col[where] = at.vector(system.c * unit * beta)
+
+
+def _at_fixed_point(system: System, g: Tensor) -> Point:
+    """The plan a Newton step from g, where that is close enough for one."""
+    zero = torch.zeros_like(g)
+    g = torch.where(g.isfinite(), g, 0.0)
+    point = system.at_potential(g, zero)
+    close = system.at.scalar(point.residual < PURE_BELOW)
+    step = torch.where(close, direction(system, point), 0.0)
+    return system.at_potential(*fold(g, step, system.at))
+
+
+def _adjoint(system: System, P: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dS, alpha and beta; P is that of r / unit, which only scales dS."""
+    at, inverse_r = system.at, system.inverse_r
+    W = P * D.masked_fill(system.S.isneginf(), 0.0)
+    rows, cols = at.sums(W, at.cols), at.sums(W, at.rows)
+    b = cols - at.sums(P * at.down(rows * inverse_r), at.rows)
+    accuracy = torch.full_like(b.select(at.line, 0), _ACCURACY * torch.finfo(b.dtype).eps)
+    beta = solve(at, P, inverse_r, b, system.c * system.rounding, accuracy)
+    total = at.sums(system.c, at.line)
+    beta = beta - at.scalar(at.sums(system.c * beta, at.line) / torch.where(total > 0, total, 1.0))
+    alpha = (rows - at.sums(P * at.across(beta), at.cols)) * inverse_r
+    W.sub_(P * at.down(alpha)).sub_(P * at.across(beta)).mul_(at.whole(system.unit.squeeze(at.line)))
+    return W, alpha, beta

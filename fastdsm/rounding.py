@@ -1,0 +1,65 @@
+"""Plans with exact marginals from plans that nearly have them: ``fastdsm.round_to_birkhoff``.
+
+Altschuler, Weed and Rigollet (NeurIPS 2017), algorithm 2. With x_i = min(r_i / (P 1)_i, 1) and P' = diag(x) P, then
+y_j = min(c_j / (P'^T 1)_j, 1) and P'' = P' diag(y), no line of P'' exceeds its marginal; a = r - P'' 1 and b = c - P''^T 1 are
+what is missing, both of sum s, and P'' + a b^T / s has the marginals r and c. Their lemma 7: at most
+2 (|P 1 - r|_1 + |P^T 1 - c|_1) is moved, in the sum of absolute values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import arguments, reference
+
+
+def round_to_birkhoff(
+    plan: Tensor,
+    *,
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Nearby plan whose marginals are exact up to rounding, where a projection has stopped short of them.
+
+    Args:
+        plan: (..., n, m), >= 0, float16, bfloat16, float32 or float64, any strides, n >= 1 and m >= 1; computed in float32
+            (float64 for float64). NaN or inf make their matrix NaN at most.
+        row_marginal: (..., n), >= 0, default 1 per row that takes part. A zero excludes its row.
+        col_marginal: (..., m), likewise; default uniform with the rows' total. Totals must agree to 1e-4: the sums meet
+            both marginals as far as these meet each other.
+        mask: bool, broadcastable to (..., n, m), True where an entry takes part. What lies under it is never used. A line
+            without any entry left is zero. Masked entries of other lines may receive some of what is missing: plans of a
+            given pattern with these marginals need not exist.
+
+    Returns:
+        Like plan, in its dtype (16-bit results have marginals as exact as 16-bit entries can). At most twice the sum of the
+        absolute errors of its marginals is moved, in the sum of absolute values; a plan with exact marginals is returned as
+        it is. Differentiable in plan and marginals, to any order; where a line's sum equals its marginal the function has
+        a kink, and the gradient is that of the side without excess. Never aliases ``plan``.
+
+    Raises:
+        TypeError, ValueError: with what was expected, what came and what to do.
+
+    Source: Altschuler, Weed and Rigollet, Near-linear time approximation algorithms for optimal transport via Sinkhorn
+    iteration (NeurIPS 2017), algorithm 2.
+    """
+    arguments.check_matrices(plan, "plan")
+    row = arguments.line_vector(row_marginal, "row_marginal", plan, plan.shape[-2], "row")
+    col = arguments.line_vector(col_marginal, "col_marginal", plan, plan.shape[-1], "column")
+    arguments.check_marginals(row, col)
+    mask = arguments.mask_of(mask, plan)
+    r, c = reference.marginals_of(plan, row, col, mask)
+    P = torch.where(reference.valid_entries(mask, plan, row, col), plan, 0.0).to(r.dtype)
+    P = P * _reduction(P.sum(-1), r).unsqueeze(-1)
+    P = P * _reduction(P.sum(-2), c).unsqueeze(-2)
+    rows, cols = (r - P.sum(-1)).clamp(min=0.0), (c - P.sum(-2)).clamp(min=0.0)
+    missing = rows.sum(-1, keepdim=True)
+    share = torch.where(missing > 0, rows / torch.where(missing > 0, missing, 1.0), 0.0)
+    return (P + share.unsqueeze(-1) * cols.unsqueeze(-2)).to(plan.dtype)
+
+
+def _reduction(sums: Tensor, marginal: Tensor) -> Tensor:
+    """min(marginal / sums, 1), and 1 for an empty line."""
+    return torch.where(sums > marginal, marginal / torch.where(sums > marginal, sums, 1.0), 1.0)
