@@ -171,7 +171,7 @@ def prepare(problem: Problem, keep: bool) -> Work:
 def sweep(work: Work, tol: float, sweeps: Tensor | None) -> None:
     """Run the sweeps: each matrix to ``tol``, ``sweeps`` (B,) or ``n_iters``, at least one row step."""
     problem, logits = work.problem, work.logits
-    batch, _, m = logits.shape
+    batch = logits.shape[0]
     top, counts = torch.empty_like(work.partial), work.partial.new_empty((batch, work.blocks, 2))
     col_counts = work.partial.new_empty((batch, work.arguments["chunks"], 2))
     # What starts the sweeps is slot 1's.

@@ -106,9 +106,7 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
                 )
                 total += tl.sum(d, axis=1)
         else:
-            p, d = products(
-                matrix, cotangent, k, rows, cols, end, r, col_base, col_fine, base, fine, beta, COTANGENT, ALIGNED
-            )
+            p, d = products(matrix, cotangent, k, rows, cols, end, r, col_base, col_fine, base, fine, beta, COTANGENT, ALIGNED)
             total = tl.sum(d, axis=1)
         e = tl.where(r == 0, 0.0, u * total / r)
         if not COTANGENT:

@@ -1,4 +1,4 @@
-"""What is done entry by entry at the end: the plan, from the potentials of each matrix's last sweep; symbols in ``stream_lines``.
+"""What is done entry by entry: the plan, from the potentials of each matrix's last sweep; symbols in ``stream_lines``.
 
 A tile lies along the axis that is contiguous in memory: rows of the problem, or, where it is TRANSPOSED, its columns.
 """
@@ -169,8 +169,8 @@ def _sinkhorn_stream_plan_fwd_kernel(
     plan = tile_entries(x, k, col_base, col_fine, row_base, row_fine, TRANSPOSED) * down(u, TRANSPOSED) + poison
     plan_at = plan_ptr + b * plan_stride_b
     store_tile(plan_at, rows, cols, n, m, plan_stride_n, plan_stride_m, plan, ALIGNED, TRANSPOSED)
-    f = (row_base + row_fine + log2(u)) * LN_2 + poison
-    g = tl.where(col_base == -float("inf"), 0.0, (col_base + col_fine) * LN_2) + poison
+    f = (row_base.to(tl.float64) + (row_fine + log2(u))) * LN_2 + poison
+    g = tl.where(col_base == -float("inf"), 0.0, (col_base.to(tl.float64) + col_fine) * LN_2) + poison
     tl.store(f_ptr + b * n + rows, f, mask=in_rows & (has_info != 0) & (first_col == 0))
     tl.store(g_ptr + b * m + cols, g, mask=in_cols & (has_info != 0) & (first_row == 0))
     tl.store(residual_ptr + b, residual, mask=(has_info != 0) & (first_row == 0) & (first_col == 0))

@@ -13,7 +13,6 @@ b = max(n, m), for uniform marginals, and 1 otherwise. Then dlogits = dS / tempe
     dlog r = r sum_(t=1..T) e_t,    dlog c = c sum_(t=1..T) beta_t,    df0 = r e_0.
 """
 
-import triton
 import triton.language as tl
 
 from .arithmetic import LN_2, exp2

@@ -5,8 +5,8 @@ potential a base, that of the first sweep, and what has been added to it since, 
 
     y_ij = (k x_ij + G_j + F_i) + (phi_i + gamma_j),   formed in this order everywhere,   P_ij = u_i 2^y_ij.
 
-Large bases are thus rounded alike in all passes, a change of the logits; u, a row's factor of the last sweep, takes the
-rounding of its potential out of its sum. A sweep is one pass and one read of the matrix:
+What large logits and bases are rounded by is thus one and the same in all passes, a change of the logits; u, a row's factor
+of the last sweep, takes the rounding of phi out of its sum. A sweep is one pass and one read of the matrix:
 
     u_i = r_i / sum_j 2^y_ij,    s_j = sum_i u_i 2^y_ij,    then phi_i += log2 u_i,  gamma_j += log2 (c_j / s_j).
 
@@ -14,12 +14,14 @@ A program holds a few rows in registers, so that the row sum is complete before 
 sums; it walks ``lines`` rows, adds up in registers and leaves one partial sum per column. Another kernel adds the partial
 sums of all programs, in one order: no atomics, the same bits in every run.
 
-The first sweep is of the log domain: G_j = -max_i (k x_ij + f0_i), F_i = -max_j (k x_ij + G_j), gamma being within log2 n. From then on rows are exact before a
+The first sweep is of the log domain: G_j = -floor max_i (k x_ij + f0_i) and F_i = -floor max_j (k x_ij + G_j), gamma being
+within log2 n + 1 of log2 c. Bases are integers, which no rounding touches. From then on rows are exact before a
 column step and columns before a row step, so that a sum lies within [1/b, 1] of its line's mass, b = total / min c or
 total / min r: 2^y can neither overflow nor, unless (min r)(min c) < 2^-126 total^2, vanish, and no maximum is needed.
 
-Excluded entries (-inf, as masked ones have become, or on a line of zero mass) have x = -inf, hence 2^y = 0. G is -inf on a column without entries;
-a row without has F = phi = 0 and u = 1. A NaN or +inf in a used entry makes u NaN, and with it every column sum.
+Excluded entries (-inf, as masked ones have become, or on a line of zero mass) have x = -inf, hence 2^y = 0. G is -inf on a
+column without entries; a row without has F = phi = 0 and u = 1. A NaN or +inf in a used entry makes u NaN, and with it every
+column sum.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 start     of ``lines`` rows: largest k x_ij + f_i in each column and the sum of 2^(k x_ij + f_i - max), with a running maximum;
           how many rows have an entry, and their given masses; F of "sweep 0", f0 times log2(e), 0 on rows without entries.
-columns   of a chunk of columns: G_j = -max and gamma_j = -log2 of the sum, over all rows; how many columns have an entry,
-          and their given masses.
+columns   of a chunk of columns: G_j = -floor(max) and gamma_j = -log2 of the sum of 2^(k x_ij + f_i + G_j), over all rows;
+          how many columns have an entry, and their given masses.
 masses    r and c where they are uniform, from those counts; gamma_j += log2 c_j.
 
 Without sweeps (``n_iters`` 0) G and gamma are 0: only the row step is left to do.
@@ -134,7 +134,7 @@ def _sinkhorn_stream_columns_fwd_kernel(
         new_top = tl.maximum(top, part_top)
         total = total * exp2(top - new_top) + part_total * exp2(part_top - new_top)
         top = new_top
-    col_top = tl.max(top, axis=0)
+    col_top = tl.floor(tl.max(top, axis=0))
     col_total = tl.sum(total * exp2(top - col_top[None, :]), axis=0)
     used = col_total != 0
     sweeping = n_iters != 0

@@ -13,7 +13,7 @@ WIDE: a row is walked in chunks of BLOCK_M twice, the second time from L2, and t
 import triton
 import triton.language as tl
 
-from .arithmetic import exp2, log2
+from .arithmetic import log2
 from .configuration import finite_jit
 from .panel_sweeps import log2_scale
 from .stream_lines import (
@@ -100,7 +100,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
                 for first_col in range(0, m, BLOCK_M):
                     a, _ = load_chunk(matrix, k, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
                     top = tl.maximum(top, tl.max(a, axis=1))
-                base = tl.where(top == -float("inf"), 0.0, -top)
+                base = tl.where(top == -float("inf"), 0.0, -tl.floor(top))
             total = tl.zeros([ROWS], tl.float32)
             for first_col in range(0, m, BLOCK_M):
                 a, col_fine = load_chunk(matrix, k, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
@@ -110,7 +110,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
             a = lifted(x, k, col_base)
             if t == 1:
                 top = tl.max(a, axis=1)
-                base = tl.where(top == -float("inf"), 0.0, -top)
+                base = tl.where(top == -float("inf"), 0.0, -tl.floor(top))
             e = entries(a, col_fine, base, fine)
             total = tl.sum(e, axis=1)
         u = tl.where(total == 0, 1.0, r / total)

@@ -45,12 +45,11 @@ def _few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SIZES = [
     (1, 1, 1, 1.0, 2),
-    (2, 3, 3, 1.0, 6),
-    (1, 1, 300, 2.0, 2),
-    (1, 40, 33, 5.0, 4),
-    (1, 20, 264, 200.0, 3),
-    (1, 17, 300, 30.0, 0),
-    (1, 17, 1030, 3.0, 1),
+    (2, 3, 3, 1.0, 3),
+    (1, 1, 300, 2.0, 1),
+    (1, 40, 33, 5.0, 2),
+    (1, 9, 264, 200.0, 3),
+    (1, 9, 300, 3.0, 0),
 ]
 
 
@@ -61,7 +60,7 @@ def test_every_size(batch: int, n: int, m: int, std: float, n_iters: int) -> Non
 
 def test_many_sweeps_of_large_logits() -> None:
     """Segments of the gradient follow one another; factors over all sweeps at once would leave float32."""
-    check(Problem(logits_of(1, 12, 12, 30.0), 25))
+    check(Problem(logits_of(1, 3, 40, 30.0), 11))
 
 
 def test_more_blocks_than_one_reduction_adds_at_once() -> None:
@@ -69,23 +68,26 @@ def test_more_blocks_than_one_reduction_adds_at_once() -> None:
 
 
 def test_a_matrix_that_no_other_family_takes() -> None:
-    problem = Problem(logits_of(1, 300, 257, 2.0), 1)
+    problem = Problem(logits_of(1, 4, 257, 2.0), 1)
     found = empty_outputs(problem)
+    with recorded() as launches:
+        assert kernels.sinkhorn_forward(problem, found)
+    assert launches[0].configuration in stream.configurations()
     assert kernels.sinkhorn_forward(problem, found)
     truth, plain = (oracle(problem, dtype)[1] for dtype in (DOUBLE, SINGLE))
     assert_within(found.plan, truth.plan, plain.plan)
 
 
 @pytest.mark.usefixtures("_few_columns")
-@pytest.mark.parametrize(("n", "m", "n_iters"), [(6, 2100, 2), (5, 261, 0)])
-def test_wide_rows(n: int, m: int, n_iters: int) -> None:
-    check(Problem(logits_of(1, n, m, 30.0), n_iters))
+def test_wide_rows() -> None:
+    """Two chunks of columns, two groups of rows."""
+    check(Problem(logits_of(1, 5, 2100, 30.0), 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("m", [24, 21])
 def test_narrow_dtypes(dtype: torch.dtype, m: int) -> None:
-    problem = Problem(logits_of(1, 18, m, 3.0, dtype), 3, temperature=0.7)
+    problem = Problem(logits_of(1, 5, m, 3.0, dtype), 2, temperature=0.7)
     assert stream.aligned(problem.logits) == (m == 24)
     check(problem)
 
@@ -94,35 +96,33 @@ def test_narrow_dtypes(dtype: torch.dtype, m: int) -> None:
     ("option", "n_iters"),
     [
         ("everything", 0),
-        ("everything", 4),
-        ("marginals", 0),
-        ("row marginal", 3),
-        ("column marginal", 3),
+        ("everything", 3),
+        ("row marginal", 2),
+        ("column marginal", 2),
         ("extreme marginals", 4),
-        ("unit columns", 3),
-        ("masked unit columns", 3),
-        ("-inf", 3),
+        ("unit columns", 1),
+        ("masked unit columns", 2),
+        ("-inf", 2),
     ],
 )
 def test_options(option: str, n_iters: int) -> None:
-    check(optioned(option, 14, 11, n_iters))
+    check(optioned(option, 8, 11, n_iters))
 
 
 def test_tol_stops_each_matrix_by_itself() -> None:
-    logits = torch.stack([logits_of(1, 9, 9, std)[0] for std in (0.1, 2.0, 20.0)])
-    problem = Problem(logits, 7, tol=1e-3)
+    logits = torch.stack([logits_of(1, 5, 5, std)[0] for std in (0.1, 0.5, 20.0)])
+    problem = Problem(logits, 6, tol=1e-3)
     found = check_forward(problem, stream)
     assert found.sweeps is not None
     first, second, third = found.sweeps.tolist()
-    assert first < second < third == 7
+    assert first < second < third == 6
     check_backward(problem, sweeps=found.sweeps, family=stream)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("n_iters", [0, 2])
+@pytest.mark.parametrize(("poison", "n_iters"), [(torch.nan, 0), (torch.inf, 2)])
 def test_poison_stays_in_its_matrix(poison: float, n_iters: int) -> None:
-    logits, grad_plan = logits_of(3, 17, 9, 3.0), torch.randn(3, 17, 9)
-    mask = torch.rand(3, 17, 9) < 0.8
+    logits, grad_plan = logits_of(3, 8, 9, 3.0), torch.randn(3, 8, 9)
+    mask = torch.rand(3, 8, 9) < 0.8
     mask[0, 0, 0], mask[1, 7, 7] = False, True
     poisoned = logits.clone()
     poisoned[0, 0, 0] = poisoned[1, 7, 7] = poison
@@ -139,7 +139,7 @@ def test_poison_stays_in_its_matrix(poison: float, n_iters: int) -> None:
 
 
 def test_what_is_excluded_is_never_used() -> None:
-    problem = optioned("everything", 14, 11, 3)
+    problem = optioned("everything", 8, 11, 2)
     row, col, f0 = problem.row_marginal, problem.col_marginal, problem.f0
     assert problem.mask is not None
     assert row is not None
@@ -147,7 +147,7 @@ def test_what_is_excluded_is_never_used() -> None:
     assert f0 is not None
     used = problem.mask & (row != 0).unsqueeze(-1) & (col != 0).unsqueeze(-2)
     assert not used.all(-1).any()
-    grad_plan = torch.randn(2, 14, 11)
+    grad_plan = torch.randn(2, 8, 11)
     dirty = replace(
         problem,
         logits=problem.logits.masked_fill(~used, torch.nan),
@@ -166,12 +166,12 @@ def test_what_is_excluded_is_never_used() -> None:
         assert (gradient[excluded] == 0).all()
 
 
-@pytest.mark.parametrize("n_iters", [0, 2])
+@pytest.mark.parametrize("n_iters", [0, 1])
 def test_nothing_takes_part(n_iters: int) -> None:
-    problem = Problem(logits_of(1, 17, 9), n_iters, mask=torch.zeros(1, 17, 9, dtype=torch.bool))
+    problem = Problem(logits_of(1, 5, 9), n_iters, mask=torch.zeros(1, 5, 9, dtype=torch.bool))
     outputs, gradients = empty_outputs(problem), empty_gradients(problem)
     stream.sinkhorn_forward(problem, outputs)
-    stream.sinkhorn_backward(problem, torch.randn(1, 17, 9), gradients, None)
+    stream.sinkhorn_backward(problem, torch.randn(1, 5, 9), gradients, None)
     for value in (outputs.plan, outputs.residual, outputs.f, outputs.g, *vars(gradients).values()):
         assert (value == 0).all()
 
@@ -180,17 +180,17 @@ def test_nothing_takes_part(n_iters: int) -> None:
 def test_transposed(masked: bool) -> None:
     """A problem that ends with columns comes as its transpose: nothing has contiguous rows."""
     problem = Problem(
-        torch.randn(2, 36, 20).mT,
+        torch.randn(2, 36, 12).mT,
         2,
         temperature=torch.tensor([1.5, 0.0, 0.5])[::2],
-        row_marginal=torch.rand(1, 1).add(0.5).expand(2, 20),
-        mask=(torch.rand(20, 1) < 0.9).expand(2, 20, 36) if masked else None,
+        row_marginal=torch.rand(1, 1).add(0.5).expand(2, 12),
+        mask=(torch.rand(12, 1) < 0.9).expand(2, 12, 36) if masked else None,
     )
-    outputs = replace(empty_outputs(problem), plan=torch.full((2, 36, 20), torch.nan).mT)
+    outputs = replace(empty_outputs(problem), plan=torch.full((2, 36, 12), torch.nan).mT)
     stream.sinkhorn_forward(problem, outputs)
     truth, plain = (oracle(problem, dtype)[1] for dtype in (DOUBLE, SINGLE))
     assert_within(outputs.plan, truth.plan, plain.plan)
-    grad_plan, target = torch.randn(2, 36, 20).mT, torch.full((2, 36, 20), torch.nan).mT
+    grad_plan, target = torch.randn(2, 36, 12).mT, torch.full((2, 36, 12), torch.nan).mT
     stream.sinkhorn_backward(problem, grad_plan, Gradients(target), None)
     check_gradient(problem, grad_plan, target)
 
@@ -203,24 +203,24 @@ def check_gradient(problem: Problem, grad_plan: Tensor, found: Tensor) -> None:
 
 
 def test_any_strides() -> None:
-    problem = Problem(torch.randn(1, 34, 80)[:, ::2, 1:66:3], 2)
-    buffer = torch.full((1, 17, 99), torch.nan)
+    problem = Problem(torch.randn(1, 14, 80)[:, ::2, 1:66:3], 1)
+    buffer = torch.full((1, 7, 99), torch.nan)
     stream.sinkhorn_forward(problem, Outputs(buffer[:, :, 33:99:3]))
     truth, plain = (oracle(problem, dtype)[1] for dtype in (DOUBLE, SINGLE))
     assert_within(buffer[:, :, 33:99:3], truth.plan, plain.plan)
     assert buffer[:, :, :33].isnan().all()
     assert buffer[:, :, 34:99:3].isnan().all()
-    grad_plan, buffer = torch.randn(22).expand(1, 17, 22), torch.full((1, 34, 22), torch.nan)
+    grad_plan, buffer = torch.randn(22).expand(1, 7, 22), torch.full((1, 14, 22), torch.nan)
     stream.sinkhorn_backward(problem, grad_plan, Gradients(buffer[:, ::2]), None)
     check_gradient(problem, grad_plan, buffer[:, ::2])
     assert buffer[:, 1::2].isnan().all()
 
 
 def test_runs_agree_to_the_bit_whatever_else_is_asked_for() -> None:
-    problem = optioned("everything", 20, 11, 2)
+    problem = optioned("everything", 18, 11, 1)
     outputs, gradients = empty_outputs(problem), empty_gradients(problem)
     bare, bare_gradients = Outputs(empty_outputs(problem).plan), Gradients(empty_gradients(problem).logits)
-    grad_plan = torch.randn(2, 20, 11)
+    grad_plan = torch.randn(2, 18, 11)
     for some_outputs, some_gradients in ((outputs, gradients), (bare, bare_gradients)):
         stream.sinkhorn_forward(problem, some_outputs)
         stream.sinkhorn_backward(problem, grad_plan, some_gradients, None)
