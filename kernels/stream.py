@@ -188,7 +188,12 @@ def sweep(work: Work, tol: float, sweeps: Tensor | None) -> None:
         **work.given(configuration.kernel, top_ptr=top, total_ptr=work.partial, col_counts_ptr=col_counts, **first),
     )
     MASSES.launch(chunk_programs, **work.given(MASSES.kernel, row_counts_ptr=counts, col_counts_ptr=col_counts, **first))
-    stops = {"sweeps_ptr": work.done if sweeps is None else sweeps, "has_sweeps": int(sweeps is not None), "tol": tol}
+    stops = {
+        "sweeps_ptr": work.done if sweeps is None else sweeps,
+        "has_sweeps": int(sweeps is not None),
+        "has_tol": int(tol >= 0),
+        "tol": tol,
+    }
     configuration = SWEEP[logits.dtype, work.block_m, kind[1]]
     for t in range(1, max(problem.n_iters, 1) + 1):
         configuration.launch(programs, **work.given(configuration.kernel, t=t, **stops))

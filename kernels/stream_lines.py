@@ -103,8 +103,9 @@ def largest(parts_ptr, parts):
 
 
 @triton.jit
-def finished(residuals_ptr, b, t, chunks, tol, batch, sweeps_ptr, has_sweeps):
+def finished(residuals_ptr, b, t, chunks, tol, has_tol, batch, sweeps_ptr, has_sweeps):
     """Whether matrix ``b`` makes no sweep ``t``: sweep t - 1 met ``tol``, or it is to stop earlier."""
-    stop = tl.load(sweeps_ptr + b, mask=has_sweeps != 0, other=2147483647)
-    residual = largest(residuals_ptr + (((t - 1) % 2) * batch + b) * chunks, chunks)
-    return (t > 1) & ((residual <= tol) | (t > stop))
+    done = t > tl.load(sweeps_ptr + b, mask=has_sweeps != 0, other=2147483647)
+    if has_tol != 0:
+        done = done | (largest(residuals_ptr + (((t - 1) % 2) * batch + b) * chunks, chunks) <= tol)
+    return (t > 1) & done

@@ -58,6 +58,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
     has_row: tl.int32,
     has_temperature: tl.int32,
     has_sweeps: tl.int32,
+    has_tol: tl.int32,
     scale: tl.float64,
     tol: tl.float64,
     ROWS: tl.constexpr,
@@ -67,7 +68,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     b, first = program // blocks, (program % blocks).to(tl.int32) * lines
-    if finished(residuals_ptr, b, t, chunks, tol, batch, sweeps_ptr, has_sweeps):
+    if finished(residuals_ptr, b, t, chunks, tol, has_tol, batch, sweeps_ptr, has_sweeps):
         return
     end = tl.minimum(first + lines, n)
     k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, tl.float32)
@@ -189,6 +190,7 @@ def _sinkhorn_stream_reduce_fwd_kernel(
     n_iters: tl.int32,
     has_col: tl.int32,
     has_sweeps: tl.int32,
+    has_tol: tl.int32,
     tol: tl.float64,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -196,7 +198,7 @@ def _sinkhorn_stream_reduce_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     b, chunk = program // chunks, (program % chunks).to(tl.int32)
     residual_at = residuals_ptr + ((t % 2) * batch + b) * chunks + chunk
-    if finished(residuals_ptr, b, t, chunks, tol, batch, sweeps_ptr, has_sweeps):
+    if finished(residuals_ptr, b, t, chunks, tol, has_tol, batch, sweeps_ptr, has_sweeps):
         tl.store(residual_at, tl.load(residuals_ptr + (((t - 1) % 2) * batch + b) * chunks + chunk))
         return
     cols = chunk * CHUNK + tl.arange(0, CHUNK)

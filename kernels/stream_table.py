@@ -33,9 +33,7 @@ BLOCK_0, BLOCK_1, TILE_WARPS = 32, 128, 8
 _MATRICES = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
 
 
-def _configuration(
-    kernel: Any, element: str, num_warps: int, maxnreg: int | None, label: str, **constants: Any
-) -> Configuration:
+def _configuration(kernel: Any, element: str, num_warps: int, maxnreg: int, label: str, **constants: Any) -> Configuration:
     """The one way to run ``kernel`` on matrices of ``element``."""
     types = {"sweeps_ptr": "i32", "done_ptr": "i32"} | dict.fromkeys(_MATRICES, element)
     pointers = {name: types.get(name, "fp32") for name in kernel.arg_names if name.endswith("_ptr")}
@@ -85,7 +83,7 @@ START = {
         _sinkhorn_stream_start_fwd_kernel,
         element,
         START_WARPS,
-        None,
+        255,
         f"{element} {'aligned' if aligned else 'plain'}",
         ROWS=START_ROWS,
         BLOCK_M=START_BLOCK_M,
@@ -93,15 +91,15 @@ START = {
     )
     for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False))
 }
-COLUMNS = _configuration(_sinkhorn_stream_columns_fwd_kernel, "fp32", 4, None, "", PARTS=PARTS, CHUNK=CHUNK)
-MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, None, "", CHUNK=CHUNK)
+COLUMNS = _configuration(_sinkhorn_stream_columns_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
+MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, 255, "", CHUNK=CHUNK)
 SWEEP = _lines(_sinkhorn_stream_sweep_fwd_kernel)
-REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, None, "", PARTS=PARTS, CHUNK=CHUNK)
+REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
 PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel)
 # Beside the cotangent there is room for half as many logits.
 COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, COTANGENT=True)
 ADJOINT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, COTANGENT=False)
-REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, None, "", PARTS=PARTS, CHUNK=CHUNK)
+REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
 GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel)
 
 
