@@ -11,10 +11,11 @@ from torch import Tensor
 
 import fastdsm
 
-from .baselines import COLUMNS_THEN_ROWS, sinkhorn_baselines
+from .baselines import COLUMNS_THEN_ROWS, sinkhorn_baselines, sinkhorn_loop
 from .harness import SHAPES, SWEEPS, Case, Implementation, measure
 from .peers import sinkhorn_peers
 from .rows import BACKWARD, FORWARD
+from .targets import LARGE_SHAPE
 
 
 def project(logits: Tensor) -> Tensor:
@@ -22,16 +23,20 @@ def project(logits: Tensor) -> Tensor:
     return cast(Tensor, fastdsm.sinkhorn(logits, n_iters=SWEEPS))
 
 
+OURS = Implementation("fastdsm", f"fastdsm.sinkhorn(x, n_iters={SWEEPS})", lambda x: (project(x),), COLUMNS_THEN_ROWS)
+
+
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_sinkhorn(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...], direction: str) -> None:
     """Project standard normal logits."""
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    ours = Implementation(
-        "fastdsm",
-        f"fastdsm.sinkhorn(x, n_iters={SWEEPS})",
-        lambda x: (project(x),),
-        COLUMNS_THEN_ROWS,
-    )
-    implementations = [ours, *sinkhorn_baselines(), *sinkhorn_peers(logits, direction)]
+    implementations = [OURS, *sinkhorn_baselines(), *sinkhorn_peers(logits, direction)]
     measure(benchmark, Case("sinkhorn", logits, direction), implementations)
+
+
+def bench_sinkhorn_of_large_matrices(benchmark: BenchmarkFixture, device: str) -> None:
+    """Project matrices that no cache holds; beside the eager loop alone, for a call takes seconds."""
+    logits = torch.randn(LARGE_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    eager = Implementation("eager", "loop of torch.logsumexp", lambda x: (sinkhorn_loop(x),), COLUMNS_THEN_ROWS)
+    measure(benchmark, Case("sinkhorn", logits, FORWARD), [OURS, eager])

@@ -20,6 +20,8 @@ EAGER_RATIO: dict[tuple[str, Shape], float] = {
     (BACKWARD, (512, 64, 64)): 4.0,
     (BACKWARD, (32, 256, 256)): 4.0,
 }
+# The same of matrices that no cache holds, forward.
+LARGE_SHAPE, LARGE_RATIO = (2, 2048, 2048), 2.0
 # Sinkhorn attention, float32: times faster forward, and peak extra memory as a share of the loop's, both passes.
 ATTENTION_SHAPE, ATTENTION_SWEEPS = (8, 1024, 3, 64), 3  # heads, lines of query and key, which operand, features
 ATTENTION_RATIO = 2.0
@@ -60,7 +62,9 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
             size = ours.peak_extra_bytes / ours.input_bytes if ours and ours.peak_extra_bytes is not None else None
             ok = size is not None and size < MOST_MEMORY
             found.append(Verdict(shape, direction, "inputs of extra memory, less than", size, MOST_MEMORY, ok))
-    return found
+    large = [row for row in rows if (row.implementation, row.direction, row.shape) == ("fastdsm", FORWARD, LARGE_SHAPE)]
+    ratio = large[0].ratio_to_eager if large else None
+    return [*found, _at_least(LARGE_SHAPE, FORWARD, "times faster than the eager loop", ratio, LARGE_RATIO)]
 
 
 def _attention_verdicts(rows: Sequence[Row]) -> list[Verdict]:

@@ -1,7 +1,8 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
 ``registers``: n, m <= 4, a matrix per thread. ``tile``: matrices that stay on chip. ``panel``: up to 256, logits re-read
-from L2 inside the launch. ``spectrum``: sigma2 of given plans. Nothing here validates or differentiates.
+from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``: sigma2 of given plans. Nothing here
+validates or differentiates.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Gradients, Outputs, Problem
-from . import attention, panel, registers, registers_sigma2, spectrum, tile
+from . import attention, panel, registers, registers_sigma2, spectrum, stream, tile
 from .configuration import Configuration
 
 __all__ = ["configurations", "sigma2", "sigma2_bounds", "sinkhorn_backward", "sinkhorn_forward"]
@@ -17,30 +18,35 @@ __all__ = ["configurations", "sigma2", "sigma2_bounds", "sinkhorn_backward", "si
 
 def configurations() -> list[Configuration]:
     """Every kernel that can be launched: the finite table."""
-    return [x for family in (registers, registers_sigma2, tile, panel, spectrum, attention) for x in family.configurations()]
+    families = (registers, registers_sigma2, tile, panel, stream, spectrum, attention)
+    return [x for family in families for x in family.configurations()]
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
-    """Fill ``outputs`` in one launch; false where no kernel serves the problem."""
+    """Fill ``outputs``, in one launch up to 256; false where no kernel serves the problem."""
     if registers.supports_forward(problem):
         registers.sinkhorn_forward(problem, outputs)
     elif tile.supports_forward(problem, outputs.sigma2 is not None):
         tile.sinkhorn_forward(problem, outputs)
     elif panel.supports(problem):
         panel.sinkhorn_forward(problem, outputs)
+    elif stream.supports(problem) and outputs.sigma2 is None:
+        stream.sinkhorn_forward(problem, outputs)
     else:
         return False
     return True
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> bool:
-    """Fill ``gradients`` in one launch; false where no kernel serves the problem."""
+    """Fill ``gradients``, in one launch up to 256; false where no kernel serves the problem."""
     if registers.supports_backward(problem, gradients.f0 is not None):
         registers.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
     elif tile.supports_backward(problem):
         tile.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
     elif panel.supports(problem):
         panel.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif stream.supports(problem):
+        stream.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
     else:
         return False
     return True

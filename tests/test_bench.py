@@ -18,7 +18,7 @@ from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvals
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.rows import BACKWARD, FORWARD, Row, Run, read_rows, row_of, write_rows
-from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, NEWTON_SHAPE, verdicts
+from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, LARGE_RATIO, LARGE_SHAPE, NEWTON_SHAPE, verdicts
 
 command = import_module("fastdsm.cli.bench")  # fastdsm.cli.bench is also the name of the function in it
 
@@ -40,6 +40,8 @@ def records() -> list[Row]:
         for name, ratio in (("fastdsm", 2 * required), ("eager", 1.0), ("torch.compile", 2.0), ("POT", 0.5)):
             rows.append(row(name, 0.01 / ratio, ratio, direction, shape=shape))
         rows.append(row("GeomLoss", 0.0, 0.0, direction, shape=shape, **left_out()))
+    for name, ratio in (("fastdsm", 2 * LARGE_RATIO), ("eager", 1.0)):
+        rows.append(row(name, 0.01 / ratio, ratio, shape=LARGE_SHAPE))
     for direction in (FORWARD, BACKWARD):
         for name, ratio, held in (("fastdsm", 4.0, 1_000), ("eager", 1.0, 8_000)):
             changes = {"operation": "sinkhorn_attention", "shape": ATTENTION_SHAPE, "sweeps": 3, "peak_extra_bytes": held}
@@ -70,7 +72,7 @@ def test_a_row_with_other_fields_is_refused() -> None:
 
 def test_targets_kept() -> None:
     found = verdicts(records())
-    assert len(found) == 23  # two per size and direction, memory per size, two of attention, one of Newton's method
+    assert len(found) == 24  # two per size and direction, memory per size, two of attention, one each of Newton and large ones
     assert all(verdict.ok for verdict in found)
 
 
@@ -109,9 +111,14 @@ def test_a_missed_target_of_newton_is_found() -> None:
     assert [(verdict.shape, verdict.promise) for verdict in missed] == [(NEWTON_SHAPE, "times faster than the sweeps")]
 
 
+def test_a_missed_target_of_large_matrices_is_found() -> None:
+    rows = [replace(x, ratio_to_eager=LARGE_RATIO - 0.1) if x.shape == LARGE_SHAPE else x for x in records()]
+    assert [verdict.shape for verdict in verdicts(rows) if not verdict.ok] == [LARGE_SHAPE]
+
+
 def test_what_was_not_measured_fails() -> None:
     found = verdicts([])
-    assert len(found) == 23
+    assert len(found) == 24
     assert not any(verdict.ok for verdict in found)
     assert all(verdict.measured is None for verdict in found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ import fastdsm
 from fastdsm import reference
 from fastdsm.attention_verification import attention_cases, verify_attention_case
 from fastdsm.verification import Target, cases, verify_case
+
+from .tolerances import assert_within
 
 pytestmark = pytest.mark.gpu
 KERNELS = Target("triton", "cuda")
@@ -97,6 +99,70 @@ def test_graph_capture(size: int) -> None:
     graph.replay()
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(found.sigma2, reference.sinkhorn_sigma2(logits.double()).sigma2.float(), rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_no_synchronisation")
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_large_matrices_do_not_synchronise(first: str) -> None:
+    logits = torch.randn(3, 700, 300, device="cuda", requires_grad=True)
+    mask = torch.rand(3, 700, 300, device="cuda") < 0.9
+    plan, _ = fastdsm.sinkhorn(logits, first=first, tol=1e-3, mask=mask, return_info=True)
+    plan.square().sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 257), (1, 40, 9000), (1, 3000, 40), (2, 1024, 1024), (1, 600, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_large_matrices_against_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, first: str) -> None:
+    """And the same bits in a second run."""
+    logits, cotangent = (torch.randn(shape, device="cuda") * 3).to(dtype), torch.randn(shape, device="cuda").to(dtype)
+    found = plan_and_gradient(fastdsm.sinkhorn, logits, cotangent, first)
+    truth = plan_and_gradient(reference.sinkhorn, logits.double(), cotangent.double(), first)
+    plain = plan_and_gradient(reference.sinkhorn, logits.float(), cotangent.float(), first)
+    assert_within(found[0], truth[0], plain[0])
+    assert_within(found[1], truth[1], plain[1], cotangent=cotangent)
+    again = plan_and_gradient(fastdsm.sinkhorn, logits, cotangent, first)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+def plan_and_gradient(
+    function: Callable[..., torch.Tensor], logits: torch.Tensor, cotangent: torch.Tensor, first: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits.clone().requires_grad_()
+    plan = function(logits, n_iters=10, first=first)
+    return plan.detach(), torch.autograd.grad(plan, logits, cotangent)[0]
+
+
+def test_a_large_matrix_in_a_graph() -> None:
+    logits = torch.randn(2, 600, 400, device="cuda", requires_grad=True)
+    (expected,) = torch.autograd.grad(fastdsm.sinkhorn(logits).square().sum(), logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (gradient,) = torch.autograd.grad(fastdsm.sinkhorn(logits).square().sum(), logits)
+    gradient.zero_()
+    graph.replay()
+    assert torch.equal(gradient, expected)
+
+
+def test_a_large_matrix_beyond_int32() -> None:
+    """2^31 + 2^16 logits, 0 in all rows but the last: those rows together are one of their mass."""
+    n, m = 2**16 + 2, 2**15
+    logits = torch.zeros(1, n, m, device="cuda", dtype=torch.float16)
+    logits[0, -1, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda")
+    plan = fastdsm.sinkhorn(logits.requires_grad_(), n_iters=2)
+    rows = torch.zeros(2, m, device="cuda", dtype=torch.float64)
+    rows[1] = logits[0, -1].detach()
+    masses = torch.tensor([n - 1.0, 1.0], device="cuda", dtype=torch.float64)
+    expected = reference.sinkhorn(rows + masses.log().unsqueeze(-1), n_iters=2, row_marginal=masses)
+    # float16 has steps of 6e-8 at 1 / m.
+    torch.testing.assert_close(plan[0, -1].double(), expected[1], rtol=2e-3, atol=6e-8)
+    torch.testing.assert_close(plan[0, 0].double(), expected[0] / (n - 1), rtol=2e-3, atol=6e-8)
+    cotangent = torch.zeros_like(plan)
+    cotangent[0, -1, 0] = 1.0
+    (gradient,) = torch.autograd.grad(plan, logits, cotangent)
+    share = expected[1, 0].item()
+    assert gradient[0, -1, 0].item() == pytest.approx(share * (1 - share), rel=1e-2)
+    assert gradient[0, ::4096].abs().max() < 1e-6
 
 
 def test_offsets_beyond_int32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -73,9 +74,9 @@ def oracle(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Outputs, list[
     return plan, Outputs(plan.detach(), info.residual, info.sweeps, f, g), leaves
 
 
-def check_forward(problem: Problem) -> Outputs:
+def check_forward(problem: Problem, family: ModuleType = panel) -> Outputs:
     found = empty_outputs(problem)
-    panel.sinkhorn_forward(problem, found)
+    family.sinkhorn_forward(problem, found)
     (_, truth, _), (_, plain, _) = oracle(problem, DOUBLE), oracle(problem, SINGLE)
     assert truth.sweeps is not None
     assert found.sweeps is not None
@@ -95,11 +96,13 @@ def oracle_gradients(problem: Problem, grad_plan: Tensor, dtype: torch.dtype) ->
     return [logits, f0, row, col]
 
 
-def check_backward(problem: Problem, grad_plan: Tensor | None = None, sweeps: Tensor | None = None) -> Gradients:
+def check_backward(
+    problem: Problem, grad_plan: Tensor | None = None, sweeps: Tensor | None = None, family: ModuleType = panel
+) -> Gradients:
     if grad_plan is None:
         grad_plan = torch.randn(problem.logits.shape).to(problem.logits.dtype)
     found = empty_gradients(problem)
-    panel.sinkhorn_backward(problem, grad_plan, found, sweeps)
+    family.sinkhorn_backward(problem, grad_plan, found, sweeps)
     row, col, log_row, log_col = problem.row_marginal, problem.col_marginal, found.log_row, found.log_col
     assert log_row is not None
     assert log_col is not None

@@ -67,16 +67,21 @@ def _families(n: int) -> tuple[str, str, str, str]:
     """The kernel families that take n x n float32 CUDA tensors."""
     if _version("triton") is None:
         return (_PYTORCH,) * 4
-    from ..kernels import panel, registers, registers_sigma2, spectrum, tile
+    from ..kernels import panel, registers, registers_sigma2, spectrum, stream, tile
     from ..kernels.squaring import SQUARINGS
     from ..problem import Problem
 
     problem = Problem(torch.empty(1, n, n, device="meta"), n_iters=20)
-    small, large = registers.supports_forward(problem), panel.supports(problem)
+    small, large, larger = registers.supports_forward(problem), panel.supports(problem), stream.supports(problem)
     return (
-        _first(registers=small, tile=tile.supports_forward(problem, False), panel=large),
+        _first(registers=small, tile=tile.supports_forward(problem, False), panel=large, stream=larger),
         _first(registers=small, tile=tile.supports_forward(problem, True), panel=large),
-        _first(registers=registers.supports_backward(problem, False), tile=tile.supports_backward(problem), panel=large),
+        _first(
+            registers=registers.supports_backward(problem, False),
+            tile=tile.supports_backward(problem),
+            panel=large,
+            stream=larger,
+        ),
         _first(
             registers=registers_sigma2.supports(problem.logits),
             squaring=spectrum.supports(problem.logits) and n <= max(SQUARINGS),

@@ -1,0 +1,109 @@
+"""What the stream family can launch, and the numbers that decide it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from .configuration import Configuration
+from .stream_adjoint import _sinkhorn_stream_adjoint_bwd_kernel, _sinkhorn_stream_reduce_bwd_kernel
+from .stream_apply import _sinkhorn_stream_plan_fwd_kernel
+from .stream_gradient import _sinkhorn_stream_gradient_bwd_kernel
+from .stream_start import (
+    _sinkhorn_stream_columns_fwd_kernel,
+    _sinkhorn_stream_masses_fwd_kernel,
+    _sinkhorn_stream_start_fwd_kernel,
+)
+from .stream_sweep import _sinkhorn_stream_reduce_fwd_kernel, _sinkhorn_stream_sweep_fwd_kernel
+
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# By the columns that whole rows are padded to: rows held at once and warps, for 16 or 32 logits in the registers of a thread.
+# Found by compiling for sm_80, sm_90 and sm_100: none spills within 128 registers, enough for two programs of 8 warps on an SM.
+ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
+# Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
+WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
+# The first column step needs no whole rows.
+START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
+# A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
+CHUNK, PARTS, MAX_PARTS = 128, 32, 256
+# A tile of what is done entry by entry: 128 entries along the contiguous axis are what one warp loads at once.
+BLOCK_0, BLOCK_1, TILE_WARPS = 32, 128, 8
+_MATRICES = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
+
+
+def _configuration(kernel: Any, element: str, num_warps: int, maxnreg: int, label: str, **constants: Any) -> Configuration:
+    """The one way to run ``kernel`` on matrices of ``element``."""
+    types = {"sweeps_ptr": "i32", "done_ptr": "i32"} | dict.fromkeys(_MATRICES, element)
+    pointers = {name: types.get(name, "fp32") for name in kernel.arg_names if name.endswith("_ptr")}
+    return Configuration(kernel, pointers, constants, num_warps, matrices=1, maxnreg=maxnreg, label=label)
+
+
+def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dtype, int, bool], Configuration]:
+    """``kernel`` on whole rows, 1 / ``share`` as many at once, by dtype, padded columns (0: any number) and alignment."""
+    found = {}
+    for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False)):
+        for block_m, (rows, warps) in {**ROWS, 0: (WIDE_ROWS, WIDE_WARPS)}.items():
+            found[dtype, block_m, aligned] = _configuration(
+                kernel,
+                element,
+                warps,
+                255 if warps == 4 else 128,
+                f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
+                ROWS=1 if not aligned and block_m == 4096 else max(rows // share, 1),
+                BLOCK_M=block_m or WIDE_BLOCK_M,
+                WIDE=block_m == 0,
+                ALIGNED=aligned,
+                **constants,
+            )
+    return found
+
+
+def _tiles(kernel: Any) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
+    """``kernel`` entry by entry, by dtype, alignment and whether the contiguous axis is that of the rows."""
+    return {
+        (dtype, aligned, transposed): _configuration(
+            kernel,
+            element,
+            TILE_WARPS,
+            128 if aligned else 255,
+            f"{element} {'aligned' if aligned else 'strided'}{' transposed' * transposed}",
+            BLOCK_0=BLOCK_0,
+            BLOCK_1=BLOCK_1,
+            ALIGNED=aligned,
+            TRANSPOSED=transposed,
+        )
+        for (dtype, element), aligned, transposed in itertools.product(ELEMENTS.items(), (True, False), (True, False))
+    }
+
+
+START = {
+    (dtype, aligned): _configuration(
+        _sinkhorn_stream_start_fwd_kernel,
+        element,
+        START_WARPS,
+        255,
+        f"{element} {'aligned' if aligned else 'plain'}",
+        ROWS=START_ROWS,
+        BLOCK_M=START_BLOCK_M,
+        ALIGNED=aligned,
+    )
+    for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False))
+}
+COLUMNS = _configuration(_sinkhorn_stream_columns_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
+MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, 255, "", CHUNK=CHUNK)
+SWEEP = _lines(_sinkhorn_stream_sweep_fwd_kernel)
+REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
+PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel)
+# Beside the cotangent there is room for half as many logits.
+COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, COTANGENT=True)
+ADJOINT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, COTANGENT=False)
+REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
+GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel)
+
+
+def configurations() -> list[Configuration]:
+    """Every kernel of this family that can be launched."""
+    tables = (START, SWEEP, PLAN, COTANGENT, ADJOINT, GRADIENT)
+    return [COLUMNS, MASSES, REDUCE, REDUCE_ADJOINT, *(x for table in tables for x in table.values())]

@@ -1,0 +1,80 @@
+"""The machine code of the stream kernels: nothing spills, and a sweep reads the matrix once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.static.compilation import TARGETS, compile_configuration, disassemble
+from benchmarks.static.launches import recorded
+from benchmarks.static.report import analyse, faults
+from benchmarks.static.sass import parse
+from fastdsm import kernels
+from fastdsm.kernels.configuration import Configuration
+from fastdsm.problem import Gradients, Outputs, Problem
+
+from .test_static import ROOT
+
+N = 2048
+
+
+def _passes() -> dict[str, Configuration]:
+    """What serves a sweep of an ordinary call, and its adjoint."""
+    logits, other = torch.empty(1, N, N), torch.empty(1, N, N)
+    with recorded() as launches:
+        kernels.sinkhorn_forward(Problem(logits, 5), Outputs(other))
+        kernels.sinkhorn_backward(Problem(logits, 5), other, Gradients(torch.empty_like(logits)), None)
+    passes = [x for x in launches if x.arguments.get("t") == 3 and "lines" in x.arguments]
+    return {x.configuration.kernel.fn.__name__: x.configuration for x in passes}
+
+
+def _loads(configuration: Configuration) -> tuple[list[int], int]:
+    """Bytes that a program loads by instructions of 16 bytes a thread: in each loop with such loads, and outside of loops."""
+    program = parse(disassemble(compile_configuration(configuration, "sm_90").cubin)[1])
+    each = [
+        16 * 32 * configuration.num_warps * sum(x.base == "LDG" and ".128" in x.opcode for x in block.instructions)
+        for block in program.blocks
+    ]
+    loops = [sum(each[index] for index in loop.blocks) for loop in program.loops]
+    return [count for count in loops if count], sum(each) - sum(loops)
+
+
+def _analyse() -> list[dict[str, Any]]:
+    """Each pass: its faults by target, its loads. In a process of its own: see ``rows``."""
+    rows = []
+    for name, configuration in _passes().items():
+        inside, outside = _loads(configuration)
+        found = {target: faults(analyse(configuration, target, [])) for target in TARGETS}
+        rows.append(
+            {"kernel": name, "rows": configuration.constants["ROWS"], "faults": found, "inside": inside, "outside": outside}
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """The interpreter of the other tests replaces Triton's compiler for good, so this one starts without it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "import json; from tests import test_static_stream as t; print(json.dumps(t._analyse()))"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_no_pass_spills(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) == 2
+    assert {row["kernel"]: row["faults"] for row in rows if any(row["faults"].values())} == {}
+
+
+def test_a_pass_reads_the_matrix_once(rows: list[dict[str, Any]]) -> None:
+    """The one loop that loads vectors goes over groups of rows, and loads what they hold; outside are the column vectors."""
+    for row in rows:
+        assert row["inside"] == [row["rows"] * N * 4]
+        assert row["outside"] <= 3 * N * 4
