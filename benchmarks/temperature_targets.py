@@ -20,7 +20,7 @@ import fastdsm
 from .converged import converged_sigma2, sigma2_curve
 
 _POINTS = 300
-_COUNTS = {4: 1500, 16: 400, 64: 40}
+_COUNTS = {4: 1500, 16: 400, 64: 250}
 
 
 def families(n: int, count: int, seed: int) -> dict[str, Tensor]:

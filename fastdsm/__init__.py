@@ -5,7 +5,7 @@ plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular v
 out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attention with such a plan, never stored
 """
 
-from . import nn, reference
+from . import diagnostics, nn, reference
 from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
 from .projection import sinkhorn, sinkhorn_sigma2
@@ -18,6 +18,7 @@ __all__ = [
     "AttentionInfo",
     "SinkhornInfo",
     "SinkhornSpectrum",
+    "diagnostics",
     "nn",
     "reference",
     "sigma2",
