@@ -3,6 +3,8 @@
 from .depth import depth_bound, effective_depth, product_sigma2, residual_contraction, stagnation_index
 from .distance import distance_to_identity, distance_to_uniform, leak, residual
 from .entropy import chi2, entropy
+from .measured import Row
+from .monitor import SpectralMonitor
 from .noise import (
     cosine_with_layernorm,
     critical_depth,
@@ -13,10 +15,13 @@ from .noise import (
     snr_without_layernorm,
 )
 from .prior import logit_diameter, random_sigma2, sigma2_prior_bound
+from .report import spectral_report
 from .summary import PlanSummary, summarize
 
 __all__ = [
     "PlanSummary",
+    "Row",
+    "SpectralMonitor",
     "chi2",
     "cosine_with_layernorm",
     "critical_depth",
@@ -37,6 +42,7 @@ __all__ = [
     "sigma2_prior_bound",
     "snr_threshold",
     "snr_without_layernorm",
+    "spectral_report",
     "stagnation_index",
     "summarize",
 ]

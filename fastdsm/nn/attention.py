@@ -91,48 +91,62 @@ class SinkhornAttention(nn.Module):
         """Attend; nn.MultiheadAttention's arguments and results."""
         if is_causal:
             raise ValueError("is_causal=True has no Sinkhorn plan: a lower-triangular doubly-stochastic matrix is the identity")
+        shapes = [tuple(x.shape) for x in (query, key, value)]
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            raise ValueError(
-                "query, key and value must all be (lines, features) or batches of that, got "
-                f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-            )
-        batched, swapped = query.dim() == 3, query.dim() == 3 and not self.batch_first
-        projected = self._projected(query, key, value)
-        q, k, v = (self._heads(x.transpose(0, 1) if swapped else x if batched else x.unsqueeze(0)) for x in projected)
+            raise ValueError(f"query, key and value must all be (lines, features) or batches of that, got {shapes}")
+        q, k, v = (self._projected(x, which) for which, x in enumerate((query, key, value)))
         bias = self._mask(attn_mask, q, k)
         padding = None if key_padding_mask is None else key_padding_mask.reshape(-1, k.shape[2])
         dropout = self.dropout if self.training else 0.0
-        if need_weights or self.floor is not None:
-            logits, mask = self._logits(q, k, bias, padding)
-            temperature = self.temperature if self.floor is None else self.floor(logits, self.temperature, mask)
-        else:
-            temperature = self.temperature
+        weights: Tensor | None = None
         if need_weights:
-            weights = sinkhorn(logits, temperature=temperature, mask=mask, **self.options)
-            assert isinstance(weights, Tensor)
+            weights = self._plan(q, k, bias, padding)
             out = nn.functional.dropout(weights, dropout) @ self._unpadded(v, padding)
         else:
-            weights = None
+            temperature: float | Tensor = self.temperature
+            if self.floor is not None:
+                logits, mask = self._logits(q, k, bias, padding)
+                temperature = self.floor(logits, temperature, mask)
             mixed = sinkhorn_attention(
                 q, k, v, bias, dropout, temperature=temperature, key_padding_mask=padding, **self.options
             )  # fmt: skip
             assert isinstance(mixed, Tensor)
             out = mixed
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        out = out.transpose(0, 1) if swapped else out if batched else out.squeeze(0)
+        batched = query.dim() == 3
+        out = out.squeeze(0) if not batched else out if self.batch_first else out.transpose(0, 1)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         return out, weights
 
-    def _projected(self, *operands: Tensor) -> list[Tensor]:
-        """Query, key and value (..., embed_dim)."""
-        if hasattr(self, "in_proj_weight"):
-            weights = list(self.in_proj_weight.chunk(3))
-        else:
-            weights = [self.get_parameter(name) for name in _SEPARATE]
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return [nn.functional.linear(x, w, b) for x, w, b in zip(operands, weights, biases, strict=True)]
+    def plan(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """The plan of every head (B, H, N, M), without dropout, for operands as those of a call; stored: O(N M) per head."""
+        q, k = self._projected(query, 0), self._projected(key, 1)
+        padding = None if key_padding_mask is None else key_padding_mask.reshape(-1, k.shape[2])
+        return self._plan(q, k, self._mask(attn_mask, q, k), padding)
+
+    def _plan(self, q: Tensor, k: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+        logits, mask = self._logits(q, k, bias, padding)
+        temperature = self.temperature if self.floor is None else self.floor(logits, self.temperature, mask)
+        plan = sinkhorn(logits, temperature=temperature, mask=mask, **self.options)
+        assert isinstance(plan, Tensor)
+        return plan
+
+    def _projected(self, x: Tensor, which: int) -> Tensor:
+        """Query (0), key (1) or value (2) of every head, (B, H, lines, d)."""
+        weight = (
+            self.in_proj_weight.chunk(3)[which] if hasattr(self, "in_proj_weight") else self.get_parameter(_SEPARATE[which])
+        )
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[which]
+        x = nn.functional.linear(x, weight, bias)
+        if x.dim() == 2:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return self._heads(x)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, embed_dim) to (B, H, N, d)."""
