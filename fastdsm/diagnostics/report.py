@@ -63,12 +63,13 @@ def _table(rows: list[Row]) -> Table:
 
     table = Table(title="Spectra", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.caption = "to uniform, to identity: distances, 0 there and 1 from one to the other"
-    table.add_column("layer", no_wrap=True)
-    for name in ("head", "sigma2", "least", "largest", "to uniform", "to identity", "residual"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layer", vertical="bottom", overflow="fold")
+    for name in ("head", "sigma2", "range", "to\nuniform", "to\nidentity", "residual"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     table.add_column("collapse")
     for row in rows:
-        numbers = (row.sigma2, row.sigma2_min, row.sigma2_max, row.to_uniform, row.to_identity)
-        cells = ("" if x != x else f"{x:.3f}" for x in numbers)
-        table.add_row(row.layer or "(model)", str(row.head), *cells, f"{row.residual:.0e}", row.collapse)
+        extent = f"{row.sigma2_min:.2f}-{row.sigma2_max:.2f}"
+        distances = ("" if x != x else f"{x:.3f}" for x in (row.to_uniform, row.to_identity))
+        name = row.layer or "(model)"
+        table.add_row(name, str(row.head), f"{row.sigma2:.3f}", extent, *distances, f"{row.residual:.0e}", row.collapse)
     return table
