@@ -146,10 +146,10 @@ def search(matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor 
 
 def _scan(curve: _Curve, target: Tensor, top: Tensor, searched: Tensor) -> _Bracket:
     """Down from ``top`` to the first change of sign."""
-    everywhere = torch.arange(len(top), device=top.device)
-    first, _ = curve(top, everywhere)
-    bracket = _Bracket(top.clone(), top.clone(), first - target, first - target, torch.zeros_like(searched))
-    active = searched.clone()
+    active, error = searched.clone(), torch.zeros_like(top)
+    where = _listed(active)
+    error[where] = curve(top[where], where)[0] - target[where]
+    bracket = _Bracket(top.clone(), top.clone(), error, error.clone(), torch.zeros_like(searched))
     for _ in range(_SCAN):
         where = _listed(active)
         if len(where) == 0:

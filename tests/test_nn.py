@@ -87,6 +87,17 @@ def test_a_held_layer_trains_under_compile() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_modules_compile_whole() -> None:
+    x = torch.randn(2, 6, 8)
+    attention, connection = SinkhornAttention(8, 2, batch_first=True), HyperConnection(nn.Linear(8, 8), 8)
+
+    def network(x: Tensor) -> Tensor:
+        x = x + attention(x, x, x, need_weights=False)[0]
+        return connection.reduce(connection(connection.expand(x)))
+
+    torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(x), network(x))
+
+
 def test_penalty() -> None:
     sigma2 = torch.tensor([0.1, 0.5, 0.9], requires_grad=True)
     value = spectral_penalty(sigma2, 0.4)

@@ -69,8 +69,8 @@ class HyperConnection(nn.Module):
                 f"x must have shape (..., {n}, {self.dim}), got {tuple(x.shape)}; expand() makes streams of (..., C)"
             )
         sizes = [n, n, n * n]
-        gate = torch.repeat_interleave(self.gates, torch.tensor(sizes, device=x.device), output_size=sum(sizes))
-        pre, post, mix = (gate * (self.norm(x.flatten(-2)) @ self.weight) + self.bias).split(sizes, -1)
+        raw = (self.norm(x.flatten(-2)) @ self.weight).split(sizes, -1)
+        pre, post, mix = (a * z + b for a, z, b in zip(self.gates, raw, self.bias.split(sizes), strict=True))
         plan = self.projection(mix.unflatten(-1, (n, n)))
         branch = self.branch((pre.sigmoid().unsqueeze(-2) @ x).squeeze(-2))
         return plan @ x + 2 * post.sigmoid().unsqueeze(-1) * branch.unsqueeze(-2)

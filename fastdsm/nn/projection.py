@@ -14,12 +14,12 @@ class SinkhornProjection(nn.Module):
     """Project logits onto the doubly-stochastic matrices, as :func:`fastdsm.sinkhorn` does, with options fixed at construction.
 
     Args:
-        n_iters, temperature, first, tol, backend: as for :func:`fastdsm.sinkhorn`. ``temperature`` is a float, or a tensor: an
-            ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer. It must stay > 0.
+        n_iters, temperature, first, tol, solver, grad, backend: as for :func:`fastdsm.sinkhorn`; temperature is a float, or a
+            tensor: an ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer. It must stay > 0.
         sigma2_floor: None, or a floor in (0, 1) under which :class:`SpectralFloor` lets no plan fall, by its temperature.
 
-    forward(logits (..., n, m), mask=None) gives the plan, like logits; differentiable in logits and temperature. The plan of
-    the last call is not kept; give ``forward`` hooks to see it.
+    forward(logits (..., n, m), mask=None) gives the plan, like logits; differentiable in logits and temperature. A forward hook
+    sees the plan, as :class:`fastdsm.diagnostics.SpectralMonitor` does.
 
     Source: Sinkhorn and Knopp (1967); see :func:`fastdsm.sinkhorn`.
     """
@@ -32,11 +32,15 @@ class SinkhornProjection(nn.Module):
         temperature: float | Tensor = 1.0,
         first: str = "col",
         tol: float | None = None,
+        solver: str = "sinkhorn",
+        grad: str | None = None,
         sigma2_floor: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {"n_iters": n_iters, "first": first, "tol": tol, "backend": backend}
+        self.options: dict[str, Any] = {
+            "n_iters": n_iters, "first": first, "tol": tol, "solver": solver, "grad": grad, "backend": backend
+        }  # fmt: skip
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
         else:
