@@ -5,19 +5,22 @@ plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular v
 out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attention with such a plan, never stored
 """
 
-from . import reference
+from . import diagnostics, nn, reference
 from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
 from .projection import sinkhorn, sinkhorn_sigma2
 from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum
 from .rounding import round_to_birkhoff
 from .spectrum import sigma2, sigma2_bounds
+from .temperature import temperature_for_sigma2
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionInfo",
     "SinkhornInfo",
     "SinkhornSpectrum",
+    "diagnostics",
+    "nn",
     "reference",
     "round_to_birkhoff",
     "sigma2",
@@ -26,4 +29,5 @@ __all__ = [
     "sinkhorn_attention",
     "sinkhorn_attention_sigma2",
     "sinkhorn_sigma2",
+    "temperature_for_sigma2",
 ]

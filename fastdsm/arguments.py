@@ -109,6 +109,22 @@ def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:
         ) from None
 
 
+def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> Tensor:
+    """A sigma2 in (0, 1) as (...,) in the compute dtype; values on an accelerator are not looked at."""
+    batch = tuple(like.shape[:-2])
+    if not isinstance(target, Tensor):
+        if isinstance(target, bool) or not isinstance(target, (int, float)):
+            raise TypeError(f"{name} must be a float or a tensor, got {type(target).__name__}")
+        if not 0 < target < 1:
+            raise ValueError(f"{name} must lie in (0, 1), between the uniform plan and a permutation, got {target}")
+        return torch.full(batch, target, dtype=compute_dtype(like.dtype), device=like.device)
+    if not target.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {target.dtype}")
+    check_device(target, name, like)
+    _check_values((target > 0) & (target < 1), target, f"{name} must lie in (0, 1) everywhere")
+    return broadcast(target, name, batch).to(compute_dtype(like.dtype))
+
+
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
     """Non-negative, and with the same total. Values on an accelerator are not looked at: it would stall the host."""
     for x, name in ((row, "row_marginal"), (col, "col_marginal")):

@@ -1,0 +1,180 @@
+"""``SpectralMonitor``: the spectra of a network's Sinkhorn layers while it trains.
+
+A forward hook on every fastdsm layer keeps a few of its plans; when the network's forward ends, the plans of all layers of
+one size are measured in one batch, so that many small layers cost hardly more than one. The numbers stay on the device: on a
+GPU they travel to the host by an asynchronous copy, and a row is written once its copy has arrived, which is asked and never
+waited for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import arguments
+from ..nn import SinkhornAttention, SinkhornProjection
+from .measured import Pending, Row, Thresholds, groups_of
+from .sinks import sinks_of
+
+# Of the plans of one layer at one step, at most this many entries are kept: four heads of 512 x 512.
+_MAX_ENTRIES = 1 << 20
+
+
+class SpectralMonitor:
+    """Record sigma2 and its kin of every fastdsm layer of a module, step by step: ``monitor = SpectralMonitor(model)``.
+
+    A step is a forward of ``module`` in training mode. :class:`fastdsm.nn.SinkhornProjection` (inside
+    :class:`fastdsm.nn.HyperConnection`, too) and :class:`fastdsm.nn.SinkhornAttention` are found by themselves, under their
+    names in ``module``; any other plan is reported by ``monitor.record("name", plan)`` from within the forward. A layer called
+    more than once in a step, by weight sharing or checkpointing, is recorded at its first call. For an attention layer the plan
+    is made once more, dense.
+
+    Args:
+        module: the network; it keeps working as before, hooks are all that is added.
+        every: record each so many steps, >= 1, the first among them.
+        path: file for the rows, ``.jsonl`` (pandas.read_json(path, lines=True)) or ``.csv``; overwritten. None: memory alone.
+        tensorboard: a log directory or a SummaryWriter; a directory needs the extra ``fastdsm[monitor]``.
+        sample: plans kept per layer, head and step, >= 1, evenly spaced over batch and tokens; fewer where they are large.
+        uniform: a head whose mean sigma2 is at most this has collapsed to the uniform plan.
+        identity: a head whose mean distance to the identity (1 for the uniform plan) is at most this has collapsed to it.
+        training_only: whether forwards in evaluation mode are passed over.
+
+    Attributes:
+        rows: a list of :class:`fastdsm.diagnostics.Row` of all steps recorded, as far as they have reached the host.
+        step: forwards counted so far.
+
+    ``close()``, or leaving a ``with`` block, removes the hooks and writes what is left; it waits for the device, since ``rows``
+    then has to be complete. Hooks break the graph of torch.compile(module): attach the monitor first, without fullgraph.
+
+    Raises:
+        TypeError, ValueError: with what was expected, what came and what to do.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        every: int = 1,
+        path: str | Path | None = None,
+        tensorboard: Any = None,
+        sample: int = 64,
+        uniform: float = 0.05,
+        identity: float = 0.05,
+        training_only: bool = True,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        for value, name in ((every, "every"), (sample, "sample")):
+            arguments.check_count(value, name)
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.rows: list[Row] = []
+        self.step = 0
+        self._every, self._sample = every, sample
+        self._thresholds = Thresholds(uniform, identity)
+        self._sinks = sinks_of(path, tensorboard)
+        self._kept: dict[str, Tensor] = {}
+        self._recording = False
+        self._training_only = training_only
+        self._pending: deque[Pending] = deque()
+        self._hooks = [module.register_forward_pre_hook(self._begin)]
+        for name, layer in module.named_modules():
+            if isinstance(layer, SinkhornProjection):
+                self._hooks.append(layer.register_forward_hook(self._of_projection(name)))
+            elif isinstance(layer, SinkhornAttention):
+                self._hooks.append(layer.register_forward_hook(self._of_attention(name), with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(self._end))  # after those of the layers: module may be one
+
+    def record(self, name: str, plan: Tensor, heads: bool = False) -> None:
+        """Keep plans (..., n, m) for this step under ``name``; ``heads``: they are (..., H, n, m), to be told apart."""
+        if not self._recording or name in self._kept:
+            return
+        arguments.check_matrices(plan, name)
+        if plan.numel() == 0:
+            return
+        plans = plan.detach().reshape(-1, plan.shape[-3] if heads else 1, *plan.shape[-2:])
+        count = max(min(self._sample, _MAX_ENTRIES // plans[0].numel()), 1)
+        self._kept[name] = plans[:: -(-len(plans) // count)].to(torch.float32, copy=True)
+
+    def close(self) -> None:
+        """Remove the hooks, and write what is left."""
+        for hook in self._hooks:
+            hook.remove()
+        self._write(wait=True)
+        for sink in self._sinks:
+            sink.close()
+        self._hooks, self._sinks = [], []
+
+    def __enter__(self) -> SpectralMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def figure(self, path: str | Path) -> None:
+        """Draw sigma2 of every layer over the steps recorded so far to ``path``; needs the extra ``fastdsm[monitor]``."""
+        from .monitor_figure import draw
+
+        draw(self.rows, Path(path))
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        self._kept = {}
+        self._recording = self._counts(module) and self.step % self._every == 0
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        if not self._counts(module):
+            return
+        self._recording = False
+        for group in groups_of(self._kept):
+            self._pending.append(Pending.of(self.step, group))
+        self._kept = {}
+        self.step += 1
+        self._write(wait=False)
+
+    def _counts(self, module: nn.Module) -> bool:
+        return module.training or not self._training_only
+
+    def _of_projection(self, name: str) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(_: nn.Module, __: Any, plan: Tensor) -> None:
+            self.record(name, plan)
+
+        return hook
+
+    def _of_attention(self, name: str) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(layer: SinkhornAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            if self._recording and name not in self._kept:
+                with torch.no_grad():
+                    self.record(name, plan_of_call(layer, *args, **kwargs), heads=True)
+
+        return hook
+
+    def _write(self, wait: bool) -> None:
+        """Turn what has arrived on the host into rows, in order."""
+        while self._pending and (wait or self._pending[0].arrived):
+            rows = self._pending.popleft().rows(self._thresholds)
+            self.rows += rows
+            for sink in self._sinks:
+                sink.write(rows)
+
+
+def plan_of_call(
+    layer: SinkhornAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    """The plan of one call of an attention layer, from the call's own arguments."""
+    return layer.plan(query, key, key_padding_mask, attn_mask)

@@ -1,0 +1,196 @@
+"""temperature_for_sigma2 against Newton's method in float64, and its gradient against autograd through thousands of sweeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdsm
+from benchmarks.converged import converged_sigma2, sigma2_curve
+from fastdsm import reference
+
+
+def uniform(shape: tuple[int, ...], low: float = 0.05, high: float = 0.95) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64) * (high - low) + low
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("shape", [(200, 2, 2), (200, 4, 4), (40, 3, 7), (40, 9, 5), (20, 16, 16), (4, 40, 40)])
+def test_hits_the_target(shape: tuple[int, ...], scale: float) -> None:
+    logits = torch.randn(shape, dtype=torch.float64) * scale + 1e2 * torch.randn(shape[0], shape[1], 1, dtype=torch.float64)
+    # Plans of 3 x 7 or 9 x 5 have to split mass, so that no temperature brings every one of them near 1.
+    target = uniform(shape[:1], high=0.95 if shape[1] == shape[2] else 0.6)
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, target)
+    assert reached.all()
+    torch.testing.assert_close(converged_sigma2(logits, temperature), target, atol=1e-5, rtol=0.0)
+
+
+def test_what_sinkhorn_makes_of_it() -> None:
+    logits = torch.randn(2, 3, 6, 6)
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, 0.7)
+    assert temperature.dtype == torch.float32
+    assert temperature.shape == reached.shape == (2, 3)
+    found = fastdsm.sinkhorn_sigma2(logits, temperature=temperature, n_iters=60)
+    torch.testing.assert_close(found.sigma2, torch.full((2, 3), 0.7), atol=2e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_logits_are_searched_in_float64(dtype: torch.dtype) -> None:
+    logits = (100 * torch.randn(50, 5, 5)).to(dtype)
+    wide, _ = fastdsm.temperature_for_sigma2(logits.double(), 0.4)
+    narrow, _ = fastdsm.temperature_for_sigma2(logits, torch.tensor(0.4, dtype=torch.float64))
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=0.0)
+
+
+def test_the_largest_root_of_a_curve_that_turns() -> None:
+    logits = torch.randn(2000, 4, 4, generator=torch.Generator().manual_seed(4)).double()[112:113]
+    grid = torch.logspace(1, -2.5, 400, dtype=torch.float64)[:, None]
+    curve = sigma2_curve(logits, grid)[:, 0]
+    target = 0.735
+    crossings = (curve >= target).int().diff().abs().sum()
+    assert crossings >= 2  # the premise: it rises above, and falls below again
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, target)
+    first = int((curve >= target).int().argmax())
+    assert reached.item()
+    assert grid[first].item() <= temperature.item() <= grid[first - 1].item()
+
+
+def test_unreachable_targets_are_flagged_and_touch_no_neighbour() -> None:
+    normal = torch.randn(5, 5)
+    rank_one = torch.arange(5.0)[:, None] - torch.arange(5.0).square()
+    tied = torch.eye(5).roll(1, 0) + torch.eye(5)  # the assignments' plans tend to (I + shift) / 2: sigma2 = cos(pi / 5)
+    broken, infinite = normal.clone(), normal.clone()
+    broken[0, 0], infinite[1, 2] = math.nan, math.inf
+    logits = torch.stack([normal, torch.full((5, 5), 3.0), rank_one, tied, broken, infinite, normal])
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, 0.9)
+    assert reached.tolist() == [True, False, False, False, False, False, True]
+    assert torch.equal(temperature.isnan(), ~reached)
+    alone, _ = fastdsm.temperature_for_sigma2(normal, 0.9)
+    assert temperature[0] == temperature[6] == alone
+    below = math.cos(math.pi / 5) - 0.01
+    assert fastdsm.temperature_for_sigma2(tied, below)[1].item()
+    for shape in ((1, 1), (1, 4), (4, 1)):
+        assert not fastdsm.temperature_for_sigma2(torch.randn(3, *shape), 0.5)[1].any()
+
+
+def test_empty_batches_and_strides() -> None:
+    temperature, reached = fastdsm.temperature_for_sigma2(torch.randn(0, 4, 4), 0.5)
+    assert temperature.shape == reached.shape == (0,)
+    logits = torch.randn(4, 3, 5)
+    found = fastdsm.temperature_for_sigma2(logits.permute(1, 2, 0), 0.5)[0]
+    torch.testing.assert_close(found, fastdsm.temperature_for_sigma2(logits.permute(1, 2, 0).contiguous(), 0.5)[0])
+
+
+def masked_problem(kind: str) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = torch.randn(12, 5, 6, dtype=torch.float64)
+    if kind == "mask":
+        mask = torch.rand(12, 5, 6) > 0.15
+        mask[:, torch.arange(5), torch.arange(5)] = True
+        mask[:, :, 5] = False  # a column that takes no part
+        mask[:, 0] |= torch.arange(6) < 5
+        mask[:, :, 0] = True
+        return logits, {"mask": mask}
+    row, col = torch.rand(12, 5, dtype=torch.float64) + 0.3, torch.rand(12, 6, dtype=torch.float64) + 0.3
+    return logits, {"row_marginal": row, "col_marginal": col * row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True)}
+
+
+@pytest.mark.parametrize("kind", ["mask", "marginals"])
+def test_masks_and_marginals(kind: str) -> None:
+    logits, options = masked_problem(kind)
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, 0.6, **options)
+    assert reached.sum() >= 10
+    chosen = {name: x[reached] for name, x in options.items()}
+    plan = reference.sinkhorn(logits[reached], temperature=temperature[reached], n_iters=400, **chosen)
+    assert (reference.sigma2(plan, **chosen) - 0.6).abs().max() < 1e-5
+
+
+def by_autograd(logits: Tensor, temperature: Tensor, **options: Tensor) -> tuple[Tensor, Tensor]:
+    """d tau / d logits and d tau / d target of sigma2(logits, tau) = target, from derivatives of a long unrolled loop."""
+    L, tau = logits.clone().requires_grad_(), temperature.clone().requires_grad_()
+    plan = reference.sinkhorn(L, temperature=tau, n_iters=300, **options)
+    d_logits, d_tau = torch.autograd.grad(reference.sigma2(plan, **options).sum(), (L, tau))
+    return -d_logits / d_tau[:, None, None], 1 / d_tau
+
+
+@pytest.mark.parametrize("kind", ["square", "wide", "mask", "marginals"])
+def test_gradient(kind: str) -> None:
+    logits = torch.randn(12, *((4, 4) if kind == "square" else (4, 7)), dtype=torch.float64)
+    options: dict[str, Tensor] = {}
+    if kind in ("mask", "marginals"):
+        logits, options = masked_problem(kind)
+    target = uniform((12,), 0.45, 0.75)
+    leaves = logits.clone().requires_grad_(), target.clone().requires_grad_()
+    temperature, reached = fastdsm.temperature_for_sigma2(*leaves, **options)
+    cotangent = torch.where(reached, torch.randn(12, dtype=torch.float64), 0.0)
+    found = torch.autograd.grad(temperature, leaves, cotangent)
+    assert reached.sum() >= 10
+    chosen = {name: x[reached] for name, x in options.items()}
+    truth = by_autograd(logits[reached], temperature[reached].detach(), **chosen)
+    weight = cotangent[reached]
+    torch.testing.assert_close(found[0][reached], truth[0] * weight[:, None, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1][reached], truth[1] * weight, rtol=1e-4, atol=1e-5)
+    assert (found[0][~reached] == 0).all()
+
+
+def test_temperature_scales_with_the_logits() -> None:
+    """Euler: tau is homogeneous of degree 1, so <d tau / d logits, logits> = tau."""
+    logits = (50 * torch.randn(20, 12, 12)).requires_grad_()
+    temperature, _ = fastdsm.temperature_for_sigma2(logits, 0.8)
+    (d,) = torch.autograd.grad(temperature.sum(), logits)
+    torch.testing.assert_close((d * logits).sum((-2, -1)), temperature, rtol=1e-4, atol=0.0)
+
+
+def test_gradient_where_nothing_is_reached_is_zero() -> None:
+    logits = torch.stack([torch.randn(4, 4), torch.ones(4, 4)]).requires_grad_()
+    target = torch.full((2,), 0.5, requires_grad=True)
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, target)
+    d_logits, d_target = torch.autograd.grad(torch.where(reached, temperature, 1.0).sum(), (logits, target))
+    assert d_logits[0].abs().max() > 0
+    assert (d_logits[1] == 0).all()
+    assert d_target[1] == 0
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(fastdsm.temperature_for_sigma2(logits, target)[0][0], logits, create_graph=True)
+
+
+def test_compiles_and_checks() -> None:
+    logits = torch.randn(3, 4, 4, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        temperature, reached = fastdsm.temperature_for_sigma2(x, 0.6)
+        return fastdsm.sinkhorn(x, temperature=torch.where(reached, temperature, 1.0)).square().sum()
+
+    (eager,) = torch.autograd.grad(loss(logits), logits)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(logits), logits)
+    torch.testing.assert_close(compiled, eager)
+    inputs = (logits, torch.full((3,), 0.5), None, None, None, 200, "torch", None)
+    torch.library.opcheck(torch.ops.fastdsm.temperature_for_sigma2.default, inputs)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: fastdsm.temperature_for_sigma2(x, 1.0), ValueError, r"target must lie in \(0, 1\).*got 1.0"),
+        (lambda x: fastdsm.temperature_for_sigma2(x, "0.5"), TypeError, "target must be a float or a tensor, got str"),
+        (lambda x: fastdsm.temperature_for_sigma2(x, torch.tensor([0.5, 0.0])), ValueError, r"target must lie in \(0, 1\)"),
+        (
+            lambda x: fastdsm.temperature_for_sigma2(x, torch.full((3,), 0.5)),
+            ValueError,
+            r"broadcastable to \(2,\), got \(3,\)",
+        ),
+        (lambda x: fastdsm.temperature_for_sigma2(x, torch.tensor([1])), TypeError, "floating-point tensor, got torch.int64"),
+        (lambda x: fastdsm.temperature_for_sigma2(x[0, 0], 0.5), ValueError, r"must have shape \(\.\.\., n, m\)"),
+        (lambda x: fastdsm.temperature_for_sigma2(x, 0.5, n_iters=-1), ValueError, "n_iters must be >= 0"),
+        (
+            lambda x: fastdsm.temperature_for_sigma2(x, 0.5, row_marginal=torch.ones(4, requires_grad=True)),
+            ValueError,
+            "row_marginal must not require grad",
+        ),
+    ],
+)
+def test_bad_arguments(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 4, 4))  # type: ignore[operator]

@@ -1,0 +1,93 @@
+"""fastdsm trap: what each experiment measures lies where its law or bound says, and the report holds all of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastdsm.cli import app
+from fastdsm.demo import model
+from fastdsm.trap import depth, floor, noise, report, residual, temperature
+from fastdsm.trap.result import Result
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Result]:
+    heads = torch.randn(4, 2, 24, 24, generator=torch.Generator().manual_seed(7))
+    found = (temperature.run(), depth.run(heads), noise.run(), residual.run(), floor.run())
+    return {result.name: result for result in found}
+
+
+def test_temperature(results: dict[str, Result]) -> None:
+    rows = results["temperature"].rows
+    for before, after in itertools.pairwise(rows):
+        assert after[1] > before[1]  # entropy up
+        assert after[2] < before[2]  # sigma2 down
+    for tau, _, measured, law, bound in rows:
+        assert measured <= bound
+        if tau >= 1.4:
+            assert measured == pytest.approx(law, rel=0.08)
+
+
+def test_depth(results: dict[str, Result]) -> None:
+    rows = results["depth"].rows
+    assert [row[1] for row in rows if row[0] == "MiniLM"] == [1.0, 2.0, 3.0, 4.0]
+    for _, _, _, by_layers, of_product, measured in rows:
+        assert 0 < measured <= of_product * (1 + 1e-4)
+        assert of_product <= by_layers * (1 + 1e-4)
+
+
+def test_noise(results: dict[str, Result]) -> None:
+    stacks = {}
+    for case, way, _, measured, law in results["noise"].rows:
+        assert measured == pytest.approx(law, abs=0.02)
+        if case != "one noise, SNR":
+            stacks[case, way] = measured
+    for eta, better in (("0.10", True), ("1.00", False)):
+        case = f"noise {eta} at every layer"
+        assert (stacks[case, "with LayerNorm"] > stacks[case, "without"]) == better
+
+
+def test_residual(results: dict[str, Result]) -> None:
+    for _, measured, bound, _, stack, product in results["residual"].rows:
+        assert measured <= bound + 1e-9
+        assert stack <= product + 1e-9
+    first, last = results["residual"].rows[0], results["residual"].rows[-1]
+    assert first[3] < 0.01
+    assert first[4] > 0.5
+    assert last[4] < 1e-10
+
+
+def test_floor(results: dict[str, Result]) -> None:
+    rows = results["floor"].rows
+    for row, held in zip(rows[1:], (0.5, 0.9, 0.99), strict=True):
+        assert row[1] >= held - 1e-3
+        assert row[2] <= held + 1e-3
+    energies = [row[5] for row in rows]
+    assert energies == sorted(energies)
+    assert energies[-1] > 1e10 * energies[0]
+
+
+def test_report(results: dict[str, Result], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = report.write(list(results.values()), "one machine", tmp_path / "out")
+    text = path.read_text(encoding="utf-8")
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text(encoding="utf-8"))
+    for name, result in results.items():
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+        assert f"![{result.title}]({name}.png)" in text
+        assert len(numbers[name]) == len(result.rows)
+        assert text.count(f"| {' | '.join(report.cell(x) for x in result.rows[-1])} |") == 1
+    assert numbers["residual"][-1]["stagnation index"] == "inf"
+
+
+def test_command_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "find_spec", lambda _: None)
+    found = CliRunner().invoke(app, ["trap"])
+    assert found.exit_code == 2
+    assert "pip install 'fastdsm[demo]'" in found.output.replace("\n", " ")
