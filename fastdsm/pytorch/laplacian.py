@@ -29,9 +29,7 @@ from torch import Tensor
 from .layout import BatchLast, Layout
 
 DIRECT_MAX_SIDE = 192  # measured on one core: factors take 0.5 of conjugate gradients' time at 64, 1 at 128, 2 at 256, 4 at 512
-_DIRECT_MAX_SIDE_ELSEWHERE = (
-    1024  # an accelerator makes every step of the conjugate gradients: nobody looks whether they are done
-)
+_DIRECT_MAX_SIDE_ELSEWHERE = 1024  # on an accelerator nobody looks whether conjugate gradients are done: every step is made
 _RIDGE = 16.0  # units of rounding, times the number of columns
 _MOST_STEPS = 300  # of conjugate gradients
 
