@@ -56,7 +56,7 @@ def sinkhorn(
         grad: "unrolled" (default of "sinkhorn", not for "newton"), the exact gradient of the sweeps done, in
             O(n_iters (n + m)) memory per matrix; or "implicit" (default of "newton"), that of the fixed point in logits,
             temperature and marginals, 0 for f0. The implicit gradient is right only when converged: a residual rho leaves
-            an error of about rho / (1 - sigma2^2)^2, and rounding is amplified by 1 / (1 - sigma2^2), the condition number.
+            an error of up to rho / (1 - sigma2^2)^2, and rounding is amplified by 1 / (1 - sigma2^2), the condition number.
         return_info: also return a :class:`SinkhornInfo`.
         backend: "auto" (Triton kernels for CUDA tensors, else the PyTorch path), "triton", "torch" or "reference".
 
