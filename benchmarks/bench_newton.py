@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 SECONDS = 20.0  # the sweeps take one to two
 
 
-@pytest.mark.parametrize("shape", [NEWTON_SHAPE, (512, 16, 16), (8, 128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [NEWTON_SHAPE, (64, 64, 64)], ids=str)
 def bench_newton(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...]) -> None:
     """Converge the projections of normal logits of standard deviation 4."""
     logits = LOGIT_STD * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -23,13 +23,13 @@ class Problem:
     """Inputs of a batch of projections. Vectors are in the compute dtype and may be expanded (stride 0).
 
     logits: (B, n, m), float16, bfloat16, float32 or float64, any strides, B may be 0.
-    n_iters: sweeps; 0 is one row softmax (times r).
+    n_iters: sweeps, or at most so many steps of Newton's method; 0 is one row softmax (times r).
     temperature: float, or a (B,) tensor.
     f0: (B, n) row potential before the first sweep, None for 0; None whenever n_iters is 0.
     row_marginal (B, n), col_marginal (B, m): None where uniform. One given: the other is uniform with its total.
     unit_rows: neither given: mass 1 per valid row if true, 1 per valid column if false.
     mask: (B, n, m) bool, true where an entry takes part.
-    tol: a matrix stops after the first sweep that leaves its residual <= tol; negative: never.
+    tol: a matrix stops after the first sweep (of Newton's method: step) that leaves its residual <= tol; negative: never.
     """
 
     logits: Tensor

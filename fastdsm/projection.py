@@ -39,7 +39,8 @@ def sinkhorn(
         logits: (..., n, m), float16, bfloat16, float32 or float64; any batch shape, strides, n >= 1 and m >= 1. The
             arithmetic is float32 (float64 for float64). -inf entries take no part. NaN or +inf make their matrix NaN.
         n_iters: sweeps, >= 0. 0 is one normalisation of the side that is exact at the end (a row softmax for "col"). With
-            "newton" a cap on the steps, of which the first is a sweep; 20 serve logits up to a standard deviation of 8.
+            "newton" a cap on the steps, of which the first is a sweep: 20 serve logits up to a standard deviation of 16,
+            60 up to 100.
         temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with
@@ -55,7 +56,7 @@ def sinkhorn(
         grad: "unrolled" (default of "sinkhorn", not for "newton"), the exact gradient of the sweeps done, in
             O(n_iters (n + m)) memory per matrix; or "implicit" (default of "newton"), that of the fixed point in logits,
             temperature and marginals, 0 for f0. The implicit gradient is right only when converged: a residual rho leaves
-            an error of about rho / (1 - sigma2^2)^2, and rounding is amplified by 1 / (1 - sigma2^2), the condition number.
+            an error of up to rho / (1 - sigma2^2)^2, and rounding is amplified by 1 / (1 - sigma2^2), the condition number.
         return_info: also return a :class:`SinkhornInfo`.
         backend: "auto" (Triton kernels for CUDA tensors, else the PyTorch path), "triton", "torch" or "reference".
 

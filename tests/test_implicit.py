@@ -154,7 +154,7 @@ def test_the_error_of_what_has_not_converged() -> None:
 
 
 def test_condition_number() -> None:
-    """A logit moves the plan by at most 1 / (1 - sigma2^2) times what it would if no potential answered, and about so much."""
+    """A logit moves no entry by more than 1 / (1 - sigma2^2) times the largest; and some by a share that shows."""
     worst = []
     for std in (1.0, 4.0):
         logits = torch.randn(300, 2, 2, dtype=torch.float64) * std

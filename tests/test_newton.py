@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import fastdsm
-from fastdsm import reference
-from fastdsm.pytorch import laplacian, system
+from fastdsm import pytorch, reference
+from fastdsm.problem import Gradients, Outputs, Problem
+from fastdsm.pytorch import laplacian, newton, system
 from fastdsm.pytorch.layout import BatchFirst, BatchLast
 from fastdsm.verification import half_ulp
 
@@ -152,9 +153,8 @@ def test_without_support_it_ends_finite_and_flagged(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_huge_logits(size: int) -> None:
-    _, info = fastdsm.sinkhorn(torch.randn(500, size, size) * 100, solver="newton", n_iters=100, return_info=True)
-    assert info.converged.double().mean() >= 0.99
-    assert bool(info.residual.isfinite().all())
+    _, info = fastdsm.sinkhorn(torch.randn(500, size, size) * 100, solver="newton", n_iters=60, return_info=True)
+    assert bool(info.converged.all())
     check(torch.randn(8, size, size) + 1e4)
 
 
@@ -249,6 +249,10 @@ def test_elimination_keeps_the_smallest_weights() -> None:
     torch.testing.assert_close(d[:2].double(), truth[:2], rtol=1e-5, atol=0)
 
 
+def test_beyond_the_direct_solvers() -> None:
+    check(torch.randn(2, laplacian.DIRECT_MAX_SIDE + 8, laplacian.DIRECT_MAX_SIDE + 8) * 3)
+
+
 @pytest.mark.parametrize("size", [12, 40])
 def test_conjugate_gradients_serve_as_factors_do(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laplacian, "DIRECT_MAX_SIDE", 6)
@@ -262,15 +266,45 @@ def test_layouts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for side, layout in ((6, BatchLast), (1, BatchFirst)):
         monkeypatch.setattr(system, "LANES_MAX_SIDE", side)
         plans.append(fastdsm.sinkhorn(logits, solver="newton"))
-        problem = fastdsm.problem.Problem(logits, 5)
+        problem = Problem(logits, 5)
         assert next(iter(system.pieces(problem, torch.float64)))[1].at is layout
     torch.testing.assert_close(*plans, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("size", [4, 9, 12])
+def test_nobody_looks_at_values_off_the_cpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors have none: what would stall an accelerator's host raises here. 12: conjugate gradients."""
+    monkeypatch.setattr(laplacian, "_DIRECT_MAX_SIDE_ELSEWHERE", 10)
+    monkeypatch.setattr(laplacian, "_MOST_STEPS", 3)
+    logits = torch.empty(3, size, size, device="meta")
+    vectors = torch.empty(4, 3, size, device="meta").unbind(0)
+    scalars = torch.empty(3, device="meta"), torch.empty(3, device="meta", dtype=torch.int32)
+    marginal = torch.ones(3, size, device="meta")
+    problem = Problem(logits, 4, temperature=scalars[0], f0=vectors[3], row_marginal=marginal, mask=logits > 0, tol=1e-6)
+    pytorch.newton_forward(problem, Outputs(torch.empty_like(logits), *scalars, *vectors[:2]))
+    pytorch.implicit_backward(problem, logits, vectors[0], Gradients(torch.empty_like(logits), *vectors[1:]))
+
+
+def test_those_that_are_done_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where none leaves before the last step."""
+    for size in (4, 9):
+        logits = torch.randn(100, size, size) * 4
+        leaving = fastdsm.sinkhorn(logits, solver="newton", return_info=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(newton, "_DROP_BELOW", 0.0)
+            staying = fastdsm.sinkhorn(logits, solver="newton", return_info=True)
+        torch.testing.assert_close(staying[0], leaving[0], rtol=0, atol=0 if size == 4 else 2e-6)
+        assert torch.equal(staying[1].sweeps, leaving[1].sweeps)
+
+
 def test_inputs_stay_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(100, 4, 4) * 4
-    kept = logits.clone()
+    for x in (logits, torch.randn(5, 9, 9)):
+        kept = x.clone()
+        whole = fastdsm.sinkhorn(x.requires_grad_(), solver="newton")
+        whole.square().sum().backward()
+        assert torch.equal(x, kept)
+    logits = logits.detach()
     whole = fastdsm.sinkhorn(logits, solver="newton")
-    assert torch.equal(logits, kept)
     monkeypatch.setattr(system, "_PIECE_ENTRIES", 300)
     assert torch.equal(fastdsm.sinkhorn(logits, solver="newton"), whole)

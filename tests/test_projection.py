@@ -181,6 +181,16 @@ def test_each_matrix_stops_by_itself(batch: int) -> None:
     assert torch.equal(info.converged, known.converged)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 6), (300, 4, 6), (3, 30, 20), (300, 12, 9), (2, 9, 1)])
+def test_all_stop_after_the_first_sweep(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape) * 1e-3
+    plan, info = fastdsm.sinkhorn(logits, tol=1e-2, return_info=True)
+    assert bool((info.sweeps == 1).all())
+    assert bool((info.residual <= 1e-2).all())
+    check(logits, tol=1e-2)
+    assert plan.sum() == pytest.approx(shape[0] * shape[1])
+
+
 def test_results_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(100, 8, 8) * 4
     whole = fastdsm.sinkhorn(logits, backend="torch")

@@ -7,19 +7,22 @@ every step, whatever sigma_2 is, where a sweep takes it times sigma_2^2.
 Far from it h is no parabola. Along a direction of spread s = max d - min d the weights exp(S + g + t d) of a row are those of
 a bounded random variable, hence |h'''| <= s h''. With a = d^T H d = -h'(0) this gives h''(t) <= a e^(s t), so
 
-    h(t) <= h(0) - a t + a (e^(s t) - 1 - s t) / s^2,   least at t = log(1 + s) / s,   where h has fallen by more than 0:
+    h(t) <= h(0) - a t + a (e^(s t) - 1 - s t) / s^2,   least at t = log(1 + s) / s,   where h has fallen:
 
-the damped step t d can always be made (Sun and Tran-Dinh 2019 state this for generalised self-concordant functions). It is
-slow where the full step would have served. So: the full step is tried, cut to a spread of ``LONGEST_STEP``; where the
-residual was ``PURE_BELOW`` or more and h has not fallen, it is taken back and the next step is the damped one. Below that
-residual steps are pure Newton and are not judged: h changes by less than rounding there. Measured at n = 4 on 65,536
-matrices, float32, steps to 1e-6, median / 99 % / 99.9 %, the first sweep counted: logit std 4: 5 / 8 / 9; std 8: 6 / 12 / 14;
-std 32: 13 / 19 / 21. With a sweep in place of the damped step, uncut: std 4: 5 / 11 / 15; std 8: 7 / 21 / more than 20.
+the damped step t d can always be made (Sun and Tran-Dinh 2019 state this for generalised self-concordant functions; what is
+added to H below only makes d^T H d less than a). It is slow where the full step would have served. So: the full step is
+tried, cut to a spread of ``LONGEST_STEP``; where the residual was ``PURE_BELOW`` or more and h has not fallen, it is taken
+back and the next step is the damped one. Below that residual steps are pure Newton and are not judged: h changes by less than
+rounding there.
 
-``GROUND`` times the residual times c is added to the diagonal while the residual is ``PURE_BELOW`` or more: columns whose
-rows give all to them have no edge that float32 can tell from none, and would never move (std 100: 2 % not done in 60 steps,
-else 0.01 %). Steps of bounded spread keep every potential finite: a matrix without support ends at ``n_iters`` with its
-residual.
+``GROUND`` times the residual times c is added to the diagonal while the residual is ``PURE_BELOW`` or more, the rounding of
+column sums below: columns whose rows give all to them have no edge that float32 can tell from none, and would never move.
+Steps of bounded spread keep every potential finite: a matrix without support ends at ``n_iters`` with its residual.
+
+Measured on 65,536 matrices, n = 4, float32, steps to 1e-6, median / 99 % / 99.9 %, the first sweep counted: logit std 4: 5 /
+8 / 9; 8: 7 / 12 / 14; 16: 9 / 15 / 17; 32: 13 / 19 / 22; 100: 14 / 32 / 40 (without ``GROUND`` 3 % are not done after 60).
+1,000 at n = 16: std 4: 6 / 8 / 9; 16: 11 / 17 / 19; 100: 27 / 44 / 50. With a sweep in place of the damped step and uncut
+steps, n = 4: std 4: 5 / 11 / 15; std 8: 7 / 21 / more than 20.
 """
 
 from __future__ import annotations

@@ -252,6 +252,9 @@ def run(
     poison = None
     if chunk.tame:
         segment, v = _tame_sweep(chunk, chunk.tame.top, potentials)
+        if freezing:  # a ring hands this vector out again for the residual, and those that stop here still need it
+            v = v.clone()
+            segment.v[:] = [v] * len(segment.v)
     else:
         segment, v, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
         poison = _poison(top, at)
