@@ -28,8 +28,9 @@ WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
 CHUNK, PARTS, MAX_PARTS = 128, 32, 256
-# A tile of what is done entry by entry: 128 entries along the contiguous axis are what one warp loads at once.
-BLOCK_0, BLOCK_1, TILE_WARPS = 32, 128, 8
+# A tile of what is done entry by entry: 128 entries along the contiguous axis are what one warp loads at once. The gradient
+# keeps the cotangent and a weight beside the logits, in half as many rows.
+PLAN_BLOCK_0, GRADIENT_BLOCK_0, BLOCK_1, TILE_WARPS = 32, 16, 128, 8
 _MATRICES = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
 
 
@@ -60,7 +61,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
     return found
 
 
-def _tiles(kernel: Any) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
+def _tiles(kernel: Any, block_0: int) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
     """``kernel`` entry by entry, by dtype, alignment and whether the contiguous axis is that of the rows."""
     return {
         (dtype, aligned, transposed): _configuration(
@@ -69,7 +70,7 @@ def _tiles(kernel: Any) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
             TILE_WARPS,
             128 if aligned else 255,
             f"{element} {'aligned' if aligned else 'strided'}{' transposed' * transposed}",
-            BLOCK_0=BLOCK_0,
+            BLOCK_0=block_0,
             BLOCK_1=BLOCK_1,
             ALIGNED=aligned,
             TRANSPOSED=transposed,
@@ -95,12 +96,12 @@ COLUMNS = _configuration(_sinkhorn_stream_columns_fwd_kernel, "fp32", 4, 255, ""
 MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, 255, "", CHUNK=CHUNK)
 SWEEP = _lines(_sinkhorn_stream_sweep_fwd_kernel)
 REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
-PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel)
+PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel, PLAN_BLOCK_0)
 # Beside the cotangent there is room for half as many logits.
 COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, COTANGENT=True)
 ADJOINT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, COTANGENT=False)
 REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
-GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel)
+GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel, GRADIENT_BLOCK_0)
 
 
 def configurations() -> list[Configuration]:
