@@ -8,7 +8,7 @@ problem that has been transposed, the logits are copied once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
+from .configuration import Configuration
 from .stream_table import (
     ADJOINT,
-    BLOCK_0,
-    BLOCK_1,
     CHUNK,
     COLUMNS,
     COTANGENT,
@@ -33,13 +32,15 @@ from .stream_table import (
     ROWS,
     START,
     SWEEP,
+    WIDE_ROWS,
     configurations,
 )
 
 __all__ = ["configurations", "sinkhorn_backward", "sinkhorn_forward", "supports"]
 
 MAX_SIZE = CHUNK * MAX_PARTS
-# Rows of a program at the least: below, writing partial sums and reading them again adds over an eighth to the traffic.
+# Rows of a program at the least: writing its partial sums and reading them again adds an eighth to the traffic of float32
+# logits, a quarter to that of 16 bits. More would leave a single matrix of 2048 rows to fewer programs than an H100 has SMs.
 FEWEST_LINES = 16
 
 
@@ -71,33 +72,30 @@ def aligned(matrix: Tensor, dim: int = 2) -> bool:
 
 @dataclass
 class Work:
-    """What launches of one problem share: the logits by rows, buffers, and arguments common to most kernels.
+    """What launches of one problem share: the logits by rows and in how many programs, and arguments common to most kernels.
 
-    row_fine, row_factor, col_fine: (slots, B, lines), one slot for each sweep that is kept.
+    Of the buffers among them, row_fine, row_factor and col_fine are (slots, B, lines), one slot for each sweep that is kept.
     """
 
     problem: Problem
     logits: Tensor
     block_m: int
-    lines: int
     blocks: int
-    slots: int
-    row_base: Tensor
-    row_fine: Tensor
-    row_factor: Tensor
-    col_base: Tensor
-    col_fine: Tensor
-    start: Tensor
-    masses: Tensor
-    partial: Tensor
-    residuals: Tensor
-    done: Tensor
+    chunks: int
     arguments: dict[str, Any]
 
-    def given(self, kernel: Any, **more: Any) -> dict[str, Any]:
-        """Those of the shared arguments that ``kernel`` takes, and ``more``."""
-        names = set(kernel.arg_names)
+    def given(self, configuration: Configuration, **more: Any) -> dict[str, Any]:
+        """Those of the shared arguments that the kernel takes, and ``more``."""
+        names = set(configuration.kernel.arg_names)
         return {name: value for name, value in self.arguments.items() if name in names} | more
+
+    def by_blocks(self, configuration: Configuration, **more: Any) -> None:
+        """Launch a program for each block of rows."""
+        configuration.launch(self.logits.shape[0] * self.blocks, **self.given(configuration, **more))
+
+    def by_chunks(self, configuration: Configuration, **more: Any) -> None:
+        """Launch a program for each chunk of columns."""
+        configuration.launch(self.logits.shape[0] * self.chunks, **self.given(configuration, **more))
 
 
 def prepare(problem: Problem, keep: bool) -> Work:
@@ -105,7 +103,7 @@ def prepare(problem: Problem, keep: bool) -> Work:
     logits, device = used_logits(problem), problem.logits.device
     batch, n, m = logits.shape
     block_m = next((block for block in ROWS if m <= block), 0)
-    rows = ROWS[block_m][0] if block_m else 4
+    rows = ROWS[block_m][0] if block_m else WIDE_ROWS
     lines = -(-max(FEWEST_LINES, -(-n // MAX_PARTS)) // rows) * rows
     blocks, chunks = -(-n // lines), -(-m // CHUNK)
     width, slots = chunks * CHUNK, problem.n_iters + 2 if keep else 2
@@ -117,26 +115,22 @@ def prepare(problem: Problem, keep: bool) -> Work:
     row, col, f0 = (absent if x is None else x for x in (problem.row_marginal, problem.col_marginal, problem.f0))
     per_matrix = problem.temperature if isinstance(problem.temperature, Tensor) else None
     temperature = absent[0] if per_matrix is None else per_matrix
-    row_base, row_fine, row_factor = new(batch, n), new(slots, batch, n), new(slots, batch, n)
-    col_base, col_fine = new(batch, width), new(slots, batch, width)
-    start, masses, partial = new(batch, n), new(batch, 2), new(batch, blocks, width)
-    residuals, done = new(2, batch, chunks), new(batch, dtype=torch.int32)
     arguments = {
         "logits_ptr": logits,
         "row_ptr": row,
         "col_ptr": col,
         "f0_ptr": f0,
         "temperature_ptr": temperature,
-        "masses_ptr": masses,
-        "col_base_ptr": col_base,
-        "col_fine_ptr": col_fine,
-        "row_base_ptr": row_base,
-        "row_fine_ptr": row_fine,
-        "row_factor_ptr": row_factor,
-        "start_ptr": start,
-        "partial_ptr": partial,
-        "residuals_ptr": residuals,
-        "done_ptr": done,
+        "masses_ptr": new(batch, 2),
+        "col_base_ptr": new(batch, width),
+        "col_fine_ptr": new(slots, batch, width),
+        "row_base_ptr": new(batch, n),
+        "row_fine_ptr": new(slots, batch, n),
+        "row_factor_ptr": new(slots, batch, n),
+        "start_ptr": new(batch, n),
+        "partial_ptr": new(batch, blocks, width),
+        "residuals_ptr": new(2, batch, chunks),
+        "done_ptr": new(batch, dtype=torch.int32),
         "stride_b": logits.stride(0),
         "stride_n": logits.stride(1),
         "row_stride_b": row.stride(0),
@@ -154,6 +148,7 @@ def prepare(problem: Problem, keep: bool) -> Work:
         "blocks": blocks,
         "chunks": chunks,
         "slots": slots,
+        "steps": max(problem.n_iters, 1),
         "n_iters": problem.n_iters,
         "has_row": int(problem.row_marginal is not None),
         "has_col": int(problem.col_marginal is not None),
@@ -162,42 +157,33 @@ def prepare(problem: Problem, keep: bool) -> Work:
         "unit_rows": int(problem.unit_rows),
         "scale": 1.0 if per_matrix is not None else math.log2(math.e) / float(problem.temperature),
     }
-    return Work(
-        problem, logits, block_m, lines, blocks, slots, row_base, row_fine, row_factor, col_base, col_fine, start, masses,
-        partial, residuals, done, arguments,
-    )  # fmt: skip
+    return Work(problem, logits, block_m, blocks, chunks, arguments)
 
 
 def sweep(work: Work, tol: float, sweeps: Tensor | None) -> None:
     """Run the sweeps: each matrix to ``tol``, ``sweeps`` (B,) or ``n_iters``, at least one row step."""
-    problem, logits = work.problem, work.logits
-    batch = logits.shape[0]
-    top, counts = torch.empty_like(work.partial), work.partial.new_empty((batch, work.blocks, 2))
-    col_counts = work.partial.new_empty((batch, work.arguments["chunks"], 2))
-    # What starts the sweeps is slot 1's.
-    first = {"col_fine_ptr": work.col_fine[1]}
-    kind = logits.dtype, aligned(logits)
-    programs, chunk_programs = batch * work.blocks, batch * work.arguments["chunks"]
-    configuration = START[kind]
-    configuration.launch(
-        programs, **work.given(configuration.kernel, top_ptr=top, total_ptr=work.partial, row_counts_ptr=counts)
-    )
-    configuration = COLUMNS
-    configuration.launch(
-        chunk_programs,
-        **work.given(configuration.kernel, top_ptr=top, total_ptr=work.partial, col_counts_ptr=col_counts, **first),
-    )
-    MASSES.launch(chunk_programs, **work.given(MASSES.kernel, row_counts_ptr=counts, col_counts_ptr=col_counts, **first))
+    logits, partial, shared = work.logits, work.arguments["partial_ptr"], work.arguments
+    first = {
+        "top_ptr": torch.empty_like(partial),
+        "total_ptr": partial,
+        "row_counts_ptr": partial.new_empty((len(logits), work.blocks, 2)),
+        "col_counts_ptr": partial.new_empty((len(logits), work.chunks, 2)),
+        "col_fine_ptr": shared["col_fine_ptr"][1],
+    }
+    start = replace(work, arguments=shared | first)
+    start.by_blocks(START[logits.dtype, aligned(logits)])
+    start.by_chunks(COLUMNS)
+    start.by_chunks(MASSES)
     stops = {
-        "sweeps_ptr": work.done if sweeps is None else sweeps,
+        "sweeps_ptr": shared["done_ptr"] if sweeps is None else sweeps,
         "has_sweeps": int(sweeps is not None),
         "has_tol": int(tol >= 0),
         "tol": tol,
     }
-    configuration = SWEEP[logits.dtype, work.block_m, kind[1]]
-    for t in range(1, max(problem.n_iters, 1) + 1):
-        configuration.launch(programs, **work.given(configuration.kernel, t=t, **stops))
-        REDUCE.launch(chunk_programs, **work.given(REDUCE.kernel, t=t, **stops))
+    configuration = SWEEP[logits.dtype, work.block_m, aligned(logits)]
+    for t in range(1, shared["steps"] + 1):
+        work.by_blocks(configuration, t=t, **stops)
+        work.by_chunks(REDUCE, t=t, **stops)
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
@@ -207,18 +193,17 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     sweep(work, problem.tol, None)
     transposed, source = by_contiguous_axis(work, plan)
     configuration = PLAN[plan.dtype, all(aligned(x, 1 if transposed else 2) for x in (source, plan)), transposed]
-    has_info = outputs.residual is not None
+    has_info, absent = outputs.residual is not None, work.arguments["residuals_ptr"]
     configuration.launch(
-        tiles(plan, transposed),
-        **work.given(configuration.kernel, **placed("logits", source), **placed("plan", plan)),
-        residual_ptr=outputs.residual if has_info else work.residuals,
-        f_ptr=outputs.f if has_info else work.residuals,
-        g_ptr=outputs.g if has_info else work.residuals,
-        steps=max(problem.n_iters, 1),
+        tiles(configuration, plan),
+        **work.given(configuration, **placed("logits", source), **placed("plan", plan)),
+        residual_ptr=outputs.residual if has_info else absent,
+        f_ptr=outputs.f if has_info else absent,
+        g_ptr=outputs.g if has_info else absent,
         has_info=int(has_info),
     )
     if outputs.sweeps is not None:
-        outputs.sweeps.copy_(work.done)
+        outputs.sweeps.copy_(work.arguments["done_ptr"])
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
@@ -228,52 +213,48 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     """
     work = prepare(problem, keep=True)
     sweep(work, -1.0, sweeps)
-    batch, n, m = work.logits.shape
-    cotangent = by_rows(grad_plan)
-    vectors = {"beta_ptr": torch.empty_like(work.col_fine), "e_ptr": torch.empty_like(work.row_fine)}
-    kind = problem.logits.dtype, work.block_m, aligned(work.logits)
-    configuration = COTANGENT[(*kind[:2], kind[2] and aligned(cotangent))]
+    logits, cotangent, target = work.logits, by_rows(grad_plan), gradients.logits
+    for name, like in (("beta_ptr", "col_fine_ptr"), ("e_ptr", "row_fine_ptr")):
+        work.arguments[name] = torch.empty_like(work.arguments[like])
+    configuration = COTANGENT[logits.dtype, work.block_m, aligned(logits) and aligned(cotangent)]
+    given = {
+        "grad_plan_ptr": cotangent,
+        "grad_plan_stride_b": cotangent.stride(0),
+        "grad_plan_stride_n": cotangent.stride(1),
+    }
     for t in (0, *range(problem.n_iters, 0, -1)):
-        configuration.launch(
-            batch * work.blocks,
-            **work.given(configuration.kernel, grad_plan_ptr=cotangent, t=t, **vectors),
-            grad_plan_stride_b=cotangent.stride(0),
-            grad_plan_stride_n=cotangent.stride(1),
-        )
+        work.by_blocks(configuration, t=t, **given)
         if t != 1:
-            reduction = work.given(REDUCE_ADJOINT.kernel, t=t, beta_ptr=vectors["beta_ptr"])
-            REDUCE_ADJOINT.launch(batch * work.arguments["chunks"], **reduction)
-        configuration = ADJOINT[kind]
-    target = gradients.logits
+            work.by_chunks(REDUCE_ADJOINT, t=t)
+        configuration = ADJOINT[logits.dtype, work.block_m, aligned(logits)]
     transposed, source = by_contiguous_axis(work, target)
     cotangent = grad_plan if transposed else cotangent
     dim = 1 if transposed else 2
     configuration = GRADIENT[target.dtype, all(aligned(x, dim) for x in (source, cotangent, target)), transposed]
-    has_vectors = gradients.f0 is not None
+    has_vectors, absent = gradients.f0 is not None, work.arguments["residuals_ptr"]
     uniform = problem.row_marginal is None and problem.col_marginal is None
     configuration.launch(
-        tiles(target, transposed),
+        tiles(configuration, target),
         **work.given(
-            configuration.kernel,
-            **vectors,
+            configuration,
             **placed("logits", source),
             **placed("grad_plan", cotangent),
             **placed("grad_logits", target),
         ),
-        grad_f0_ptr=gradients.f0 if has_vectors else work.residuals,
-        grad_row_ptr=gradients.log_row if has_vectors else work.residuals,
-        grad_col_ptr=gradients.log_col if has_vectors else work.residuals,
-        steps=max(problem.n_iters, 1),
-        reach=math.floor(45 / math.log2(max(n, m, 2))) if uniform else 1,
+        grad_f0_ptr=gradients.f0 if has_vectors else absent,
+        grad_row_ptr=gradients.log_row if has_vectors else absent,
+        grad_col_ptr=gradients.log_col if has_vectors else absent,
+        reach=math.floor(45 / math.log2(max(*logits.shape[1:], 2))) if uniform else 1,
         has_vectors=int(has_vectors),
     )
 
 
-def tiles(target: Tensor, transposed: bool) -> int:
+def tiles(configuration: Configuration, target: Tensor) -> int:
     """Programs for what is done entry by entry."""
     batch, n, m = target.shape
-    along, beside = (n, m) if transposed else (m, n)
-    return batch * -(-along // BLOCK_1) * -(-beside // BLOCK_0)
+    constants = configuration.constants
+    along, beside = (n, m) if constants["TRANSPOSED"] else (m, n)
+    return batch * -(-along // constants["BLOCK_1"]) * -(-beside // constants["BLOCK_0"])
 
 
 def by_contiguous_axis(work: Work, target: Tensor) -> tuple[bool, Tensor]:

@@ -24,12 +24,15 @@ ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
 # Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
 WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
+# Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills.
+PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
 CHUNK, PARTS, MAX_PARTS = 128, 32, 256
-# A tile of what is done entry by entry: 128 entries along the contiguous axis are what one warp loads at once.
-BLOCK_0, BLOCK_1, TILE_WARPS = 32, 128, 8
+# A tile of what is done entry by entry: 128 entries along the contiguous axis are what one warp loads at once. The gradient
+# keeps the cotangent and a weight beside the logits, in half as many rows.
+PLAN_BLOCK_0, GRADIENT_BLOCK_0, BLOCK_1, TILE_WARPS = 32, 16, 128, 8
 _MATRICES = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
 
 
@@ -51,7 +54,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
                 warps,
                 255 if warps == 4 else 128,
                 f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
-                ROWS=1 if not aligned and block_m == 4096 else max(rows // share, 1),
+                ROWS=max(rows // share, 1) if aligned else PLAIN_ROWS.get((share, block_m), max(rows // share, 1)),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
                 ALIGNED=aligned,
@@ -60,7 +63,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
     return found
 
 
-def _tiles(kernel: Any) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
+def _tiles(kernel: Any, block_0: int) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
     """``kernel`` entry by entry, by dtype, alignment and whether the contiguous axis is that of the rows."""
     return {
         (dtype, aligned, transposed): _configuration(
@@ -69,7 +72,7 @@ def _tiles(kernel: Any) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
             TILE_WARPS,
             128 if aligned else 255,
             f"{element} {'aligned' if aligned else 'strided'}{' transposed' * transposed}",
-            BLOCK_0=BLOCK_0,
+            BLOCK_0=block_0,
             BLOCK_1=BLOCK_1,
             ALIGNED=aligned,
             TRANSPOSED=transposed,
@@ -95,12 +98,12 @@ COLUMNS = _configuration(_sinkhorn_stream_columns_fwd_kernel, "fp32", 4, 255, ""
 MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, 255, "", CHUNK=CHUNK)
 SWEEP = _lines(_sinkhorn_stream_sweep_fwd_kernel)
 REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
-PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel)
+PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel, PLAN_BLOCK_0)
 # Beside the cotangent there is room for half as many logits.
 COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, COTANGENT=True)
 ADJOINT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, COTANGENT=False)
 REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
-GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel)
+GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel, GRADIENT_BLOCK_0)
 
 
 def configurations() -> list[Configuration]:
