@@ -17,7 +17,7 @@ those of a smooth function of tau divided by it, f = F(tau) / tau, so that F sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Converged:
 def matrices_of(
     logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, n_iters: int, backend: str
 ) -> tuple[Matrices, Tensor]:
-    """The matrices of a call, and how much of each is due to its means and rounding: entries below it are 0."""
+    """The matrices of a call, and per matrix the size below which all of its entries are rounding: it has no interaction."""
     row, col = (None if x is None else x.double() for x in (row, col))
     valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
     centred = logits.double().masked_fill(~valid, 0.0)
@@ -171,6 +171,7 @@ def _refine(curve: _Curve, target: Tensor, bracket: _Bracket) -> tuple[Tensor, T
     """The root inside the bracket: log tau, sigma2 - target there, and whether that plan has converged."""
     x, error, done = bracket.b.clone(), bracket.at_b.clone(), torch.zeros_like(bracket.found)
     weight_a, weight_b = bracket.at_a.clone(), bracket.at_b.clone()
+    last_b, last_a = (torch.zeros_like(bracket.found) for _ in range(2))  # which end the step before replaced
     active = bracket.found.clone()
     for step in range(_REFINEMENTS):
         where = _listed(active)
@@ -187,8 +188,9 @@ def _refine(curve: _Curve, target: Tensor, bracket: _Bracket) -> tuple[Tensor, T
         x[where], error[where] = torch.where(on, middle, x[where]), torch.where(on, new, error[where])
         done[where] = torch.where(on, converged, done[where])
         # Illinois: an end that stays twice counts half, lest the other alone move.
-        weight_a[where] = torch.where(replaces_b, at_a / 2, new)
-        weight_b[where] = torch.where(replaces_b, new, at_b / 2)
+        weight_a[where] = torch.where(replaces_b, torch.where(last_b[where], at_a / 2, at_a), new)
+        weight_b[where] = torch.where(replaces_b, new, torch.where(last_a[where], at_b / 2, at_b))
+        last_b[where], last_a[where] = replaces_b, ~replaces_b
         bracket.a[where] = torch.where(on & ~replaces_b, middle, a)
         bracket.b[where] = torch.where(on & replaces_b, middle, b)
         narrow = (bracket.a[where] - bracket.b[where]).abs() <= _NARROW
@@ -213,7 +215,8 @@ def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, gra
     <G, L> does not change with the gauge of L, since the lines of G sum to zero. Zero where nothing was reached.
     """
     tau = torch.where(reached, temperature, 1.0).double()
-    found = converged_plans(matrices, tau, None)
+    # The search came here from warm starts; these plans have to do without.
+    found = converged_plans(replace(matrices, n_iters=4 * matrices.n_iters), tau, None)
     spectrum = sigma2(
         found.plan, tol=_SIGMA2_TOL**2, mask=matrices.lines, row_marginal=matrices.row, col_marginal=matrices.col,
         return_vectors=True, backend="auto",

@@ -130,6 +130,22 @@ def test_collapse_is_flagged(kind: str) -> None:
     assert by_layer(monitor.rows)["mix", 0].collapse == kind
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_of_a_large_batch_every_other_is_taken(batch_first: bool) -> None:
+    model = SinkhornAttention(8, 2, batch_first=batch_first)
+    x = torch.randn(6, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([5, 4, 3, 5, 4, 3])[:, None]
+    mask = torch.randn(12, 5, 5)
+    call = (x if batch_first else x.transpose(0, 1),) * 3
+    with SpectralMonitor(model, sample=3) as monitor:
+        model(*call, key_padding_mask=padding, attn_mask=mask)
+    plan = model.plan(*call[:2], padding, mask).detach()[::2]
+    value = fastdsm.reference.sigma2(plan, mask=(~padding[::2, None, None]).expand_as(plan))
+    for row in monitor.rows:
+        assert row.sigma2 == pytest.approx(value[:, row.head].mean().item(), rel=2e-3)
+        assert row.sigma2_max == pytest.approx(value[:, row.head].max().item(), rel=2e-3)
+
+
 def test_padding_takes_no_part() -> None:
     model = SinkhornAttention(8, 2, batch_first=True, n_iters=60)
     x = torch.randn(3, 6, 8)

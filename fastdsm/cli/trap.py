@@ -65,7 +65,7 @@ def trap(
             results.append(run())
             progress.advance(bar)
     conditions = (
-        f"fastdsm {__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {platform.machine()}, "
+        f"fastdsm {__version__}, torch {torch.__version__}, {platform.machine()}, CPU threads: {torch.get_num_threads()}, "
         f"{time.perf_counter() - start:.0f} s."
     )
     for result in results:

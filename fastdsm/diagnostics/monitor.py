@@ -31,8 +31,8 @@ class SpectralMonitor:
     A step is a forward of ``module`` in training mode. :class:`fastdsm.nn.SinkhornProjection` (inside
     :class:`fastdsm.nn.HyperConnection`, too) and :class:`fastdsm.nn.SinkhornAttention` are found by themselves, under their
     names in ``module``; any other plan is reported by ``monitor.record("name", plan)`` from within the forward. A layer called
-    more than once in a step, by weight sharing or checkpointing, is recorded at its first call. For an attention layer the plan
-    is made once more, dense.
+    more than once in a step, by weight sharing or checkpointing, is recorded at its first call. For an attention layer the
+    sampled plans are made once more, dense.
 
     Args:
         module: the network; it keeps working as before, hooks are all that is added.
@@ -45,7 +45,8 @@ class SpectralMonitor:
         training_only: whether forwards in evaluation mode are passed over.
 
     Attributes:
-        rows: a list of :class:`fastdsm.diagnostics.Row` of all steps recorded, as far as they have reached the host.
+        rows: a list of :class:`fastdsm.diagnostics.Row` of all steps recorded, as far as they have reached the host;
+            they stay in memory, some 300 bytes each.
         step: forwards counted so far.
 
     ``close()``, or leaving a ``with`` block, removes the hooks and writes what is left; it waits for the device, since ``rows``
@@ -97,8 +98,8 @@ class SpectralMonitor:
         if plan.numel() == 0:
             return
         plans = plan.detach().reshape(-1, plan.shape[-3] if heads else 1, *plan.shape[-2:])
-        count = max(min(self._sample, _MAX_ENTRIES // plans[0].numel()), 1)
-        self._kept[name] = plans[:: -(-len(plans) // count)].to(torch.float32, copy=True)
+        stride = _stride(len(plans), self._sample, plans[0].numel())
+        self._kept[name] = plans[::stride].to(torch.float32, copy=True)
 
     def close(self) -> None:
         """Remove the hooks, and write what is left."""
@@ -152,7 +153,7 @@ class SpectralMonitor:
         def hook(layer: SinkhornAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
             if self._recording and name not in self._kept:
                 with torch.no_grad():
-                    self.record(name, plan_of_call(layer, *args, **kwargs), heads=True)
+                    self.record(name, plan_of_call(self._sample, layer, *args, **kwargs), heads=True)
 
         return hook
 
@@ -166,6 +167,7 @@ class SpectralMonitor:
 
 
 def plan_of_call(
+    sample: int,
     layer: SinkhornAttention,
     query: Tensor,
     key: Tensor,
@@ -176,5 +178,19 @@ def plan_of_call(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    """The plan of one call of an attention layer, from the call's own arguments."""
+    """Plans (at most ``sample``, H, N, M) of one call of an attention layer, from the call's own arguments."""
+    if query.dim() == 3:
+        at = 0 if layer.batch_first else 1
+        batch, lines, keys = query.shape[at], query.shape[1 - at], key.shape[1 - at]
+        stride = _stride(batch, sample, layer.num_heads * lines * keys)
+        query, key = (x.movedim(at, 0)[::stride].movedim(0, at) for x in (query, key))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[::stride]
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, layer.num_heads))[::stride].flatten(0, 1)
     return layer.plan(query, key, key_padding_mask, attn_mask)
+
+
+def _stride(count: int, sample: int, entries: int) -> int:
+    """Every so many of ``count`` plans of ``entries`` each are kept: at most ``sample``, and no more than fit."""
+    return max(-(-count // max(min(sample, _MAX_ENTRIES // max(entries, 1)), 1)), 1)
