@@ -35,7 +35,7 @@ def temperature_for_sigma2(
     row_marginal: Tensor | None = None,
     col_marginal: Tensor | None = None,
     mask: Tensor | None = None,
-    n_iters: int = 1000,
+    n_iters: int = 50,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Temperature at which the converged plan of each matrix has sigma2 = ``target``; the largest, if there are several.
@@ -44,14 +44,14 @@ def temperature_for_sigma2(
         logits: (..., n, m), float16, bfloat16, float32 or float64; -inf entries take no part. The search is in float64.
         target: in (0, 1), a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         row_marginal, col_marginal, mask: as for :func:`fastdsm.sinkhorn`; constants here, so marginals must not require grad.
-        n_iters: sweeps at most for one plan. One of sigma2 = s takes about 8 / (1 - s), so 1000 serve targets to 0.99.
+        n_iters: steps of Newton's method at most for one plan.
         backend: as for :func:`fastdsm.sinkhorn`, which makes the plans.
 
     Returns:
         temperature (...,), float32 (float64 for float64 logits), and reached (...,), bool. Where sigma2 comes within 1e-4 of
         the target nowhere, reached is False and the temperature NaN: logits that are constant along rows or columns (n = 1 or
         m = 1 among them) whose sigma2 is 0, ties between assignments, NaN or +inf in the matrix, a target outside (0, 1) on
-        an accelerator, or a plan that n_iters sweeps leave unconverged. Two roots closer than a factor 1.28 may be passed
+        an accelerator, or a plan that n_iters steps leave unconverged. Two roots closer than a factor 1.28 may be passed
         over, and under a mask any root at which max |logits| / temperature is below atanh(target) / 16.
 
         Differentiable in logits and target, by the implicit function theorem at convergence; zero gradient where not reached,
@@ -61,7 +61,7 @@ def temperature_for_sigma2(
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
 
-    A truncated plan of this temperature has this sigma2 as far as it has converged: its error falls like sigma2^(2 n_iters).
+    A truncated plan of this temperature has this sigma2 as far as it has converged: its error falls like sigma2^2 per sweep.
     The method is derived in :mod:`fastdsm.temperature_search`; a matrix takes 10 (n = 4) to 17 (n = 64) plans on average,
     each from the last.
     """
@@ -78,7 +78,7 @@ def temperature_where(
     row_marginal: Tensor | None = None,
     col_marginal: Tensor | None = None,
     mask: Tensor | None = None,
-    n_iters: int = 1000,
+    n_iters: int = 50,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`temperature_for_sigma2` of the matrices that are ``needed`` (...,), bool, None for all; the rest not reached."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import transforms
 from .projection import sinkhorn
 from .reference import marginals_of, valid_entries
-from .spectral_adjoint import sigma2_gradient
 from .spectrum import sigma2
 
 _PLAN_TOL = 1e-7  # residual of a plan that counts as converged; sigma2 then errs by about as much over 1 - sigma2
@@ -68,10 +68,11 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Converged:
-    """plan (B, n, m), row potential f (B, n), whether each plan has converged (B,)."""
+    """plan (B, n, m), potentials f (B, n) and g (B, m), whether each plan has converged (B,)."""
 
     plan: Tensor
     f: Tensor
+    g: Tensor
     done: Tensor
 
 
@@ -90,12 +91,12 @@ def matrices_of(
 
 
 def converged_plans(matrices: Matrices, temperature: Tensor, f0: Tensor | None) -> Converged:
-    """The converged plans at ``temperature`` (B,), swept from the row potential ``f0``. The one place that makes plans."""
+    """The converged plans at ``temperature`` (B,), started from the row potential ``f0``. The one place that makes plans."""
     plan, info = sinkhorn(
-        matrices.logits, temperature=temperature, f0=f0, row_marginal=matrices.row, col_marginal=matrices.col,
+        matrices.logits, temperature=temperature, f0=f0, row_marginal=matrices.row, col_marginal=matrices.col, solver="newton",
         n_iters=matrices.n_iters, tol=_PLAN_TOL, return_info=True, backend=matrices.backend,
     )  # fmt: skip
-    return Converged(plan, info.f, info.converged)
+    return Converged(plan, info.f, info.g, info.converged)
 
 
 class _Curve:
@@ -208,13 +209,14 @@ def _listed(active: Tensor) -> Tensor:
 def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of logits (B, n, m) and target (B,) from that of the temperature, by the implicit function theorem.
 
-    sigma2(L / tau) = target, and d sigma2 = <G, dS> with S = L / tau and G of :mod:`fastdsm.spectral_adjoint`, so that
+    sigma2(L / tau) = target, and d sigma2 = <G, dL> / tau - <G, L> d tau / tau^2 with G the gradient of the converged plan's
+    sigma2 in L / tau: that of the plan, u v^T over sqrt(r c), through the fixed point. So
 
         d tau = (tau <G, dL> - tau^2 d target) / <G, L>.
 
     <G, L> does not change with the gauge of L, since the lines of G sum to zero. Zero where nothing was reached.
     """
-    tau = torch.where(reached, temperature, 1.0).double()
+    L, tau = matrices.logits, torch.where(reached, temperature, 1.0).double()
     # The search came here from warm starts; these plans have to do without.
     found = converged_plans(replace(matrices, n_iters=4 * matrices.n_iters), tau, None)
     spectrum = sigma2(
@@ -222,8 +224,12 @@ def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, gra
         return_vectors=True, backend="auto",
     )  # fmt: skip
     assert not isinstance(spectrum, Tensor)
-    G = sigma2_gradient(found.plan, *spectrum[1:], *matrices.marginals)
-    slope = torch.where(matrices.logits == -torch.inf, 0.0, G * matrices.logits).sum((-2, -1))
+    u, v = (x * torch.where(mass == 0, 0.0, mass.rsqrt()) for x, mass in zip(spectrum[1:], matrices.marginals, strict=True))
+    G = transforms.fixed_point_backward(
+        u.unsqueeze(-1) * v.unsqueeze(-2), found.f, found.g, False, L / tau[:, None, None], None, None, matrices.row,
+        matrices.col, None, 1.0, 0, True, _PLAN_TOL, matrices.backend,
+    )[0]  # fmt: skip
+    slope = (G * L.masked_fill(L.isneginf(), 0.0)).sum((-2, -1))
     factor = torch.where(reached, grad.double() * tau / slope, 0.0)
     d_logits = torch.where(reached[:, None, None], G * factor[:, None, None], 0.0)
     return d_logits, -tau * factor
