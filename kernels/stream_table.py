@@ -20,7 +20,8 @@ from .stream_sweep import _sinkhorn_stream_reduce_fwd_kernel, _sinkhorn_stream_s
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # By the columns that whole rows are padded to: rows held at once and warps, for 16 or 32 logits in the registers of a thread.
-# Found by compiling for sm_80, sm_90 and sm_100: none spills within 128 registers, enough for two programs of 8 warps on an SM.
+# Found by compiling for sm_80, sm_90 and sm_100: none spills, those of 8 warps within the 128 registers that let two of them
+# onto an SM.
 ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
 # Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
 WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
