@@ -20,11 +20,13 @@ from .stream_sweep import _sinkhorn_stream_reduce_fwd_kernel, _sinkhorn_stream_s
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # By the columns that whole rows are padded to: rows held at once and warps, for 16 or 32 logits in the registers of a thread.
-# Found by compiling for sm_80, sm_90 and sm_100: none spills within 128 registers, enough for two programs of 8 warps on an SM.
+# Found by compiling for sm_80, sm_90 and sm_100: none spills, those of 8 warps within the 128 registers that let two of them
+# onto an SM.
 ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
 # Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
 WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
-# Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills.
+# Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills;
+# at 4096 columns that alone is not enough, and they take the registers of two programs.
 PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
@@ -52,7 +54,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
                 kernel,
                 element,
                 warps,
-                255 if warps == 4 else 128,
+                255 if warps == 4 or (not aligned and block_m == 4096) else 128,
                 f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
                 ROWS=max(rows // share, 1) if aligned else PLAIN_ROWS.get((share, block_m), max(rows // share, 1)),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
