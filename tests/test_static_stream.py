@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.static.compilation import TARGETS, compile_configuration, disassemble
+from benchmarks.static.compilation import compile_configuration, disassemble
 from benchmarks.static.launches import recorded
 from benchmarks.static.report import analyse, faults
 from benchmarks.static.sass import parse
 from fastdsm import kernels
-from fastdsm.kernels.configuration import Configuration
+from fastdsm.kernels.configuration import TARGETS, Configuration
 from fastdsm.problem import Gradients, Outputs, Problem
 
 from .test_static import ROOT
