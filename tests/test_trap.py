@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,26 @@ def test_digits(trained: Result, tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 5000
 
 
+def test_command_trains_only_if_asked(results: dict[str, Result], trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (temperature, depth, noise, residual, floor):
+        known = results[module.__name__.rpartition(".")[2]]
+        monkeypatch.setattr(module, "run", lambda *_, known=known: known)
+    monkeypatch.setattr(digits, "run", lambda: trained)
+    monkeypatch.setattr(model, "require_extra", lambda: None)
+    monkeypatch.setattr(model, "attention_logits", lambda: SimpleNamespace(logits=None))
+    written: list[list[str]] = []
+
+    def write(found: list[Result], _conditions: str, out: Path) -> Path:
+        written.append([result.name for result in found])
+        return out
+
+    monkeypatch.setattr(report, "write", write)
+    for arguments in ([], ["--trained"]):
+        found = CliRunner().invoke(app, ["trap", *arguments])
+        assert found.exit_code == 0, found.output
+    assert written == [[*results], [*results, "digits"]]
+
+
 def test_digits_networks_side_by_side_train_as_each_alone() -> None:
     pytest.importorskip("sklearn")
     train, test = digits.split()
@@ -149,4 +170,4 @@ def test_command_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "find_spec", lambda _: None)
     found = CliRunner().invoke(app, ["trap"])
     assert found.exit_code == 2
-    assert "pip install 'fastdsm[demo]'" in found.output.replace("\n", " ")
+    assert "pip install 'fastdsm[demo]'" in found.output

@@ -49,7 +49,7 @@ def trap(
     try:
         require_extra()
     except DemoUnavailableError as error:
-        console.print(str(error), markup=False, style="red")
+        console.print(str(error), markup=False, style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     experiments: dict[str, Callable[[], Result]] = {
         "temperature": temperature.run,
