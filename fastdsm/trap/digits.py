@@ -142,8 +142,8 @@ def _text(rows: Sequence[Sequence[float | str]], seeds: int, epochs: int, layers
         f"Networks of {layers} layers on {_TOKENS} tokens, {epochs} epochs, {seeds} seeds, the same starts and batches for "
         f"every way; logits of the plans start standard normal. Mean accuracy on {images} images not trained on (least to most "
         "over seeds; one network's standard error is about 2 % at 0.8), and sigma2 of the first, a middle and the last "
-        f"layer: {seen}. Best is {best[0]}, {best[1]}, at {best[2]:.3f}, while R = I has {rows[-1][2]:.3f}: a floor limits "
-        "what mixing costs; it does not make a task need mixing. It acts as a colder temperature, set for each layer. "
+        f"layer: {seen}. Best is {best[0]}, {best[1]}. A floor acts as a colder temperature, set for each layer; it does not "
+        "make a task need mixing. Accuracy is that after these epochs, not at convergence. "
         "sigma2 holds on the tokens' mean-free part, for softmax too; that of the product is the geometric mean over seeds."
     )
 
