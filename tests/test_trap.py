@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from fastdsm.cli import app
 from fastdsm.demo import model
-from fastdsm.trap import depth, floor, noise, report, residual, temperature
+from fastdsm.trap import depth, digits, floor, noise, report, residual, temperature
 from fastdsm.trap.result import Result
 
 
@@ -86,8 +87,87 @@ def test_report(results: dict[str, Result], tmp_path: Path) -> None:
     assert numbers["residual"][-1]["stagnation index"] == "inf"
 
 
+@pytest.fixture(scope="module")
+def trained() -> Result:
+    pytest.importorskip("sklearn")
+    with torch.no_grad():  # as the command runs it
+        return digits.run(seeds=1, epochs=1, layers=2)
+
+
+def test_digits(trained: Result, tmp_path: Path) -> None:
+    ways = ["softmax", "Sinkhorn", "Sinkhorn, floor 0.9"]
+    assert [row[:2] for row in trained.rows] == [
+        *(("pure mixing", way) for way in ways),
+        *(("residual", way) for way in ways),
+        ("no mixing", "R = I"),
+    ]
+    for setting, way, mean, least, most, before, *after, product in trained.rows:
+        assert 0.25 < least <= mean <= most <= 1  # one epoch beats chance, 0.1
+        if "floor" in str(way):
+            assert min(before, *after) >= 0.9 - 1e-3
+        if setting == "pure mixing" and way != "softmax":
+            first, _, last = after  # two layers: the middle one is the last
+            assert product <= first * last * (1 + 1e-4)
+        if setting == "residual" and way != "softmax":
+            first, _, last = after
+            assert product <= (1 + first) * (1 + last) / 4 * (1 + 1e-4)
+        if setting == "no mixing":
+            assert product == 1
+    pytest.importorskip("matplotlib")
+    report.write([trained], "one machine", tmp_path)
+    assert (tmp_path / "digits.png").stat().st_size > 5000
+
+
+def test_command_trains_only_if_asked(results: dict[str, Result], trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (temperature, depth, noise, residual, floor):
+        known = results[module.__name__.rpartition(".")[2]]
+        monkeypatch.setattr(module, "run", lambda *_, known=known: known)
+    monkeypatch.setattr(digits, "run", lambda: trained)
+    monkeypatch.setattr(model, "require_extra", lambda: None)
+    monkeypatch.setattr(model, "attention_logits", lambda: SimpleNamespace(logits=None))
+    written: list[list[str]] = []
+
+    def write(found: list[Result], _conditions: str, out: Path) -> Path:
+        written.append([result.name for result in found])
+        return out
+
+    monkeypatch.setattr(report, "write", write)
+    for arguments in ([], ["--trained"]):
+        found = CliRunner().invoke(app, ["trap", *arguments])
+        assert found.exit_code == 0, found.output
+    assert written == [[*results], [*results, "digits"]]
+
+
+def test_digits_networks_side_by_side_train_as_each_alone() -> None:
+    pytest.importorskip("sklearn")
+    train, test = digits.split()
+    train, test = (train[0][:256], train[1][:256]), (test[0][:64], test[1][:64])
+
+    def softmax(logits: torch.Tensor) -> torch.Tensor:
+        return logits.softmax(-1)
+
+    both = digits.train_networks(softmax, [(1.0, 0), (0.5, 1)], train, test, epochs=2, layers=2)
+    for k, one in enumerate([(1.0, 0), (0.5, 1)]):
+        alone = digits.train_networks(softmax, [one], train, test, epochs=2, layers=2)
+        torch.testing.assert_close(both.after[k], alone.after[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(both.product[k], alone.product[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(both.after, both.before, atol=1e-3)  # and they did train
+
+
+def test_digits_tokens_are_patches() -> None:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    (tokens, found), (held, _) = digits.split()
+    assert len(found) + len(held) == len(data.target) == 1797
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(8))
+    image = torch.tensor(data.images[order[len(held)]], dtype=torch.float32)
+    token = tokens[0] - tokens[0].min()
+    corner = image[2:4, 4:6].flatten()  # second row of patches, third column
+    scale = image.max() / token.max()
+    torch.testing.assert_close(token[6] * scale, corner, rtol=1e-4, atol=1e-4)
+
+
 def test_command_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "find_spec", lambda _: None)
     found = CliRunner().invoke(app, ["trap"])
     assert found.exit_code == 2
-    assert "pip install 'fastdsm[demo]'" in found.output.replace("\n", " ")
+    assert "pip install 'fastdsm[demo]'" in found.output

@@ -50,7 +50,7 @@ def demo(
         with console.status("running the transformer"):
             source = attention_logits()
     except DemoUnavailableError as error:
-        console.print(str(error), markup=False, style="red")
+        console.print(str(error), markup=False, style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     from ..demo.figure import draw
 

