@@ -28,7 +28,7 @@ from .registers_forward import load_logits, log2_count
 from .registers_sweeps import log_sweep, max4, ones, store_packed, store_strided, sums_over_rows, valid_lines, zeros
 
 PURE_BELOW = tl.constexpr(1e-2)
-ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
+_ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
 _LONGEST_STEP = tl.constexpr(8.0)
 _GROUND = tl.constexpr(1e-3)
 _FINE_MAX = tl.constexpr(0.5)
@@ -126,7 +126,7 @@ def solve(w, b, ground):
 @triton.jit
 def direction(P, col_sums, residual, c, cols, spare_col):
     """Newton's direction, in natural units, around 0; 0 in excluded columns."""
-    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, ROUNDING)
+    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, _ROUNDING)
     b = [tl.where(spare_col[j] == 0.0, c - col_sums[j], 0.0) for j in (0, 1, 2, 3)]
     ground = [tl.where(spare_col[j] == 0.0, c * rough, 0.0) for j in (0, 1, 2, 3)]
     d = solve(edges(P), b, ground)
