@@ -1,8 +1,8 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
-``registers``: n, m <= 4, a matrix per thread. ``tile``: matrices that stay on chip. ``panel``: up to 256, logits re-read
-from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``: sigma2 of given plans. Nothing here
-validates or differentiates.
+``registers``: n, m <= 4, a matrix per thread; ``registers_converged``: those by Newton's method, and the implicit gradient.
+``tile``: matrices that stay on chip. ``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones,
+one read per sweep. ``spectrum``: sigma2 of given plans. Nothing here validates or differentiates.
 """
 
 from __future__ import annotations

@@ -157,9 +157,11 @@ def test_tolerance_is_that_of_each_matrix() -> None:
 
 
 def test_masks_and_excluded_lines() -> None:
-    logits = with_excluded_lines(random_logits(4, 4, 2.0))
+    holes = torch.rand(BATCH, 4, 4, generator=torch.Generator().manual_seed(8)) < 0.15
+    logits = with_excluded_lines(random_logits(4, 4, 2.0)).masked_fill(holes, -torch.inf)
     support = solved(logits)
     assert 10 < support.sum() < BATCH
+    assert torch.equal(newton(Problem(logits, 40, tol=TOL)).residual <= TOL, support)
     outputs = check(Problem(logits[support], 40, tol=TOL))
     assert (outputs.plan[logits[support] == -torch.inf] == 0).all()
 
