@@ -161,14 +161,14 @@ def test_masks_and_excluded_lines() -> None:
     logits = with_excluded_lines(random_logits(4, 4, 2.0)).masked_fill(holes, -torch.inf)
     support = solved(logits)
     assert 10 < support.sum() < BATCH
-    assert torch.equal(newton(Problem(logits, 40, tol=TOL)).residual <= TOL, support)
-    outputs = check(Problem(logits[support], 40, tol=TOL))
+    assert torch.equal(newton(Problem(logits, 20, tol=TOL)).residual <= TOL, support)
+    outputs = check(Problem(logits[support], 20, tol=TOL))
     assert (outputs.plan[logits[support] == -torch.inf] == 0).all()
 
     tau = torch.rand(BATCH, generator=torch.Generator().manual_seed(3)) + 0.3
     mask = (logits != -torch.inf).mT
     strided = random_logits(4, 4, 2.0, 7).mT.contiguous().mT
-    problem = Problem(strided[support], 40, temperature=tau[support], mask=mask[support], tol=TOL)
+    problem = Problem(strided[support], 20, temperature=tau[support], mask=mask[support], tol=TOL)
     outputs = check(problem)
     hidden = problem.logits.masked_fill(~mask[support], torch.nan)
     poisoned = replace(problem, logits=hidden)
