@@ -3,15 +3,17 @@
 As ``fastdsm/pytorch/implicit.py``: a Newton step from g where its residual is below PURE_BELOW, then the adjoint at that
 plan. With row sums 1, c = R / C and the cotangent D (the plan's factor r is put in the end) it reads
 
-    H beta = b,   b_j = sum_i P_ij (D_ij - sum_k P_ik D_ik),   Y = D - 1 beta^T,   dS_ij = P_ij (Y_ij - sum_k P_ik Y_ik).
+    (H + diag(ground)) beta = b,   b_j = sum_i P_ij (D_ij - sum_k P_ik D_ik),   Y = D - 1 beta^T,
+    dS_ij = P_ij (Y_ij - sum_k P_ik Y_ik).
 
 Both differences are taken pair by pair, as the rows sum to 1:
 
     b_j = sum_ik P_ij P_ik (D_ij - D_ik),   dS_ij = sum_k P_ij P_ik (Y_ij - Y_ik).
 
 What a pair gives to j it takes from k: rows of dS sum to 0 to the rounding of dS, not of D, which close to a permutation is
-far larger, and a constant in beta cancels. So does the need for a ground: where an edge w_jk is below rounding, beta_j -
-beta_k is some rounding of b over w_jk and as good as unknown, but enters dS times P_ij P_ik <= w_jk, as rounding of b.
+far larger. Where an edge w_jk is below rounding, beta_j - beta_k would be some rounding of b over w_jk: harmless across the
+edge, times P_ij P_ik <= w_jk, but as large a beta on both ends of another edge drowns their difference. A ground of one
+rounding of c keeps beta at the size of b, and moves what is known by no more than rounding does.
 """
 
 import triton
@@ -32,6 +34,8 @@ from .registers_sweeps import (
     valid_lines,
     zeros,
 )
+
+_ROUNDING = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -124,7 +128,8 @@ def _implicit_bwd_kernel(
         tl.where(x[e] == float("-inf"), 0.0, D[e].to(tl.float32))
         for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     ]
-    beta = solve(edges(P), _flows(P, D), zeros(P[0]))
+    ground = [tl.where(spare_col[j] == 0.0, c * _ROUNDING, 0.0) for j in (0, 1, 2, 3)]
+    beta = solve(edges(P), _flows(P, D), ground)
     Y = [D[e] - beta[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     dS = _row_gradient(P, Y, 0) + _row_gradient(P, Y, 1) + _row_gradient(P, Y, 2) + _row_gradient(P, Y, 3)
     factor *= tl.where(unit_rows != 0, 1.0, inverse_c)
