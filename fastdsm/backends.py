@@ -34,13 +34,17 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 
 def newton_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
-    """Fill ``outputs``; no kernel does so yet."""
-    pytorch.newton_forward(problem, outputs)
+    """Fill ``outputs``."""
+    kernels = _kernels(backend)
+    if kernels is None or not kernels.newton_forward(problem, outputs):
+        pytorch.newton_forward(problem, outputs)
 
 
 def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients, backend: str) -> None:
-    """Fill ``gradients``; no kernel does so yet."""
-    pytorch.implicit_backward(problem, grad_plan, g, gradients)
+    """Fill ``gradients``."""
+    kernels = _kernels(backend)
+    if kernels is None or not kernels.implicit_backward(problem, grad_plan, g, gradients):
+        pytorch.implicit_backward(problem, grad_plan, g, gradients)
 
 
 def sigma2(

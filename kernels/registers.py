@@ -20,21 +20,25 @@ from .configuration import Configuration
 from .registers_backward import MAX_BACKWARD_SWEEPS, _sinkhorn_bwd_kernel
 from .registers_forward import _sinkhorn_fwd_kernel
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_BLOCK, _WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
 
 
-def supports_forward(problem: Problem) -> bool:
-    """Whether :func:`sinkhorn_forward` takes this problem."""
+def is_small_and_plain(problem: Problem) -> bool:
+    """Up to 4x4, float32 or narrower, without marginals and without f0: the matrices of this family."""
     return (
-        problem.logits.dtype in _TYPES
+        problem.logits.dtype in TYPES
         and min(problem.logits.shape[-2:]) >= 1
         and max(problem.logits.shape[-2:]) <= 4
         and problem.f0 is None
         and problem.row_marginal is None
         and problem.col_marginal is None
-        and problem.tol < 0
     )
+
+
+def supports_forward(problem: Problem) -> bool:
+    """Whether :func:`sinkhorn_forward` takes this problem."""
+    return is_small_and_plain(problem) and problem.tol < 0
 
 
 def supports_backward(problem: Problem, with_lines: bool) -> bool:
@@ -46,16 +50,13 @@ def supports_backward(problem: Problem, with_lines: bool) -> bool:
 def _forward(dtype: torch.dtype, packed: bool, with_info: bool, with_sigma2: bool) -> Configuration:
     return Configuration(
         kernel=_sinkhorn_fwd_kernel,
-        pointers=dict.fromkeys(("logits_ptr", "plan_ptr"), _TYPES[dtype])
+        pointers=dict.fromkeys(("logits_ptr", "plan_ptr"), TYPES[dtype])
         | dict.fromkeys(("temperature_ptr", "residual_ptr", "f_ptr", "g_ptr", "sigma2_ptr"), "fp32")
         | {"mask_ptr": "u8", "sweeps_ptr": "i32"},
-        constants={"BLOCK": _BLOCK, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2},
-        num_warps=_WARPS,
-        matrices=_BLOCK,
-        label=f"sinkhorn forward registers {_TYPES[dtype]}"
-        + " packed" * packed
-        + " info" * with_info
-        + " sigma2" * with_sigma2,
+        constants={"BLOCK": BLOCK, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2},
+        num_warps=WARPS,
+        matrices=BLOCK,
+        label=f"sinkhorn forward registers {TYPES[dtype]}" + " packed" * packed + " info" * with_info + " sigma2" * with_sigma2,
     )
 
 
@@ -63,32 +64,32 @@ def _forward(dtype: torch.dtype, packed: bool, with_info: bool, with_sigma2: boo
 def _backward(dtype: torch.dtype, packed: bool) -> Configuration:
     return Configuration(
         kernel=_sinkhorn_bwd_kernel,
-        pointers=dict.fromkeys(("logits_ptr", "grad_plan_ptr", "grad_logits_ptr"), _TYPES[dtype])
+        pointers=dict.fromkeys(("logits_ptr", "grad_plan_ptr", "grad_logits_ptr"), TYPES[dtype])
         | {"temperature_ptr": "fp32", "mask_ptr": "u8"},
-        constants={"BLOCK": _BLOCK, "PACKED": packed},
-        num_warps=_WARPS,
-        matrices=_BLOCK,
-        label=f"sinkhorn backward registers {_TYPES[dtype]}" + " packed" * packed,
+        constants={"BLOCK": BLOCK, "PACKED": packed},
+        num_warps=WARPS,
+        matrices=BLOCK,
+        label=f"sinkhorn backward registers {TYPES[dtype]}" + " packed" * packed,
     )
 
 
 def configurations() -> list[Configuration]:
     """Every kernel this module can launch."""
     flags = (False, True)
-    return [_forward(dtype, *rest) for dtype, *rest in itertools.product(_TYPES, flags, flags, flags)] + [
-        _backward(dtype, packed) for dtype, packed in itertools.product(_TYPES, flags)
+    return [_forward(dtype, *rest) for dtype, *rest in itertools.product(TYPES, flags, flags, flags)] + [
+        _backward(dtype, packed) for dtype, packed in itertools.product(TYPES, flags)
     ]
 
 
-def _is_packed(problem: Problem, *others: Tensor) -> bool:
+def is_packed(problem: Problem, *others: Tensor) -> bool:
     """Whether every matrix is 4x4, unmasked, and 16 aligned values on end."""
     return problem.mask is None and all(
         x.shape[-2:] == (4, 4) and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (problem.logits, *others)
     )
 
 
-def _inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
-    """Kernel arguments that describe the problem; ``spare`` stands in for what is absent and is never read."""
+def inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
+    """Kernel arguments that describe matrices and temperature; ``spare`` stands in for what is absent and is never read."""
     logits, mask, temperature = problem.logits, problem.mask, problem.temperature
     if isinstance(temperature, Tensor):
         temperatures, stride, shared = temperature, temperature.stride(0), 1.0
@@ -102,9 +103,8 @@ def _inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
         "batch": logits.shape[0],
         "n": logits.shape[1],
         "m": logits.shape[2],
-        "n_iters": problem.n_iters,
-        **_strides("logits", logits),
-        **(_strides("mask", bits) if mask is not None else dict.fromkeys(_strides("mask", logits), 0)),
+        **strides("logits", logits),
+        **(strides("mask", bits) if mask is not None else dict.fromkeys(strides("mask", logits), 0)),
         "temperature_stride": stride,
         "scale": math.log2(math.e) / shared,
         "has_mask": int(mask is not None),
@@ -113,25 +113,27 @@ def _inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
     }
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Kernel arguments that describe where the entries of ``x`` (B, n, m) lie."""
     return {f"{name}_stride_{axis}": step for axis, step in zip("bnm", x.stride(), strict=True)}
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write every given tensor of ``outputs``; for problems that :func:`supports_forward`."""
     with_info, with_sigma2 = outputs.f is not None, outputs.sigma2 is not None
-    configuration = _forward(problem.logits.dtype, _is_packed(problem, outputs.plan), with_info, with_sigma2)
+    configuration = _forward(problem.logits.dtype, is_packed(problem, outputs.plan), with_info, with_sigma2)
     spare = torch.empty(1, dtype=torch.float32, device=problem.logits.device)
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
-        **_inputs(problem, spare),
+        **inputs(problem, spare),
+        n_iters=problem.n_iters,
         plan_ptr=outputs.plan,
         residual_ptr=outputs.residual if with_info else spare,
         sweeps_ptr=outputs.sweeps if with_info else spare.view(torch.int32),
         f_ptr=outputs.f if with_info else spare,
         g_ptr=outputs.g if with_info else spare,
         sigma2_ptr=outputs.sigma2 if with_sigma2 else spare,
-        **_strides("plan", outputs.plan),
+        **strides("plan", outputs.plan),
     )
 
 
@@ -140,12 +142,13 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
     For problems that :func:`supports_backward`; ``sweeps`` is ignored, as without tol each matrix makes n_iters.
     """
-    configuration = _backward(problem.logits.dtype, _is_packed(problem, grad_plan, gradients.logits))
+    configuration = _backward(problem.logits.dtype, is_packed(problem, grad_plan, gradients.logits))
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
-        **_inputs(problem, torch.empty(1, dtype=torch.float32, device=problem.logits.device)),
+        **inputs(problem, torch.empty(1, dtype=torch.float32, device=problem.logits.device)),
+        n_iters=problem.n_iters,
         grad_plan_ptr=grad_plan,
         grad_logits_ptr=gradients.logits,
-        **_strides("grad_plan", grad_plan),
-        **_strides("grad_logits", gradients.logits),
+        **strides("grad_plan", grad_plan),
+        **strides("grad_logits", gradients.logits),
     )

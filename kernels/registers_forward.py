@@ -47,7 +47,7 @@ def load_logits(
 
 
 @triton.jit
-def _log2_count(x):
+def log2_count(x):
     """log2 of 1, 2, 3 or 4 as a multiple of 1/2 and, for 3, what is left: differences of two keep their precision."""
     return tl.where(x == 3.0, 1.5, tl.where(x == 4.0, 2.0, x - 1.0)), tl.where(x == 3.0, 0.08496250072115618, 0.0)
 
@@ -85,8 +85,8 @@ def _sinkhorn_fwd_kernel(
     poison = 0.0 * (total[0] + total[1] + total[2] + total[3])  # at n_iters = 0 a NaN has reached its row only
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
-    col_halves, col_rest = _log2_count(cols)
-    row_halves, row_rest = _log2_count(rows)
+    col_halves, col_rest = log2_count(cols)
+    row_halves, row_rest = log2_count(rows)
     drift = (col_halves - row_halves) + (col_rest - row_rest)
     scaled = tl.minimum(n_iters - 1, SCALING_SWEEPS)
     u, v = scaling_sweeps(K, spare_row, spare_col, scaled)

@@ -145,7 +145,8 @@ def valid_lines(spare):
 
 
 @triton.jit
-def _max4(a, b, c, d):
+def max4(a, b, c, d):
+    """The largest of four."""
     return tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
 
 
@@ -186,10 +187,10 @@ def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
     it enters alike, so that this error cancels.
     """
     if FIRST:
-        high = [_max4(x[j], x[4 + j], x[8 + j], x[12 + j]) * k for j in (0, 1, 2, 3)]
+        high = [max4(x[j], x[4 + j], x[8 + j], x[12 + j]) * k for j in (0, 1, 2, 3)]
     else:
         s = [tl.fma(x[e], k, f[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-        high = [_max4(s[j], s[4 + j], s[8 + j], s[12 + j]) for j in (0, 1, 2, 3)]
+        high = [max4(s[j], s[4 + j], s[8 + j], s[12 + j]) for j in (0, 1, 2, 3)]
     spare_col = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
     if FIRST:
@@ -201,7 +202,7 @@ def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
     g = [tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)]
 
     s = [tl.fma(x[e], k, g[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    high = [_max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
+    high = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     spare_row = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
     E = [exp2(s[e] - high[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]

@@ -1,0 +1,279 @@
+"""The register kernels of converged plans, interpreted: Newton's method and the implicit gradient against float64.
+
+Budgets are those ``fastdsm.newton_verification`` derives: what a residual of tol and logits off by their rounding leave open.
+Every output starts as NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdsm
+from fastdsm import pytorch, reference
+from fastdsm.kernels import registers_converged
+from fastdsm.problem import Gradients, Outputs, Problem
+from fastdsm.results import SinkhornSpectrum
+from fastdsm.verification import gradient_size, half_ulp
+
+from .test_kernel_registers import empty_outputs, with_excluded_lines
+
+SHAPES = [(1, 1), (1, 4), (2, 2), (3, 4), (4, 3), (4, 1)]
+BATCH = 32  # one program
+TOL = 1e-6
+EPS = torch.finfo(torch.float32).eps
+
+
+def random_logits(n: int, m: int, std: float, seed: int = 0) -> Tensor:
+    return std * torch.randn(BATCH, n, m, generator=torch.Generator().manual_seed(seed))
+
+
+def newton(problem: Problem) -> Outputs:
+    assert registers_converged.supports_forward(problem)
+    outputs = empty_outputs(problem)
+    registers_converged.newton_forward(problem, outputs)
+    return outputs
+
+
+def on_pytorch(problem: Problem) -> Outputs:
+    outputs = empty_outputs(problem)
+    pytorch.newton_forward(problem, outputs)
+    return outputs
+
+
+def implicit(problem: Problem, grad_plan: Tensor, g: Tensor) -> Tensor:
+    assert registers_converged.supports_backward(problem, with_lines=False)
+    gradients = Gradients(torch.full_like(problem.logits, torch.nan))
+    registers_converged.implicit_backward(problem, grad_plan, g, gradients)
+    return gradients.logits
+
+
+def oracle(problem: Problem, logits: Tensor) -> SinkhornSpectrum:
+    tau = problem.temperature.double() if isinstance(problem.temperature, Tensor) else problem.temperature
+    per_column = None if problem.unit_rows else torch.ones(logits.shape[0], logits.shape[2], dtype=torch.float64)
+    return reference.sinkhorn_sigma2(
+        logits, n_iters=100, temperature=tau, mask=problem.mask, col_marginal=per_column, solver="newton", tol=1e-11
+    )
+
+
+def solved(logits: Tensor) -> Tensor:
+    """Where the oracle's plan really has its marginals: its own residual passes over a column that has become empty."""
+    valid = logits != -torch.inf
+    rows, cols = valid.any(2).sum(1), valid.any(1)
+    wanted = cols * (rows / cols.sum(1).clamp(min=1)).double()[:, None]
+    return ((oracle(Problem(logits, 1), logits.double()).plan.sum(1) - wanted).abs() < 1e-6).all(1)
+
+
+def amplified(problem: Problem, truth: SinkhornSpectrum) -> tuple[Tensor, Tensor]:
+    """How far potentials may be off, (B, 1, 1), and by how much a system of the plan's condition amplifies that again."""
+    tau = torch.as_tensor(problem.temperature, dtype=torch.float64).reshape(-1, 1, 1)
+    valid = problem.logits != -torch.inf if problem.mask is None else problem.mask & (problem.logits != -torch.inf)
+    size = (problem.logits.double() / tau).masked_fill(~valid, 0.0).abs().amax((1, 2), keepdim=True)
+    gap = (1 - truth.sigma2.square()).clamp(min=1e-9)[:, None, None]
+    return (TOL + 2 * EPS * size) / gap, 1 / gap
+
+
+def check(problem: Problem) -> Outputs:
+    """Forward and gradient, of matrices with support."""
+    outputs, leaf = newton(problem), problem.logits.double().requires_grad_()
+    truth = oracle(problem, leaf)
+    assert (truth.residual < 1e-9).all(), "not a case for this check"
+    dtype = problem.logits.dtype
+    moved, condition = amplified(problem, truth)
+    allowed = 2 * moved * truth.plan.sum(-1).amax(-1)[:, None, None] + half_ulp(truth.plan, dtype) * (dtype != torch.float32)
+    assert ((outputs.plan.double() - truth.plan).abs() <= allowed).all()
+    assert (outputs.residual <= TOL).all()
+    assert ((outputs.sigma2 - truth.sigma2).abs() <= 4 * moved[:, 0, 0] + TOL).all()
+    tau = torch.as_tensor(problem.temperature, dtype=torch.float32).reshape(-1, 1, 1)
+    logits = problem.logits.float() / tau
+    logits = logits if problem.mask is None else logits.masked_fill(~problem.mask, -torch.inf)
+    rebuilt = (logits.double() + outputs.f[:, :, None] + outputs.g[:, None, :]).exp()
+    rounded = 4 * EPS * (1 + outputs.f.abs().amax(1) + outputs.g.abs().amax(1))[:, None, None]
+    assert ((outputs.plan - rebuilt).abs() <= rounded + half_ulp(rebuilt, dtype) * (dtype != torch.float32)).all()
+
+    grad_plan = torch.randn(problem.logits.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    found = implicit(problem, grad_plan, outputs.g)
+    (exact,) = torch.autograd.grad(truth.plan, leaf, grad_plan.double())
+    allowed = moved * condition * gradient_size(exact, grad_plan) + half_ulp(exact, dtype) * (dtype != torch.float32)
+    assert ((found.double() - exact).abs() <= allowed).all()
+    return outputs
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0, 4.0, 8.0, 100.0])
+def test_packed_matrices(std: float) -> None:
+    logits = random_logits(4, 4, std)
+    if std == 100.0:  # the oracle's own safeguard is a plainer one
+        logits = logits[solved(logits)]
+        assert len(logits) > BATCH / 2
+    check(Problem(logits, 60, tol=TOL))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("unit_rows", [True, False])
+def test_other_shapes(shape: tuple[int, int], unit_rows: bool) -> None:
+    check(Problem(random_logits(*shape, 2.0 if unit_rows else 6.0), 40, unit_rows=unit_rows, tol=TOL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_types(dtype: torch.dtype) -> None:
+    for shape in ((4, 4), (3, 4)):
+        check(Problem(random_logits(*shape, 3.0).to(dtype), 30, tol=TOL))
+
+
+def test_steps_are_those_of_the_pytorch_path() -> None:
+    """Same method, same safeguard, same plan. Rounding may turn the last comparison with tol, hence a step more or less."""
+    for std, n_iters in ((4.0, 30), (100.0, 60)):
+        problem = Problem(random_logits(4, 4, std, seed=3), n_iters, tol=TOL)
+        found, known = newton(problem), on_pytorch(problem)
+        assert found.sweeps.max() > 5
+        assert (found.residual <= TOL).all()
+        assert ((found.sweeps - known.sweeps).abs() <= 1).all()
+        assert (found.sweeps == known.sweeps).double().mean() > 0.75
+        torch.testing.assert_close(found.plan, known.plan, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("n_iters", [0, 1, 2, 20])
+def test_number_of_steps(n_iters: int) -> None:
+    for shape, unit_rows in (((4, 4), True), ((3, 4), False), ((4, 2), True)):
+        problem = Problem(random_logits(*shape, 2.0), n_iters, unit_rows=unit_rows, tol=TOL)
+        found, known = newton(problem), on_pytorch(problem)
+        assert torch.equal(found.sweeps, known.sweeps)
+        assert found.sweeps.max() <= n_iters
+        for name in ("plan", "residual", "sigma2", "f", "g"):
+            torch.testing.assert_close(getattr(found, name), getattr(known, name), atol=3e-6, rtol=3e-6)
+
+
+def test_tolerance_is_that_of_each_matrix() -> None:
+    logits = random_logits(4, 4, 4.0)
+    tight, loose = (newton(Problem(logits, 30, tol=tol)) for tol in (1e-6, 1e-2))
+    assert (loose.residual <= 1e-2).all()
+    assert (loose.residual > 1e-6).any()
+    assert (loose.sweeps <= tight.sweeps).all()
+    assert (loose.sweeps < tight.sweeps).any()
+    assert (newton(Problem(logits, 7)).sweeps == 7).all()  # without tol every step is made
+
+
+def test_masks_and_excluded_lines() -> None:
+    holes = torch.rand(BATCH, 4, 4, generator=torch.Generator().manual_seed(8)) < 0.15
+    logits = with_excluded_lines(random_logits(4, 4, 2.0)).masked_fill(holes, -torch.inf)
+    support = solved(logits)
+    assert 10 < support.sum() < BATCH
+    assert torch.equal(newton(Problem(logits, 20, tol=TOL)).residual <= TOL, support)
+    outputs = check(Problem(logits[support], 20, tol=TOL))
+    assert (outputs.plan[logits[support] == -torch.inf] == 0).all()
+
+    tau = torch.rand(BATCH, generator=torch.Generator().manual_seed(3)) + 0.3
+    mask = (logits != -torch.inf).mT
+    strided = random_logits(4, 4, 2.0, 7).mT.contiguous().mT
+    problem = Problem(strided[support], 20, temperature=tau[support], mask=mask[support], tol=TOL)
+    outputs = check(problem)
+    hidden = problem.logits.masked_fill(~mask[support], torch.nan)
+    poisoned = replace(problem, logits=hidden)
+    assert torch.equal(newton(poisoned).plan, outputs.plan)
+    cotangent = random_logits(4, 4, 1.0, 9)[support]
+    unseen = cotangent.masked_fill(~mask[support], torch.nan)
+    assert torch.equal(implicit(poisoned, unseen, outputs.g), implicit(problem, cotangent, outputs.g))
+
+
+def test_without_support_everything_stays_finite_and_is_flagged() -> None:
+    logits = random_logits(4, 4, 2.0)
+    logits[:, 1:, :2] = -torch.inf  # two columns that only row 0 can fill
+    problem = Problem(logits, 25, tol=TOL)
+    outputs = newton(problem)
+    assert (outputs.residual > 0.1).all()
+    assert (outputs.sweeps == 25).all()
+    for name in ("plan", "residual", "f", "g", "sigma2"):
+        assert getattr(outputs, name).isfinite().all(), name
+    torch.testing.assert_close(outputs.plan.sum(-1), torch.ones(BATCH, 4))
+    assert implicit(problem, random_logits(4, 4, 1.0, 4), outputs.g).isfinite().all()
+
+
+def test_rows_of_small_gradients_sum_to_zero() -> None:
+    """Close to a permutation the gradient is 1e-5 of its cotangent, and so is what may be left of a row's sum."""
+    problem = Problem(14 * torch.eye(4) + random_logits(4, 4, 0.5), 30, tol=TOL)
+    found = implicit(problem, random_logits(4, 4, 1.0, 4), newton(problem).g)
+    size = found.abs().amax(-1)
+    assert (size > 0).all()
+    assert size.max() < 1e-4
+    assert (found.double().sum(-1).abs() <= 4 * EPS * size).all()
+
+
+def test_a_poisoned_matrix_stays_alone() -> None:
+    clean = random_logits(4, 4, 3.0)
+    dirty = clean.clone()
+    dirty[7, 2, 1], dirty[9, 0, 3] = torch.nan, torch.inf
+    bad = torch.zeros(BATCH, dtype=torch.bool)
+    bad[7] = bad[9] = True
+    for n_iters in (0, 20):
+        before, after = (newton(Problem(x, n_iters, tol=TOL)) for x in (clean, dirty))
+        for name in ("plan", "residual", "sigma2"):
+            assert getattr(after, name)[bad].isnan().all(), name
+            assert torch.equal(getattr(after, name)[~bad], getattr(before, name)[~bad]), name
+    grad_plan = random_logits(4, 4, 1.0, 4)
+    first, second = (implicit(Problem(x, 20), grad_plan, before.g) for x in (clean, dirty))
+    assert second[bad].isnan().all()
+    assert torch.equal(second[~bad], first[~bad])
+
+
+def test_packed_and_strided_agree() -> None:
+    logits = random_logits(4, 4, 3.0)
+    spread = torch.full((BATCH, 4, 8), torch.nan)
+    spread[:, :, ::2] = logits
+    packed, strided = (newton(Problem(x, 25, tol=TOL)) for x in (logits, spread[:, :, ::2]))
+    for name in ("plan", "residual", "sweeps", "f", "g", "sigma2"):
+        assert torch.equal(getattr(packed, name), getattr(strided, name)), name
+    grad_plan = random_logits(4, 4, 1.0, 4)
+    expected = implicit(Problem(logits, 20), grad_plan, packed.g)
+    assert torch.equal(implicit(Problem(spread[:, :, ::2], 20), grad_plan, packed.g.mT.contiguous().mT), expected)
+    alone = torch.full_like(logits, torch.nan)
+    registers_converged.newton_forward(Problem(logits, 25, tol=TOL), Outputs(alone))
+    assert torch.equal(alone, packed.plan)
+
+
+def test_an_empty_batch_is_nothing_to_do() -> None:
+    problem = Problem(torch.empty(0, 4, 4), 3)
+    newton(problem)
+    implicit(problem, torch.empty(0, 4, 4), torch.empty(0, 4))
+
+
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_public_calls_use_the_kernels(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> None:
+        raise AssertionError("the PyTorch path was taken")
+
+    logits, cotangent = random_logits(3, 4, 3.0), random_logits(3, 4, 1.0, 4)
+    temperature = torch.rand(BATCH, generator=torch.Generator().manual_seed(3)) + 0.5
+    expected, found = [], []
+    for backend, results in (("torch", expected), ("triton", found)):
+        leaf = logits.clone().requires_grad_()
+        with monkeypatch.context() as patched:
+            if backend == "triton":
+                patched.setattr(pytorch, "newton_forward", unreachable)
+                patched.setattr(pytorch, "implicit_backward", unreachable)
+            plan = fastdsm.sinkhorn(leaf, solver="newton", temperature=temperature, first=first, backend=backend)
+            results += [plan.detach(), torch.autograd.grad(plan, leaf, cotangent)[0]]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_supported() -> None:
+    problem = Problem(torch.zeros(2, 4, 3), 100, tol=TOL)
+    assert registers_converged.supports_forward(problem)
+    assert registers_converged.supports_backward(problem, with_lines=False)
+    assert not registers_converged.supports_backward(problem, with_lines=True)
+    for other in (
+        replace(problem, logits=torch.zeros(2, 5, 3)),
+        replace(problem, logits=torch.zeros(2, 4, 3, dtype=torch.float64)),
+        replace(problem, f0=torch.zeros(2, 4)),
+        replace(problem, row_marginal=torch.ones(2, 4)),
+        replace(problem, col_marginal=torch.ones(2, 3)),
+    ):
+        assert not registers_converged.supports_forward(other)
+        assert not registers_converged.supports_backward(other, with_lines=False)
+
+
+def test_configurations_are_distinct() -> None:
+    labels = [c.label for c in registers_converged.configurations()]
+    assert len(labels) == len(set(labels)) == 30
