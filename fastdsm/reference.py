@@ -169,14 +169,20 @@ class _Equations:
         return (self.S + self.row_potential(g).unsqueeze(-1) + g.unsqueeze(-2)).exp()
 
     def newton_step(self, g: Tensor) -> Tensor:
-        """The d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1; the matrix is a Laplacian."""
+        """t d, d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1; the matrix is a Laplacian.
+
+        t = log(1 + s) / s, s the spread of d, for which the dual h must fall: along d its third derivative is at most s times
+        its second (generalised self-concordance, Sun and Tran-Dinh 2019). Near the solution t is 1, and no derivative sees it.
+        """
         P = self.plan(g)
         inverse_r = torch.where(self.r != 0, 1.0 / self.r.where(self.r != 0, 1.0), 0.0)
         weights = P.mT @ (inverse_r.unsqueeze(-1) * P)
         weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
         laplacian = torch.diag_embed(weights.sum(-1)) - weights
         inverse = torch.linalg.pinv(laplacian, rtol=_NULL * g.shape[-1] * torch.finfo(g.dtype).eps, hermitian=True)
-        return (inverse @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
+        d = (inverse @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
+        spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).detach().clamp(min=torch.finfo(d.dtype).tiny)
+        return d * (spread.log1p() / spread)
 
     def residual(self, g: Tensor) -> Tensor:
         error = self.plan(g).sum(-2) / self.c.where(self.c != 0, 1.0) - 1.0
@@ -194,11 +200,10 @@ def fixed_point(
     mask: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, SinkhornInfo]:
-    """The projection that the sweeps converge to, by Newton's method on their dual h, with its exact gradient.
+    """The projection that the sweeps converge to, by Newton's method on their dual, with its exact gradient.
 
-    Every step t d is damped by t = log(1 + s) / s, s the spread of d, for which h must fall: along d its third derivative is
-    at most s times its second (generalised self-concordance, Sun and Tran-Dinh 2019). ``sweeps`` counts steps, the first
-    column step included. Stops at ``tol``, default as for solver="newton", or after 500. Gradients: :func:`near_fixed_point`.
+    ``sweeps`` counts steps, the first column step included. Stops at ``tol``, default as for solver="newton", or after 500.
+    Gradients: :func:`near_fixed_point`.
     """
     problem = (temperature, first, row_marginal, col_marginal, mask)
     with torch.no_grad():
@@ -210,9 +215,7 @@ def fixed_point(
             active = ~(at.residual(g) <= tol)
             if not bool(active.any()):
                 break
-            d = at.newton_step(g)
-            spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).clamp(min=torch.finfo(d.dtype).tiny)
-            g = torch.where(active.unsqueeze(-1), g + d * (spread.log1p() / spread), g)
+            g = torch.where(active.unsqueeze(-1), g + at.newton_step(g), g)
             steps = steps + active
         f, residual = at.row_potential(g), at.residual(g).masked_fill(at.poisoned, torch.nan)
     f, g = (f, g) if first == "col" else (g, f)
@@ -233,13 +236,17 @@ def near_fixed_point(
     """The fixed point near the potentials f, g, by two Newton steps that autograd sees.
 
     A Newton step takes an error e of the potential to O(e^2). The detached start errs by all that the fixed point moves with
-    logits or marginals, so that after two steps the error is of fourth order: derivatives up to the third are exact.
+    logits or marginals, so that after two steps the error is of fourth order: derivatives up to the third are exact. On
+    saturated plans a step may be rounding alone, of any size: a value that it does not improve is that of the start.
     """
     at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
-    potential = (g if first == "col" else f).detach().to(at.S.dtype)
+    start = potential = (g if first == "col" else f).detach().to(at.S.dtype)
     for _ in range(2):
         potential = potential + at.newton_step(potential)
-    plan = at.plan(potential).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
+    slope = at.plan(potential)
+    better = at.residual(potential.detach()) <= at.residual(start)
+    value = torch.where(better[..., None, None], slope.detach(), at.plan(start).detach())
+    plan = (value + (slope - slope.detach())).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
     return plan if first == "col" else plan.mT
 
 
