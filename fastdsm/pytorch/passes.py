@@ -30,11 +30,15 @@ def _top(S: Tensor, dim: int) -> Tensor:
 
 def _log_sum_exp(S: Tensor, dim: int, online: bool) -> Tensor:
     """log sum exp along ``dim``, (b, heads, lines), float64, using up S (b, g, r, ., .)."""
-    if not online:
-        return S.exp_().sum(dim).double().log_().flatten(1, 2)
-    top = _top(S, dim)
-    sums = S.sub_(top).exp_().sum(dim)
-    return (top.squeeze(dim).double() + sums.double().log_()).flatten(1, 2)
+    return _exponentials(S, dim, online)[2]
+
+
+def _exponentials(S: Tensor, dim: int, online: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(S - top) in place of S, top being 0 unless ``online``; its sums along ``dim``, kept; and log sum exp S, float64."""
+    top = _top(S, dim) if online else S.new_zeros(())
+    P = S.sub_(top).exp_() if online else S.exp_()
+    sums = P.sum(dim, keepdim=True)
+    return P, sums, (top.double() + sums.double().log()).squeeze(dim).flatten(1, 2)
 
 
 def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, other: Tensor, active: Tensor) -> bool:
@@ -43,11 +47,7 @@ def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tens
         return False
     other.zero_()
     for block in blocks(problem):
-        S = block.exponent(block.logits(problem), at)
-        top = _top(S, -1) if online else S.new_zeros(())
-        P = S.sub_(top).exp_() if online else S.exp_()
-        sums = P.sum(-1, keepdim=True)
-        out[block.by_row] = (top.double() + sums.double().log()).squeeze(-1).flatten(1, 2)
+        P, sums, out[block.by_row] = _exponentials(block.exponent(block.logits(problem), at), -1, online)
         shares = torch.where(sums == 0, 0.0, sums.reciprocal())
         other[block.by_head] += (shares.mT @ P).squeeze(-2).flatten(1, 2)
     other.log_()
@@ -65,11 +65,7 @@ def attend(
 ) -> None:
     """As in :class:`~fastdsm.streamed.Passes`."""
     for block in blocks(problem):
-        S = block.exponent(block.logits(problem), at)
-        top = _top(S, -1)
-        P = S.sub_(top).exp_()
-        sums = P.sum(-1, keepdim=True)
-        line[block.by_row] = (top.double() + sums.double().log()).squeeze(-1).flatten(1, 2)
+        P, sums, line[block.by_row] = _exponentials(block.exponent(block.logits(problem), at), -1, True)
         product = block.dropped(P, dropout) @ block.keys(value, problem)
         out[block.by_row] = (product / sums.masked_fill_(sums == 0, 1.0)).flatten(1, 2).to(out.dtype)
 
