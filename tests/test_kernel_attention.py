@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +16,8 @@ from fastdsm.kernels import attention
 from fastdsm.problem import Attention, Dropout, Potentials, Terms
 
 from .tolerances import assert_within
+from .uninterpreted import rows_of
 
-ROOT = Path(__file__).parents[1]
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 AXES = ("cols", "rows")
 OPTIONS = ("plain", "bias", "half bias", "broadcast bias", "mask", "padding", "temperature", "strided", "everything")
@@ -524,13 +519,7 @@ def _machine_code() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """The interpreter of the other tests replaces Triton's compiler for good, so this one starts without it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = "import json; from tests import test_kernel_attention as t; print(json.dumps(t._machine_code()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return rows_of("test_kernel_attention", "_machine_code")
 
 
 def test_no_kernel_spills_and_all_use_tensor_cores(rows: list[dict[str, Any]]) -> None:

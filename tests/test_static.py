@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from benchmarks.static.report import analyse, faults, title, usages
 from benchmarks.static.sass import count, parse
 from fastdsm import kernels
 
-ROOT = Path(__file__).parents[1]
+from .uninterpreted import rows_of
 
 # As compiled for sm_90: while done < n: {y = exp2(x y); k = min(n - done, segment); k times y = 1 / y; done += k}.
 # The block at 0x130 lies behind the exit and jumps back: no loop. Parameters: x_ptr, n, segment, at 0x210.
@@ -232,13 +229,7 @@ def _analyse() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """The interpreter of the other tests replaces Triton's compiler for good, so this one starts without it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "import json; from tests import test_static as t; print(json.dumps(t._analyse()))"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return rows_of("test_static", "_analyse")
 
 
 def _small(rows: list[dict[str, Any]], operation: str) -> dict[str, Any]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,7 +15,7 @@ from fastdsm import kernels
 from fastdsm.kernels.configuration import TARGETS, Configuration
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .test_static import ROOT
+from .uninterpreted import rows_of
 
 N = 2048
 
@@ -59,13 +55,7 @@ def _analyse() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    """The interpreter of the other tests replaces Triton's compiler for good, so this one starts without it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "import json; from tests import test_static_stream as t; print(json.dumps(t._analyse()))"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return rows_of("test_static_stream", "_analyse")
 
 
 def test_no_pass_spills(rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,25 @@
+"""Results of Triton's compiler, for tests of a run whose kernels are interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of(module: str, function: str) -> list[dict[str, Any]]:
+    """What ``tests.module.function()`` returns in a process of its own.
+
+    The interpreter of the other tests replaces Triton's compiler for good, so that one starts without it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = f"import json; from tests import {module} as t; print(json.dumps(t.{function}()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
