@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from enum import StrEnum
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..verification import Record, Target
+    from ..verification import Case, Record, Target
 
 _SHOWN_MISSES = 12
+_CASES_AT_A_TIME = 5  # neighbours differ in their logit scale alone: one process compiles the kernels of all of them
 
 
 class Backend(StrEnum):
@@ -33,6 +36,7 @@ class Backend(StrEnum):
 def verify(
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the grid, a few seconds.")] = False,
     backend: Annotated[Backend, typer.Option(help="Verify one backend only.")] = Backend.ALL,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; of one thread each if several.")] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every comparison to FILE.", dir_okay=False)
     ] = None,
@@ -52,11 +56,13 @@ def verify(
 
         fastdsm verify --quick --json verify.json
 
+        fastdsm verify --jobs 16
+
         TRITON_INTERPRET=1 fastdsm verify --backend triton
     """
-    from ..attention_verification import AttentionCase, attention_cases, verify_attention_case
-    from ..newton_verification import NewtonCase, newton_cases, verify_newton_case
-    from ..verification import cases, targets, verify_case
+    from ..attention_verification import attention_cases
+    from ..newton_verification import newton_cases
+    from ..verification import cases, targets
 
     console = Console()
     chosen = [target for target in targets() if backend in (Backend.ALL, target.backend)]
@@ -69,19 +75,15 @@ def verify(
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        grids = {
-            target: [*cases(target, quick), *newton_cases(target, quick), *attention_cases(target, quick)] for target in chosen
-        }
-        bars = {target: progress.add_task(str(target), total=len(grid)) for target, grid in grids.items()}
-        for target, grid in grids.items():
-            for case in grid:
-                if isinstance(case, AttentionCase):
-                    records += verify_attention_case(case, target)
-                elif isinstance(case, NewtonCase):
-                    records += verify_newton_case(case, target)
-                else:
-                    records += verify_case(case, target)
-                progress.advance(bars[target])
+        grid = [
+            (case, target)
+            for target in chosen
+            for case in (*cases(target, quick), *newton_cases(target, quick), *attention_cases(target, quick))
+        ]
+        bars = {target: progress.add_task(str(target), total=sum(x == target for _, x in grid)) for target in chosen}
+        for target, found in _verified(grid, jobs):
+            records += found
+            progress.advance(bars[target])
     for target in chosen:
         console.print(_table(target, records))
     if json_file is not None:
@@ -92,6 +94,28 @@ def verify(
         _print_misses(console, misses)
         raise typer.Exit(1)
     console.print(f"[green]{len(records)} comparisons, every one within its budget[/green]")
+
+
+def _verified(grid: list[tuple[Case, Target]], jobs: int) -> Iterator[tuple[Target, list[Record]]]:
+    """What each case shows, in this process or in ``jobs`` others, in order."""
+    if jobs == 1:
+        yield from map(_verify, grid)
+        return
+    with get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # CUDA bears no fork
+        yield from pool.imap(_verify, grid, chunksize=_CASES_AT_A_TIME)
+
+
+def _verify(case_and_target: tuple[Case, Target]) -> tuple[Target, list[Record]]:
+    from ..attention_verification import AttentionCase, verify_attention_case
+    from ..newton_verification import NewtonCase, verify_newton_case
+    from ..verification import verify_case
+
+    case, target = case_and_target
+    if isinstance(case, AttentionCase):
+        return target, verify_attention_case(case, target)
+    if isinstance(case, NewtonCase):
+        return target, verify_newton_case(case, target)
+    return target, verify_case(case, target)
 
 
 def _table(target: Target, records: list[Record]) -> Table:

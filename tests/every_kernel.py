@@ -1,0 +1,59 @@
+"""Every family of kernels once, forward and backward, on small matrices: to be run under compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.every_kernel
+
+Without PyTorch's cache every tensor is an allocation of its own, and an access beyond its end is seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fastdsm
+
+SIZES = ((1, 1), (3, 3), (4, 4), (3, 4), (7, 9), (16, 16), (33, 40), (64, 64), (100, 100), (130, 200), (300, 257))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def project(n: int, m: int, dtype: torch.dtype) -> None:
+    """Sweeps with a mask and per-matrix temperatures, sigma2 with and beside them, certified bounds, Newton's method."""
+    logits = torch.randn(5, n, m, device="cuda", dtype=dtype, requires_grad=True)
+    temperature = torch.rand(5, device="cuda").add(0.5).requires_grad_()
+    mask = torch.rand(5, n, m, device="cuda") < 0.9
+    mask[..., 0], mask[:, 0] = True, True
+    fastdsm.sinkhorn(logits, n_iters=5).square().sum().backward()
+    fastdsm.sinkhorn(logits, n_iters=5, temperature=temperature, mask=mask, tol=1e-3, first="row").square().sum().backward()
+    found = fastdsm.sinkhorn_sigma2(logits, n_iters=5, temperature=temperature)
+    (found.plan.square().sum() + found.sigma2.sum()).backward()
+    fastdsm.sigma2(found.plan.detach().requires_grad_()).sum().backward()
+    fastdsm.sigma2_bounds(found.plan.detach())
+    fastdsm.sinkhorn(logits, solver="newton", temperature=temperature).square().sum().backward()
+
+
+def attend(lines: int, features: int, dtype: torch.dtype) -> None:
+    """Sinkhorn attention plain, with padding and dropout, with a bias; sigma2 of its plan."""
+    query, key, value = (
+        torch.randn(2, 2, lines, features, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    fastdsm.sinkhorn_attention(query, key, value).sum().backward()
+    padding = torch.zeros(2, lines, device="cuda", dtype=torch.bool)
+    padding[0, lines // 2 + 1 :] = True
+    fastdsm.sinkhorn_attention(query, key, value, dropout_p=0.1, key_padding_mask=padding).sum().backward()
+    bias = torch.randn(lines, lines, device="cuda", dtype=dtype, requires_grad=True)
+    fastdsm.sinkhorn_attention(query, key, value, bias, first="row").sum().backward()
+    fastdsm.sinkhorn_attention_sigma2(query, key)[0].sum().backward()
+
+
+def main() -> None:
+    """Run them all."""
+    for dtype in DTYPES:
+        for n, m in SIZES:
+            project(n, m, dtype)
+        for lines, features in ((1, 16), (70, 64), (300, 40)):
+            attend(lines, features, dtype)
+    torch.cuda.synchronize()
+    print("every kernel has run")
+
+
+if __name__ == "__main__":
+    main()
