@@ -45,6 +45,7 @@ class Configuration:
     label: str = field(default="", compare=False)
     targets: tuple[str, ...] = TARGETS
     hopper: Configuration | None = field(default=None, compare=False)
+    compiled: dict[int | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Configuration:
         """The one to launch on ``device``."""
@@ -72,6 +73,21 @@ class Configuration:
         return types
 
     def launch(self, programs: int, **arguments: Any) -> None:
-        """Run ``programs`` programs; nothing to do when there are none."""
-        if programs:
-            self.kernel[(programs,)](**arguments, **self.constants, **self.options())
+        """Run ``programs`` programs where the first argument, a tensor, lies; nothing to do when there are none.
+
+        Triton works out at every launch which compiled kernel the arguments ask for, in up to 50 us with as many arguments as
+        ours. As nothing is specialised on, it is always the one of the first launch.
+        """
+        if not programs:
+            return
+        device = next(iter(arguments.values())).device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(programs, **arguments)
+            return
+        compiled = self.compiled.get(device.index)
+        if compiled is None:
+            self.compiled[device.index] = self.kernel[(programs,)](**arguments, **self.constants, **self.options())
+        else:
+            values = {**arguments, **self.constants}
+            compiled[(programs, 1, 1)](*[values[name] for name in self.kernel.arg_names])
