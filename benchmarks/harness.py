@@ -22,15 +22,17 @@ from torch import Tensor
 
 from .memory import peak_extra_bytes
 from .rows import BACKWARD, Row, current_run
+from .targets import SWEEPS
 
 SHAPES = ((65536, 4, 4), (8192, 16, 16), (512, 64, 64), (32, 256, 256))
-SWEEPS = 20
 # Between the rounding of 20 float32 sweeps, about 3e-7, and the mistakes to be caught, from 1e-4 on.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-# A call on a GPU takes microseconds: a round makes several, over copies of the input that exceed any L2 cache.
-CUDA_CALLS = 20
+# A call on a GPU takes microseconds: a round makes several, about so long together, over copies of the input that exceed any
+# L2 cache. What takes longer than CAPTURED seconds is timed as called only: there the host's part is small.
+CUDA_ROUND, CUDA_CALLS = 0.01, 20
 CUDA_COPIES_BYTES = 256 * 2**20
+CAPTURED = 0.02
 ORACLE_ENTRIES = 2**18  # the oracle takes seconds, and its unrolled graph many times this memory
 MOST_ROUNDS = 15
 FEWEST_ROUNDS = 3
@@ -55,6 +57,7 @@ class Implementation:
     function: Callable[[Tensor], Outputs]
     definition: Definition
     left_out: str | None = None
+    capturable: bool = False  # into a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Case:
     sweeps: int | None = SWEEPS
     value_tolerance: float = VALUE_TOLERANCE
     gradient_tolerance: float | None = GRADIENT_TOLERANCE
-    seconds: float = 6.0  # about how long all rounds together may take
+    seconds: float = 6.0  # about how long all rounds together may take; a quarter of it on a GPU
 
     @property
     def device(self) -> str:
@@ -99,6 +102,8 @@ class _Contender:
     extra_bytes: int | None = None
     last: Outputs = ()
     seconds: list[float] = field(default_factory=list)
+    graph: torch.cuda.CUDAGraph | None = None  # of the calls of a round
+    device_seconds: list[float] = field(default_factory=list)
 
     def run(self) -> Outputs:
         """Make the calls of one round; on a GPU, wait for the last of them."""
@@ -113,6 +118,28 @@ class _Contender:
         self.last = self.run()
         self.seconds.append(perf_counter() - begin)
 
+    def capture(self) -> None:
+        """Make the graph, after one call on the stream that it is captured on."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.call()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            for _ in range(self.calls):
+                self.call()
+
+    def replay(self) -> None:
+        """Time the graph, if there is one, between two events."""
+        if self.graph is not None:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            self.device_seconds.append(1e-3 * begin.elapsed_time(end))
+
 
 def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[Implementation]) -> None:
     """Measure a case and leave its rows, as dicts, in ``benchmark.extra_info["rows"]``.
@@ -124,7 +151,6 @@ def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[I
     """
     truths: dict[str, Outputs] = {}
     contenders, rows, once = [], [], 0.0
-    calls = CUDA_CALLS if case.device == "cuda" else 1
     for implementation in implementations:
         if implementation.left_out is not None:
             rows.append(_row(case, implementation, left_out=implementation.left_out))
@@ -132,7 +158,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[I
         name = implementation.definition.name
         if name not in truths:
             truths[name] = _truth(case, implementation.definition)
-        contender = _Contender(implementation, _prepared(case, implementation.function, truths[name]), calls)
+        contender = _Contender(implementation, _prepared(case, implementation.function, truths[name]))
         problem = _problem(case, contender, truths[name])
         if problem is None:
             contenders.append(contender)
@@ -140,20 +166,30 @@ def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[I
             raise AssertionError(f"{implementation.name}, {case.operation} {tuple(case.source.shape)}: {problem}")
         else:
             rows.append(_row(case, implementation, left_out=problem))
+    on_cuda = case.device == "cuda"
     for contender in contenders:
         begin = perf_counter()
         contender.extra_bytes = peak_extra_bytes(contender.call, case.device)
-        once += (perf_counter() - begin) * calls
-    rounds = min(max(int(case.seconds / once), FEWEST_ROUNDS), MOST_ROUNDS)
+        seconds = perf_counter() - begin
+        if on_cuda:
+            contender.calls = min(max(int(CUDA_ROUND / seconds), 1), CUDA_CALLS)
+            if contender.implementation.capturable and seconds < CAPTURED:
+                contender.capture()
+        once += seconds * contender.calls
+    rounds = min(max(int((case.seconds / 4 if on_cuda else case.seconds) / once), FEWEST_ROUNDS), MOST_ROUNDS)
 
     moved = _moved_bytes(case, contenders[0].last)
-    floor = _Contender(_clone(), _clone_of(moved, case.device), calls)
+    floor = _Contender(_clone(), _clone_of(moved, case.device), CUDA_CALLS if on_cuda else 1)
+    if on_cuda:
+        floor.capture()
     (ours,) = (x for x in contenders if x.implementation.name == "fastdsm")
     others = [floor, *(x for x in contenders if x is not ours)]
 
     def others_in_turn() -> None:
         for contender in others:
             contender.once()
+        for contender in (*others, ours):
+            contender.replay()
 
     ours.last = benchmark.pedantic(ours.run, setup=others_in_turn, rounds=rounds)
     if benchmark.disabled:
@@ -227,7 +263,8 @@ def _moved_bytes(case: Case, outputs: Outputs) -> int:
 
 
 def _clone() -> Implementation:
-    return Implementation("clone", "torch.clone", lambda x: (x,), Definition("the same bytes", lambda x: (x,)))
+    definition = Definition("the same bytes", lambda x: (x,))
+    return Implementation("clone", "torch.clone", lambda x: (x,), definition, capturable=True)
 
 
 def _clone_of(moved: int, device: str) -> Callable[[], Outputs]:
@@ -250,6 +287,8 @@ def _timed_row(
             gradient_error = wrong / size
         error = max(wrong for wrong, _ in errors)
     ratios = [theirs / own for theirs, own in zip(eager.seconds, contender.seconds, strict=True)]
+    scale = contender.calls / eager.calls
+    device = [theirs / own for theirs, own in zip(eager.device_seconds, contender.device_seconds, strict=False)]
     return _row(
         case,
         contender.implementation,
@@ -257,18 +296,27 @@ def _timed_row(
         seconds_min=min(contender.seconds) / contender.calls,
         rounds=len(contender.seconds),
         bytes=moved,
-        percent_of_floor=100 * median(floor.seconds) / median(contender.seconds),
+        device_seconds=median(contender.device_seconds) / contender.calls if contender.device_seconds else None,
+        percent_of_floor=_percent_of_floor(floor, contender),
         peak_extra_bytes=contender.extra_bytes,
         error=error,
         gradient_error=gradient_error,
-        ratio_to_eager=median(ratios),
+        ratio_to_eager=scale * median(ratios),
+        device_ratio_to_eager=scale * median(device) if device else None,
     )
+
+
+def _percent_of_floor(floor: _Contender, contender: _Contender) -> float:
+    """The clone's time in percent of this one, as the device spent it where that was measured."""
+    device = floor.device_seconds and contender.device_seconds
+    own, least = (median(x.device_seconds if device else x.seconds) / x.calls for x in (contender, floor))
+    return 100 * least / own
 
 
 def _row(case: Case, implementation: Implementation, *, left_out: str | None = None, **numbers: Any) -> Row:
     fields: dict[str, Any] = dict.fromkeys(
-        ("seconds_median", "seconds_min", "percent_of_floor", "peak_extra_bytes", "error", "gradient_error",
-         "ratio_to_eager")
+        ("seconds_median", "seconds_min", "device_seconds", "percent_of_floor", "peak_extra_bytes", "error",
+         "gradient_error", "ratio_to_eager", "device_ratio_to_eager")
     )  # fmt: skip
     fields |= {"rounds": 0, "bytes": 0} | numbers
     return Row(

@@ -22,15 +22,16 @@ from .rows import BACKWARD
 
 def sinkhorn_peers(source: Tensor, direction: str) -> Iterator[Implementation]:
     """Every peer of :func:`fastdsm.sinkhorn` for this device; one that does not serve the case says why."""
-    yield _peer("hyper-connections", "hyper_connections", _hyper_connections)
-    yield _peer("POT", "ot", _pot)
-    yield _peer("GeomLoss", "geomloss", lambda: _geomloss(source))
+    yield peer("hyper-connections", "hyper_connections", _hyper_connections)
+    yield peer("POT", "ot", _pot)
+    yield peer("GeomLoss", "geomloss", lambda: _geomloss(source))
     if source.is_cuda:
-        yield _peer("Liger", "liger_kernel", lambda: _liger(source))
-        yield _peer("flash-sinkhorn", "flash_sinkhorn", lambda: _flash_sinkhorn(source, direction))
+        yield peer("Liger", "liger_kernel", lambda: _liger(source))
+        yield peer("flash-sinkhorn", "flash_sinkhorn", lambda: _flash_sinkhorn(source, direction))
 
 
-def _peer(name: str, module: str, build: Callable[[], Implementation]) -> Implementation:
+def peer(name: str, module: str, build: Callable[[], Implementation]) -> Implementation:
+    """What ``build`` makes of an installed ``module``; where it is missing, or has no such call, a row that says so."""
     if not find_spec(module):
         return _left_out(name, "not installed")
     try:

@@ -48,11 +48,12 @@ class Row:
     dtype: str
     sweeps: int | None  # None where the operation has no sweeps
     direction: str  # FORWARD or BACKWARD (forward and backward, timed together)
-    implementation: str  # "fastdsm", "eager" (newton: the sweeps), "torch.compile", "clone" or a peer's name
+    implementation: str  # "fastdsm", "eager" (newton: the sweeps), "torch.compile", "clone", a peer's name or another
     call: str  # the call that was timed
     definition: str  # what the float64 truth computes that its output was held against
     seconds_median: float | None
     seconds_min: float | None
+    device_seconds: float | None  # median of replays of a captured graph, without the host's part of a call; CUDA only
     rounds: int
     bytes: int  # the least traffic: each input, cotangent, output and gradient once
     percent_of_floor: float | None  # time of a clone that moves as many bytes / this time, medians, in percent
@@ -62,6 +63,7 @@ class Row:
     error: float | None  # largest |output - truth| of the very output of the last timed call
     gradient_error: float | None  # the same of the gradient, relative to the largest true entry
     ratio_to_eager: float | None  # median over the rounds of eager's time / this time in the same round
+    device_ratio_to_eager: float | None  # the same of device_seconds
     left_out: str | None
     run: Run
 

@@ -9,7 +9,8 @@ from .rows import BACKWARD, FORWARD, Row
 
 Shape = tuple[int, ...]
 
-# Times faster than the eager loop, float32, 20 sweeps, on a CPU with 2 threads.
+SWEEPS = 20
+# Times faster than the eager loop, float32, so many sweeps, on a CPU with 2 threads.
 EAGER_RATIO: dict[tuple[str, Shape], float] = {
     (FORWARD, (65536, 4, 4)): 8.0,
     (FORWARD, (8192, 16, 16)): 6.0,

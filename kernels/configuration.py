@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def finite_jit(function: Callable[..., None]) -> Any:
     names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
     names = [name for name in names if "constexpr" not in str(function.__annotations__.get(name, ""))]
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 where programs run one after the other, in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,17 @@ rounding of c keeps beta at the size of b, and moves what is known by no more th
 import triton
 import triton.language as tl
 
-from .arithmetic import LN_2, LOG2_E, quotient
+from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
 from .registers_forward import load_logits
-from .registers_newton import PURE_BELOW, direction, edges, moved, plan_at, residual_of, solve
+from .registers_newton import PURE_BELOW, direction, edges, grounds, missing, plan_at, scaled_plan, shares, solve
 from .registers_sweeps import (
     load_packed,
     load_strided,
     max4,
-    ones,
     store_packed,
     store_strided,
-    sums_over_rows,
     valid_lines,
-    zeros,
 )
 
 _ROUNDING = tl.constexpr(2.0**-24)
@@ -109,16 +106,17 @@ def _implicit_bwd_kernel(
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows)
+    share = shares(c, spare_col)
 
     start = g_ptr + matrix * g_stride_b
     g = [tl.load(start + j * g_stride_m, mask=live & (j < m), other=0.0) for j in (0, 1, 2, 3)]
     base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
-    P, _ = plan_at(x, k, base, zeros(base[0]), spare_row)
-    col_sums = sums_over_rows(P, ones(P[0]), zeros(P[0]))
-    residual = residual_of(col_sums, inverse_c, spare_col)
-    d = direction(P, col_sums, residual, c, cols, spare_col)
-    base, fine = moved(base, zeros(base[0]), d, tl.where(residual < PURE_BELOW, 1.0, 0.0))
-    P, _ = plan_at(x, k, base, fine, spare_row)
+    P, _ = plan_at(x, k, base, spare_row)
+    b, residual = missing(P, share)
+    residual *= inverse_c
+    d = direction(P, b, residual, share, spare_col)
+    length = tl.where(residual < PURE_BELOW, LOG2_E, 0.0)
+    P, _ = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
         D = load_packed(grad_plan_ptr, matrix, live, BLOCK)
@@ -128,8 +126,7 @@ def _implicit_bwd_kernel(
         tl.where(x[e] == float("-inf"), 0.0, D[e].to(tl.float32))
         for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     ]
-    ground = [tl.where(spare_col[j] == 0.0, c * _ROUNDING, 0.0) for j in (0, 1, 2, 3)]
-    beta = solve(edges(P), _flows(P, D), ground)
+    beta = solve(edges(P), _flows(P, D), grounds(share, _ROUNDING, spare_col))
     Y = [D[e] - beta[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     dS = _row_gradient(P, Y, 0) + _row_gradient(P, Y, 1) + _row_gradient(P, Y, 2) + _row_gradient(P, Y, 3)
     factor *= tl.where(unit_rows != 0, 1.0, inverse_c)

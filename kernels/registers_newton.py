@@ -2,26 +2,30 @@
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``; here marginals are uniform, R valid
 rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). Potentials are in base 2,
-without log2 c: for the column potential g = base + fine, |fine| <= 1/2,
+without log2 c. A column potential is a base and the logarithm of a factor v, 1 at first:
 
-    P_ij = 2^(k x_ij + base_j - top_i) 2^fine_j / (sum over j),   k = log2 e / temperature,   h ln 2 = sum_i L_i - c sum_j g_j,
+    K_ij = 2^(k x_ij + base_j) / (sum over j),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
 
-L_i = log2 sum_j 2^(k x_ij + g_j). What is rounded at the size of the potential, k x + base, is rounded alike in every step
-that leaves the base alone, as if the logits were others close by; 2^fine is a factor good to a unit in its last place.
+A step multiplies v, and takes four exponentials, not sixteen; what K was rounded by is the same in every step, as if the
+logits were others close by. Where a factor goes beyond 2^12, K is made anew; as their logarithms add up to nearly 0, none is
+then below 2^-36 and the next step. What Newton's method descends on is, but for a constant,
 
-The step solves (H + diag(ground)) d = c - P^T 1, H the Laplacian with edges w_jk = sum_i P_ij P_ik: six edges and a ground,
-columns taken out one after another by sums, products and quotients of positive numbers (``fastdsm/pytorch/laplacian.py``).
+    h / ln 2 = sum_i log2 t_i - c sum_j log2 v_j,
 
-A matrix that is done keeps its state; a program ends when all of its matrices are done. With the potentials b of the
-loop, the true ones are, with l = log2(C / R) and s sweeps or steps,
+and is looked at while the residual is large. The step solves (H + diag(ground)) d = c - P^T 1, H the Laplacian with edges
+w_jk = sum_i P_ij P_ik: six edges and a ground, columns taken out one after another by sums, products and quotients of positive
+numbers (``fastdsm/pytorch/laplacian.py``).
 
-    g = b - l,   f = log2 r + l - L(b)      (s = 0: g = 0, f = log2 r - L(0)).
+A matrix that is done keeps its state, whatever the others of its program go on to do; a program ends when all are done. With
+the potentials b of the loop, the true ones are, with l = log2(C / R) and s sweeps or steps,
+
+    g = b - l,   f = log2 r + l - L(b),   L_i(b) = log2 sum_j 2^(k x_ij + b_j)      (s = 0: g = 0, f = log2 r - L(0)).
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal
+from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal, reciprocals
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .registers_forward import load_logits, log2_count
@@ -31,47 +35,53 @@ PURE_BELOW = tl.constexpr(1e-2)
 _ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
 _LONGEST_STEP = tl.constexpr(8.0)
 _GROUND = tl.constexpr(1e-3)
-_FINE_MAX = tl.constexpr(0.5)
-_NO_EDGE = tl.constexpr(1e-30)
+_FAR = tl.constexpr(2.0**12)
+_SMALLEST_SPREAD = tl.constexpr(1e-30)
 _SHORT = tl.constexpr(1e-3)  # log(1 + s) is s to half of this, and log2(1 + s) all rounding far below
+# How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first a new K.
+_DONE, _PURE, _WATCHED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
-def plan_at(x, k, base, fine, spare_row):
-    """P with row sums 1 and L of the column potential base + fine; base and fine are finite."""
+def plan_at(x, k, base, spare_row):
+    """K, the plan with row sums 1 of a finite column potential, and its L."""
     s = [tl.fma(x[e], k, base[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     top = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     top = [tl.where(spare_row[i] == 0.0, top[i], 0.0) for i in (0, 1, 2, 3)]
-    v = [exp2(value) for value in fine]
-    E = [exp2(s[e] - top[e // 4]) * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    total = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
-    scale = [reciprocal(value) for value in total]
-    P = [E[e] * scale[e // 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    return P, [top[i] + log2(total[i]) for i in (0, 1, 2, 3)]
+    E = [exp2(s[e] - top[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    K, total = scaled_plan(E, ones(x[0]), spare_row)
+    return K, [top[i] + log2(total[i]) for i in (0, 1, 2, 3)]
 
 
 @triton.jit
-def residual_of(col_sums, inverse_c, spare_col):
-    """max_j |col_sums_j / c - 1| over valid columns."""
-    error = [tl.where(spare_col[j] == 0.0, tl.abs(inverse_c * col_sums[j] - 1.0), 0.0) for j in (0, 1, 2, 3)]
-    return max4(error[0], error[1], error[2], error[3])
+def scaled_plan(K, v, spare_row):
+    """P of column factors v, and its t, 1 on excluded rows."""
+    E = [K[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    t = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
+    s0, s1 = reciprocals(t[0], t[1])
+    s2, s3 = reciprocals(t[2], t[3])
+    scale = [s0, s1, s2, s3]
+    return [E[e] * scale[e // 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)], t
 
 
 @triton.jit
-def _objective(L, base, fine, c, spare_row):
-    """h ln 2; excluded columns have potential 0."""
-    rows = tl.zeros_like(c)
-    cols = tl.zeros_like(c)
-    for i in tl.static_range(4):
-        rows += tl.where(spare_row[i] == 0.0, L[i], 0.0)
-        cols += base[i] + fine[i]
-    return rows - c * cols
+def missing(P, share):
+    """What column sums lack of their ``share``, c or, on excluded columns, 0; and the largest of it."""
+    sums = sums_over_rows(P, ones(P[0]), zeros(P[0]))
+    b = [share[j] - sums[j] for j in (0, 1, 2, 3)]
+    return b, max4(tl.abs(b[0]), tl.abs(b[1]), tl.abs(b[2]), tl.abs(b[3]))
 
 
 @triton.jit
-def _inverse(x):
-    """1 / x, 0 where there is (nearly) nothing to divide by."""
-    return tl.where(x > _NO_EDGE, reciprocal(tl.maximum(x, _NO_EDGE)), 0.0)
+def shares(c, spare_col):
+    """c on valid columns, 0 on others."""
+    return [tl.where(spare_col[j] == 0.0, c, 0.0) for j in (0, 1, 2, 3)]
+
+
+@triton.jit
+def _objective(t, v, c):
+    """h / ln 2 but for a constant."""
+    return log2(t[0] * t[1]) + log2(t[2] * t[3]) - c * (log2(v[0] * v[1]) + log2(v[2] * v[3]))
 
 
 @triton.jit
@@ -87,11 +97,11 @@ def edges(P):
 
 @triton.jit
 def solve(w, b, ground):
-    """The d with (H + diag(ground)) d = b of the Laplacian with the edges w; 0 in a column without an edge."""
+    """The d with (H + diag(ground)) d = b of the Laplacian with the edges w; every ground is positive."""
     w01, w02, w03, w12, w13, w23 = w
     b0, b1, b2, b3 = b
     g0, g1, g2, g3 = ground
-    inverse0 = _inverse(w01 + w02 + w03 + g0)
+    inverse0 = reciprocal(w01 + w02 + w03 + g0)
     s01 = w01 * inverse0
     s02 = w02 * inverse0
     s03 = w03 * inverse0
@@ -104,7 +114,7 @@ def solve(w, b, ground):
     g1 += s01 * g0
     g2 += s02 * g0
     g3 += s03 * g0
-    inverse1 = _inverse(w12 + w13 + g1)
+    inverse1 = reciprocal(w12 + w13 + g1)
     s12 = w12 * inverse1
     s13 = w13 * inverse1
     b2 += s12 * b1
@@ -112,11 +122,11 @@ def solve(w, b, ground):
     w23 += s12 * w13
     g2 += s12 * g1
     g3 += s13 * g1
-    inverse2 = _inverse(w23 + g2)
+    inverse2 = reciprocal(w23 + g2)
     s23 = w23 * inverse2
     b3 += s23 * b2
     g3 += s23 * g2
-    d3 = b3 * _inverse(g3)
+    d3 = b3 * reciprocal(g3)
     d2 = b2 * inverse2 + s23 * d3
     d1 = b1 * inverse1 + s12 * d2 + s13 * d3
     d0 = b0 * inverse0 + s01 * d1 + s02 * d2 + s03 * d3
@@ -124,32 +134,47 @@ def solve(w, b, ground):
 
 
 @triton.jit
-def direction(P, col_sums, residual, c, cols, spare_col):
-    """Newton's direction, in natural units, around 0; 0 in excluded columns."""
-    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, _ROUNDING)
-    b = [tl.where(spare_col[j] == 0.0, c - col_sums[j], 0.0) for j in (0, 1, 2, 3)]
-    ground = [tl.where(spare_col[j] == 0.0, c * rough, 0.0) for j in (0, 1, 2, 3)]
-    d = solve(edges(P), b, ground)
-    mean = (d[0] + d[1] + d[2] + d[3]) * reciprocal(cols)
-    return [tl.where(spare_col[j] == 0.0, d[j] - mean, 0.0) for j in (0, 1, 2, 3)]
+def grounds(share, rough, spare_col):
+    """A share of each column's mass; anything positive on excluded columns, which have no edge."""
+    return [tl.fma(share[j], rough, spare_col[j]) for j in (0, 1, 2, 3)]
 
 
 @triton.jit
-def moved(base, fine, d, length):
-    """The potential after a step of length * d, d in natural units, as base and fine with |fine| <= 1/2."""
-    fine = [tl.fma(length * LOG2_E, d[j], fine[j]) for j in (0, 1, 2, 3)]
-    large = max4(tl.abs(fine[0]), tl.abs(fine[1]), tl.abs(fine[2]), tl.abs(fine[3])) > _FINE_MAX
-    base = [tl.where(large, base[j] + fine[j], base[j]) for j in (0, 1, 2, 3)]
-    return base, [tl.where(large, 0.0, value) for value in fine]
+def direction(P, b, residual, share, spare_col):
+    """Newton's direction, in natural units, around 0 but for rounding; 0 in excluded columns."""
+    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, _ROUNDING)
+    return solve(edges(P), b, grounds(share, rough, spare_col))
+
+
+@triton.jit
+def _spread(d):
+    return max4(d[0], d[1], d[2], d[3]) + max4(-d[0], -d[1], -d[2], -d[3])
 
 
 @triton.jit
 def _length(d, damped):
     """Share of d to go: all of it or log(1 + s) / s of it, and no further than a spread of _LONGEST_STEP."""
-    spread = max4(d[0], d[1], d[2], d[3]) + max4(-d[0], -d[1], -d[2], -d[3])
-    spread = tl.maximum(spread, _NO_EDGE)
+    spread = tl.maximum(_spread(d), _SMALLEST_SPREAD)
     wanted = tl.where(damped & (spread > _SHORT), LN_2 * log2(1.0 + spread), spread)
     return tl.minimum(tl.minimum(wanted, _LONGEST_STEP) * reciprocal(spread), 1.0)
+
+
+@triton.jit
+def _care(going, residual, damped, d, v):
+    """_DONE to _REBASED."""
+    watched = (residual >= PURE_BELOW) | damped | (_spread(d) > _LONGEST_STEP)
+    far = max4(v[0], v[1], v[2], v[3]) > _FAR
+    care = tl.where(far, _REBASED, tl.where(watched, _WATCHED, _PURE))
+    return tl.where(going, care, _DONE)
+
+
+@triton.jit
+def _mean(potential, spare_col, cols):
+    """Mean over valid columns."""
+    total = tl.zeros_like(cols)
+    for j in tl.static_range(4):
+        total += tl.where(spare_col[j] == 0.0, potential[j], 0.0)
+    return total * reciprocal(cols)
 
 
 @finite_jit
@@ -173,47 +198,65 @@ def _newton_fwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, BLOCK,
     )  # fmt: skip
-    _, _, base, total, spare_row, spare_col = log_sweep(x, k, x, n_iters, True)
+    K, f, base, total, spare_row, spare_col = log_sweep(x, k, x, n_iters, True)
     poison = 0.0 * (total[0] + total[1] + total[2] + total[3])
-    k = tl.where(poison == 0.0, k, 0.0)
-    x = [tl.where(poison == 0.0, value, 0.0) for value in x]
-    base = [tl.where(poison == 0.0, value, 0.0) for value in base]
+    sound = poison == 0.0
+    K = [tl.where(sound, value, 1.0) for value in K]
+    k = tl.where(sound, k, 0.0)
+    x = [tl.where(sound, value, 0.0) for value in x]
+    base = [tl.where(sound, value, 0.0) for value in base]
+    lift = [tl.where(sound, -value, 0.0) for value in f]  # L of the base
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows)
+    share = shares(c, spare_col)
+    first_mean = _mean(base, spare_col, cols)
 
-    fine = zeros(x[0])
-    P, L = plan_at(x, k, base, fine, spare_row)
-    col_sums = sums_over_rows(P, ones(P[0]), zeros(P[0]))
-    residual = residual_of(col_sums, inverse_c, spare_col)
-    objective = _objective(L, base, fine, c, spare_row)
-    d = direction(P, col_sums, residual, c, cols, spare_col)
+    v = ones(x[0])
+    b, residual = missing(K, share)
+    residual *= inverse_c
+    objective = tl.zeros_like(residual)
+    d = direction(K, b, residual, share, spare_col)
     steps = tl.zeros_like(matrix).to(tl.int32) + tl.minimum(n_iters, 1)
     damped = residual < 0.0
-    going = live & ~(residual <= tol)
+    care = _care(live & ~(residual <= tol), residual, damped, d, v)
+    most = tl.max(care, 0)
     count = 1
-    while (count < n_iters) & (tl.max(going.to(tl.int32), 0) > 0):
+    while (count < n_iters) & (most > _DONE):
         count += 1
+        going = care > _DONE
         steps += going.to(tl.int32)
-        new_base, new_fine = moved(base, fine, d, _length(d, damped))
-        P, L = plan_at(x, k, new_base, new_fine, spare_row)
-        col_sums = sums_over_rows(P, ones(P[0]), zeros(P[0]))
-        new_residual = residual_of(col_sums, inverse_c, spare_col)
-        new_objective = _objective(L, new_base, new_fine, c, spare_row)
-        risen = ~(new_objective <= objective) & ~(new_residual <= tol)
-        refused = (residual >= PURE_BELOW) & ~damped & risen
-        there = going & ~refused
-        new_d = direction(P, col_sums, new_residual, c, cols, spare_col)
-        base = [tl.where(there, new_base[j], base[j]) for j in (0, 1, 2, 3)]
-        fine = [tl.where(there, new_fine[j], fine[j]) for j in (0, 1, 2, 3)]
-        d = [tl.where(there, new_d[j], d[j]) for j in (0, 1, 2, 3)]
-        residual = tl.where(there, new_residual, residual)
-        objective = tl.where(there, new_objective, objective)
-        damped = refused
-        going = going & ~(residual <= tol)
+        if most == _REBASED:
+            new = care == _REBASED
+            base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2, 3)]
+            new_K, new_lift = plan_at(x, k, base, spare_row)
+            K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+            lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
+            v = [tl.where(new, 1.0, value) for value in v]
+            objective = tl.where(new, 0.0, objective)
+        length = tl.where(going, LOG2_E, 0.0)
+        if most > _PURE:
+            length = tl.where(care > _PURE, LOG2_E * _length(d, damped), length)
+        new_v = [v[j] * exp2(length * d[j]) for j in (0, 1, 2, 3)]
+        P, t = scaled_plan(K, new_v, spare_row)
+        b, new_residual = missing(P, share)
+        new_residual *= inverse_c
+        new_d = direction(P, b, new_residual, share, spare_col)
+        damped_before, damped = damped, residual < 0.0
+        if most > _PURE:
+            new_objective = _objective(t, new_v, c)
+            risen = ~(new_objective <= objective) & ~(new_residual <= tol)
+            damped = (care > _PURE) & (residual >= PURE_BELOW) & ~damped_before & risen
+            objective = tl.where((care > _PURE) & ~damped, new_objective, objective)
+            new_v = [tl.where(damped, v[j], new_v[j]) for j in (0, 1, 2, 3)]
+            new_d = [tl.where(damped, d[j], new_d[j]) for j in (0, 1, 2, 3)]
+            new_residual = tl.where(damped, residual, new_residual)
+        v, d, residual = new_v, new_d, new_residual
+        care = _care(going & ~(residual <= tol), residual, damped, d, v)
+        most = tl.max(care, 0)
 
-    P, L = plan_at(x, k, base, fine, spare_row)
+    P, t = scaled_plan(K, v, spare_row)
     r = tl.where(unit_rows != 0, 1.0, inverse_c) + poison
     P = [r * value for value in P]
     if PACKED:
@@ -223,15 +266,16 @@ def _newton_fwd_kernel(
     if WITH_INFO:
         tl.store(residual_ptr + matrix, residual + poison, mask=live)
         tl.store(sweeps_ptr + matrix, steps, mask=live)
+        shift = first_mean - _mean([base[j] + log2(v[j]) for j in (0, 1, 2, 3)], spare_col, cols)
         col_halves, col_rest = log2_count(cols)
         row_halves, row_rest = log2_count(rows)
         drift = (col_halves - row_halves) + (col_rest - row_rest)
         first_g = tl.where(n_iters == 0, 0.0, -drift)
         first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
         for i in tl.static_range(4):
-            potential = tl.where(spare_row[i] == 0.0, LN_2 * (first_f - L[i]), 0.0)
+            potential = tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)
             tl.store(f_ptr + matrix * n + i, potential, mask=live & (i < n))
-            potential = tl.where(spare_col[i] == 0.0, LN_2 * (base[i] + (fine[i] + first_g)), 0.0)
+            potential = tl.where(spare_col[i] == 0.0, LN_2 * (base[i] + (log2(v[i]) + (first_g + shift))), 0.0)
             tl.store(g_ptr + matrix * m + i, potential, mask=live & (i < m))
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]

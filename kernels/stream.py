@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration
+from .configuration import Configuration, multiprocessors
 from .stream_table import (
     ADJOINT,
     CHUNK,
@@ -42,6 +42,8 @@ MAX_SIZE = CHUNK * MAX_PARTS
 # Rows of a program at the least: writing its partial sums and reading them again adds an eighth to the traffic of float32
 # logits, a quarter to that of 16 bits. More would leave a single matrix of 2048 rows to fewer programs than an H100 has SMs.
 FEWEST_LINES = 16
+# Programs for each SM: as many as it holds at once, so that all begin and end together. One of 8192 columns fills it.
+PROGRAMS = {8192: 1}
 
 
 def supports(problem: Problem) -> bool:
@@ -104,7 +106,9 @@ def prepare(problem: Problem, keep: bool) -> Work:
     batch, n, m = logits.shape
     block_m = next((block for block in ROWS if m <= block), 0)
     rows = ROWS[block_m][0] if block_m else WIDE_ROWS
-    lines = -(-max(FEWEST_LINES, -(-n // MAX_PARTS)) // rows) * rows
+    # Interpreted, as many programs as may be: adding up what they leave is to be tested, too.
+    programs = PROGRAMS.get(block_m, 2) * (multiprocessors(device) if device.type == "cuda" else MAX_PARTS)
+    lines = -(-max(FEWEST_LINES, -(-n // MAX_PARTS), min(n, -(-batch * n // programs))) // rows) * rows
     blocks, chunks = -(-n // lines), -(-m // CHUNK)
     width, slots = chunks * CHUNK, problem.n_iters + 2 if keep else 2
 

@@ -61,6 +61,7 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     b, first = program // blocks, (program % blocks).to(tl.int32) * lines
@@ -89,7 +90,7 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
     if not WIDE:
         col_base, col_fine, beta = load_columns(columns, cols, COTANGENT)
         sums = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(first, end, ROWS):
+    for start in tl.range(first, end, ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         inside = rows < end
         r = row_masses(matrix, rows, end)

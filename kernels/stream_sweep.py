@@ -65,6 +65,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     b, first = program // blocks, (program % blocks).to(tl.int32) * lines
@@ -91,7 +92,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
         col_base = load_vector(base_at, cols, width, -float("inf"))
         col_fine = load_vector(fine_at, cols, width, 0.0)
         sums = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(first, end, ROWS):
+    for start in tl.range(first, end, ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         r = row_masses(matrix, rows, end)
         base, fine = row_state(row_base_at, row_fine_ptr + old, row_factor_ptr + old, rows, end, t)

@@ -23,6 +23,8 @@ ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 # Found by compiling for sm_80, sm_90 and sm_100: none spills, those of 8 warps within the 128 registers that let two of them
 # onto an SM.
 ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
+# Rows in flight at once, beside those in registers: their way from memory is hidden behind the sums of the rows before them.
+STAGES = 2
 # Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
 WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 # Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills;
@@ -60,6 +62,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
                 ALIGNED=aligned,
+                STAGES=STAGES if aligned and block_m else 1,
                 **constants,
             )
     return found

@@ -32,9 +32,7 @@ def project(n: int, m: int, dtype: torch.dtype) -> None:
 
 def attend(lines: int, features: int, dtype: torch.dtype) -> None:
     """Sinkhorn attention plain, with padding and dropout, with a bias; sigma2 of its plan."""
-    query, key, value = (
-        torch.randn(2, 2, lines, features, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
-    )
+    query, key, value = (torch.randn(2, 2, lines, features, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     fastdsm.sinkhorn_attention(query, key, value).sum().backward()
     padding = torch.zeros(2, lines, device="cuda", dtype=torch.bool)
     padding[0, lines // 2 + 1 :] = True

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 import fastdsm
-from benchmarks import machine_code, report
+from benchmarks import gpu_targets, machine_code, report
 from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvalsh, sigma2_by_svdvals, sinkhorn_loop
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
@@ -27,8 +27,8 @@ RUN = Run("cpu", "A Processor", 2, {"python": "3.11.7", "torch": "2.13.0"}, "abc
 
 def row(implementation: str, seconds: float, ratio: float, direction: str = FORWARD, **changes: object) -> Row:
     base = Row(
-        "sinkhorn", (65536, 4, 4), "float32", 20, direction, implementation, "call", "definition", seconds, seconds, 5,
-        8_000_000, 25.0, 4_000_000, 9_000_000, 16384, 2e-7, None, ratio, None, RUN,
+        "sinkhorn", (65536, 4, 4), "float32", 20, direction, implementation, "call", "definition", seconds, seconds, None,
+        5, 8_000_000, 25.0, 4_000_000, 9_000_000, 16384, 2e-7, None, ratio, None, None, RUN,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -114,6 +114,51 @@ def test_a_missed_target_of_newton_is_found() -> None:
 def test_a_missed_target_of_large_matrices_is_found() -> None:
     rows = [replace(x, ratio_to_eager=LARGE_RATIO - 0.1) if x.shape == LARGE_SHAPE else x for x in records()]
     assert [verdict.shape for verdict in verdicts(rows) if not verdict.ok] == [LARGE_SHAPE]
+
+
+def gpu_records() -> list[Row]:
+    """Every promise to a GPU kept: milliseconds by operation, size and implementation."""
+    run = replace(RUN, device="cuda", machine="A GPU")
+    milliseconds = {
+        ("sinkhorn_attention", gpu_targets.HEADS_SHAPE): {
+            "fastdsm": 5.0, "eager": 100.0, gpu_targets.of_sweeps(10): 12.0, gpu_targets.FLASH: 1.0,
+            gpu_targets.FLASH_SINKHORN: 20.0,
+        },
+        ("sinkhorn", gpu_targets.ONE_SHAPE): {"fastdsm": 2.4, gpu_targets.of_sweeps(10): 1.4, gpu_targets.READ: 0.09},
+        ("newton", gpu_targets.NEWTON_SHAPE): {"fastdsm": 0.06, gpu_targets.TWENTY: 0.07},
+    }  # fmt: skip
+    return [
+        row(name, 1.0, 1.0, operation=operation, shape=shape, run=run, device_seconds=1e-3 * time)
+        for (operation, shape), times in milliseconds.items()
+        for name, time in times.items()
+    ]
+
+
+def test_gpu_targets_kept() -> None:
+    found = gpu_targets.verdicts(gpu_records())
+    assert [verdict.measured for verdict in found] == pytest.approx([0.5, 20.0, 4.0, 0.1 / 0.09, 6 / 7])
+    assert all(verdict.ok for verdict in found)
+
+
+@pytest.mark.parametrize("missed", range(5))
+def test_a_missed_gpu_target_is_found(missed: int) -> None:
+    slower = [
+        ("sinkhorn_attention", gpu_targets.of_sweeps(10), 3),
+        ("sinkhorn_attention", "eager", 0.4),
+        ("sinkhorn_attention", gpu_targets.FLASH_SINKHORN, 0.4),
+        ("sinkhorn", "fastdsm", 1.2),
+        ("newton", "fastdsm", 1.2),
+    ]
+    operation, name, factor = slower[missed]
+    rows = [
+        replace(x, device_seconds=factor * x.device_seconds) if (x.operation, x.implementation) == (operation, name) else x
+        for x in gpu_records()
+    ]
+    assert [verdict.ok for verdict in gpu_targets.verdicts(rows)] == [i != missed for i in range(5)]
+
+
+def test_what_a_gpu_did_not_measure_fails() -> None:
+    assert [(verdict.measured, verdict.ok) for verdict in gpu_targets.verdicts(records())] == [(None, False)] * 5
 
 
 def test_what_was_not_measured_fails() -> None:

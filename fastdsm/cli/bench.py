@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -59,8 +60,8 @@ def bench(
         )
         raise typer.Exit(2)
     sys.path.insert(0, str(_CHECKOUT))
+    from benchmarks import gpu_targets, targets
     from benchmarks.rows import RESULTS, write_rows
-    from benchmarks.targets import verdicts
 
     rows = _measured(console, device, threads, select)
     _print_times(console, rows)
@@ -68,9 +69,10 @@ def bench(
         path = RESULTS / f"{device.value}.jsonl"
         write_rows(path, rows)
         console.print(f"{len(rows)} rows: {path}")
-    kept = [verdict for verdict in verdicts(rows) if not select or verdict.measured is not None]
-    if device is Device.CPU and kept:
-        console.print(_promises(kept))
+    verdicts = (targets if device is Device.CPU else gpu_targets).verdicts(rows)
+    kept = [verdict for verdict in verdicts if not select or verdict.measured is not None]
+    if kept:
+        console.print(_promises(kept, device))
         if strict and not all(verdict.ok for verdict in kept):
             raise typer.Exit(1)
 
@@ -97,41 +99,56 @@ def _measured(console: Console, device: Device, threads: int, select: str) -> li
         code = pytest.main(options)
         if code != pytest.ExitCode.OK:
             raise typer.Exit(int(code))
+        if not output.exists():
+            console.print(f"nothing to measure on {device.value}" + f" matches {select}" * bool(select), markup=False)
+            raise typer.Exit(2)
         report = json.loads(output.read_text())
     return [row_of(record) for entry in report["benchmarks"] for record in entry["extra_info"]["rows"]]
 
 
 def _print_times(console: Console, rows: list[Row]) -> None:
     """Everything measured, one table per case."""
-    for (operation, shape, direction), group in groupby(rows, key=lambda row: (row.operation, row.shape, row.direction)):
+    for (operation, shape, direction), of_case in groupby(rows, key=lambda row: (row.operation, row.shape, row.direction)):
+        group = list(of_case)
+        on_device = any(row.device_seconds is not None for row in group)
         table = Table(title=f"{operation}, {'x'.join(map(str, shape))}, {direction}", title_justify="left", min_width=78)
         table.add_column("implementation", overflow="fold")
-        for name in ("ms", "x eager", "% of clone", "memory", "error", "gradient"):
+        columns: list[tuple[str, str, Callable[[Row], float | None]]] = [
+            ("ms", ".3g", lambda row: _scaled(row.seconds_median, 1e3)),
+            ("x eager", ".2f", lambda row: row.ratio_to_eager),
+            *[
+                ("in a graph", ".3g", lambda row: _scaled(row.device_seconds, 1e3)),
+                ("x eager", ".2f", lambda row: row.device_ratio_to_eager),
+            ]
+            * on_device,
+            ("% of clone", ".1f", lambda row: row.percent_of_floor),
+            ("memory", ".2f", lambda row: _scaled(row.peak_extra_bytes, 1 / row.input_bytes)),
+            ("error", ".1e", lambda row: row.error),
+            ("gradient", ".1e", lambda row: row.gradient_error),
+        ]
+        for name, _, _ in columns:
             table.add_column(name, justify="right", no_wrap=True)
         for row in group:
             if row.left_out is not None:
                 table.add_row(f"{row.implementation}: {row.left_out}")
                 continue
-            milliseconds = None if row.seconds_median is None else 1e3 * row.seconds_median
-            memory = None if row.peak_extra_bytes is None else row.peak_extra_bytes / row.input_bytes
-            numbers = (
-                (milliseconds, ".2f"),
-                (row.ratio_to_eager, ".2f"),
-                (row.percent_of_floor, ".1f"),
-                (memory, ".2f"),
-                (row.error, ".1e"),
-                (row.gradient_error, ".1e"),
-            )
-            texts = ("" if number is None else format(number, style) for number, style in numbers)
-            table.add_row(row.implementation, *texts)
+            numbers = [(number(row), style) for _, style, number in columns]
+            table.add_row(row.implementation, *("" if x is None else format(x, style) for x, style in numbers))
         console.print(table)
     console.print("memory: peak extra bytes in sizes of the input; error, gradient: against float64")
+    if any(row.device_seconds is not None for row in rows):
+        console.print("in a graph: ms of a call among others in a CUDA graph, without what the host does for it")
 
 
-def _promises(kept: list[Verdict]) -> Table:
+def _scaled(number: float | None, factor: float) -> float | None:
+    return None if number is None else number * factor
+
+
+def _promises(kept: list[Verdict], device: Device) -> Table:
     """The promised numbers, pass or fail."""
-    table = Table(title="Promised and measured: float32, 20 sweeps, attention 3")
-    for name in ("shape", "direction", "promise"):
+    where = "attention 3" if device is Device.CPU else "attention bfloat16, 3"
+    table = Table(title=f"Promised and measured: float32, 20 sweeps, {where}")
+    for name in ("shape", "direction" if device is Device.CPU else "operation", "promise"):
         table.add_column(name)
     for name in ("required", "measured", ""):
         table.add_column(name, justify="right")
