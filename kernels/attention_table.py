@@ -7,7 +7,6 @@ A kernel exists for each element type of query and key and block of features; wi
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .attention_apply import (
 from .attention_gradient import _attention_bias_bwd_kernel, _attention_gradient_bwd_kernel
 from .attention_sweep import _attention_sweep_fwd_kernel
 from .attention_whole import _attention_whole_fwd_kernel
-from .configuration import TARGETS, Configuration
+from .configuration import Configuration
 
 # Features are padded to a block: below 64 that costs products of zeros, but a pass is bound by its exponentials there.
 BLOCKS_D = (64, 128, 256)
@@ -96,10 +95,8 @@ def _configuration(
 
 def _with_hopper(hopper: Tile | None, kernel: Any, tile: Tile, *rest: Any) -> Configuration:
     """A configuration, with another tile on Hopper if ``hopper`` is one."""
-    if hopper is None:
-        return _tiled(kernel, tile, *rest)
-    own = replace(_tiled(kernel, hopper, *rest), targets=("sm_90",))
-    return replace(_tiled(kernel, tile, *rest), targets=tuple(x for x in TARGETS if x != "sm_90"), hopper=own)
+    configuration = _tiled(kernel, tile, *rest)
+    return configuration if hopper is None else configuration.with_hopper(_tiled(kernel, hopper, *rest))
 
 
 def _tiled(

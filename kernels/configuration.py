@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -53,6 +53,11 @@ class Configuration:
     targets: tuple[str, ...] = TARGETS
     hopper: Configuration | None = field(default=None, compare=False)
     compiled: dict[int | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def with_hopper(self, own: Configuration) -> Configuration:
+        """This one, and ``own`` in its place on Hopper."""
+        others = tuple(x for x in TARGETS if x != "sm_90")
+        return replace(self, targets=others, hopper=replace(own, targets=("sm_90",)))
 
     def on(self, device: torch.device) -> Configuration:
         """The one to launch on ``device``."""

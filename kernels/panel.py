@@ -15,26 +15,26 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration
+from .configuration import Configuration, multiprocessors
 from .panel_backward import _sinkhorn_panel_bwd_kernel
 from .panel_forward import _sinkhorn_panel_fwd_kernel
 
 MAX_SIZE = 256
 BLOCKS_M = (64, 128, 256)
 NUM_WARPS = 8
-# Rows of a panel by its columns: 2 to 8 entries a thread. Found by compiling for sm_80, sm_90 and sm_100: none spills.
+# Rows of a panel by its columns: 2 to 16 entries a thread. Found by compiling for sm_80, sm_90 and sm_100: none spills.
 ROWS = {
-    (_sinkhorn_panel_fwd_kernel, torch.float32): {64: 32, 128: 8, 256: 4},
+    (_sinkhorn_panel_fwd_kernel, torch.float32): {64: 32, 128: 8, 256: 16},
     (_sinkhorn_panel_bwd_kernel, torch.float32): {64: 16, 128: 8, 256: 8},
     (_sinkhorn_panel_fwd_kernel, torch.float64): {64: 16, 128: 8, 256: 4},
     (_sinkhorn_panel_bwd_kernel, torch.float64): {64: 8, 128: 4, 256: 4},
 }
 # The one exception: kernel, dtype of the logits, columns, aligned.
 ROWS_EXCEPTION = {(_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16}
-# Registers of a thread, by kernel, compute dtype and WITH_SIGMA2: enough for two programs on an SM, or for one. By itself
-# ptxas stops at 80 or 128 to fit one more, and spills for it. Not for the float64 backward, which spills when told.
+# Registers of a thread, by kernel, compute dtype and WITH_SIGMA2. By itself ptxas stops at 80 or 128 to fit one more program
+# onto an SM, and spills for it. Not for the float64 backward, which spills when told.
 MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {
-    (_sinkhorn_panel_fwd_kernel, torch.float32, False): 128,
+    (_sinkhorn_panel_fwd_kernel, torch.float32, False): 255,
     (_sinkhorn_panel_fwd_kernel, torch.float32, True): 255,
     (_sinkhorn_panel_fwd_kernel, torch.float64, False): 255,
     (_sinkhorn_panel_fwd_kernel, torch.float64, True): 255,
@@ -194,8 +194,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
 
 def _programs(device: torch.device, batch: int, slot_bytes: int) -> int:
     """How many programs share a backward: enough to fill the device, few enough for the history they keep."""
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(batch, PROGRAMS_PER_SM * units, HISTORY_BYTES // slot_bytes))
+    return max(1, min(batch, PROGRAMS_PER_SM * multiprocessors(device), HISTORY_BYTES // slot_bytes))
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:

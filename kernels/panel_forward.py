@@ -178,7 +178,7 @@ def _sinkhorn_panel_fwd_kernel(
             n,
             m,
             tl.where(small, 1e-15, 1e-4),
-            tl.where(small, 16, 256),
+            tl.where(small, 48, 256),
             LANCZOS_N,
             FROM_LOGITS=True,
         )

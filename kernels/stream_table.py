@@ -23,8 +23,9 @@ ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 # Found by compiling for sm_80, sm_90 and sm_100: none spills, those of 8 warps within the 128 registers that let two of them
 # onto an SM.
 ROWS = {256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8), 8192: (1, 16)}
-# Rows in flight at once, beside those in registers: their way from memory is hidden behind the sums of the rows before them.
-STAGES = 2
+# The longest rows fill an SM: one in registers, and the next two on their way to shared memory while it is added up. That
+# takes a sweep on an H100 from 117 to 104 us; shorter ones hide their loads behind those of another program, and lose by it.
+PIPELINED, STAGES = {8192: (1, 8)}, 3
 # Longer rows are walked in chunks of 2048, four at once: what a program reads twice is still in L2 the second time.
 WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 # Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills;
@@ -51,18 +52,19 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
     """``kernel`` on whole rows, 1 / ``share`` as many at once, by dtype, padded columns (0: any number) and alignment."""
     found = {}
     for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False)):
-        for block_m, (rows, warps) in {**ROWS, 0: (WIDE_ROWS, WIDE_WARPS)}.items():
+        for block_m, (rows, warps) in {**ROWS, **(PIPELINED if aligned else {}), 0: (WIDE_ROWS, WIDE_WARPS)}.items():
+            pipelined = aligned and block_m in PIPELINED
             found[dtype, block_m, aligned] = _configuration(
                 kernel,
                 element,
                 warps,
-                255 if warps == 4 or (not aligned and block_m == 4096) else 128,
+                255 if warps == 4 or pipelined or (not aligned and block_m == 4096) else 128,
                 f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
                 ROWS=max(rows // share, 1) if aligned else PLAIN_ROWS.get((share, block_m), max(rows // share, 1)),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
                 ALIGNED=aligned,
-                STAGES=STAGES if aligned and block_m else 1,
+                STAGES=STAGES if pipelined else 1,
                 **constants,
             )
     return found
