@@ -39,10 +39,10 @@ def _gradient(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients
     d_query, d_key, d_value, d_bias = results
     found: list[Tensor | None] = [d_query, d_key, d_value, d_bias if needed[3] else None]
     if needed[5]:
-        total = (d_query * query).sum((-2, -1))
+        total = (d_query * query).sum((-2, -1), dtype=torch.float64)
         if bias is not None:
-            total = total + torch.where(d_bias == 0, 0.0, d_bias * bias).sum((-2, -1))
-        found += [None, -total / temperature]
+            total = total + torch.where(d_bias == 0, 0.0, d_bias * bias).sum((-2, -1), dtype=torch.float64)
+        found += [None, (-total / temperature).to(temperature.dtype)]
         if needed[3]:
             found[3] = d_bias.sum_to_size(bias_shape)
     cast = [None if x is None else x.to(dtype) for x, dtype in zip(found, dtypes, strict=False)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import pytorch, streamed, streamed_spectrum
 from .problem import Attention, Dropout, Gradients, Outputs, Problem
+from .pytorch.spectrum import DEFAULT_TOL
 
 
 def _kernels(backend: str) -> ModuleType | None:
@@ -22,8 +25,29 @@ def _kernels(backend: str) -> ModuleType | None:
 def sinkhorn_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
     """Fill ``outputs``."""
     kernels = _kernels(backend)
-    if kernels is None or not kernels.sinkhorn_forward(problem, outputs):
+    if kernels is None or not (kernels.sinkhorn_forward(problem, outputs) or _sigma2_afterwards(kernels, problem, outputs)):
         pytorch.sinkhorn_forward(problem, outputs)
+
+
+def _sigma2_afterwards(kernels: ModuleType, problem: Problem, outputs: Outputs) -> bool:
+    """Plans from the kernels where these know no sigma2, and that from the PyTorch path; false where they know neither."""
+    if outputs.sigma2 is None:
+        return False
+    logits = problem.logits.to(problem.compute_dtype)
+    plan = outputs.plan if outputs.plan.dtype == logits.dtype else torch.empty_like(logits)
+    if not kernels.sinkhorn_forward(replace(problem, logits=logits), replace(outputs, plan=plan, sigma2=None)):
+        return False
+    taking_part = logits != -torch.inf
+    if problem.mask is not None:
+        taking_part &= problem.mask
+    given = plan, problem.row_marginal, problem.col_marginal, taking_part
+    if problem.row_marginal is None and problem.col_marginal is None and not problem.unit_rows:
+        given = plan.mT, None, None, taking_part.mT  # the side whose lines have mass 1 comes first
+    u, v = (plan.new_empty(given[0].shape[0], lines) for lines in given[0].shape[1:])
+    pytorch.sigma2(*given, None, "auto", DEFAULT_TOL, 0, outputs.sigma2, u, v)
+    if plan is not outputs.plan:
+        outputs.plan.copy_(plan)
+    return True
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, backend: str) -> None:

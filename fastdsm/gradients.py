@@ -147,7 +147,7 @@ def _projection(needed: Sequence[bool], grad_plan: Tensor, backward: Backward, i
     gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
     if needed[1]:
         product = torch.where(d_logits == 0, 0.0, d_logits * logits)
-        gradients[1] = (-product.sum((-2, -1)) / temperature).to(temperature.dtype)
+        gradients[1] = (-product.sum((-2, -1), dtype=torch.float64) / temperature).to(temperature.dtype)
     if needed[3] or needed[4]:
         valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
         d_log_row, d_log_col = (x.to(compute_dtype(dtype)) for x in (d_log_row, d_log_col))

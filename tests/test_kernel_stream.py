@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdsm
 from benchmarks.static.launches import recorded
 from benchmarks.static.report import identify
-from fastdsm import kernels
+from fastdsm import kernels, reference
 from fastdsm.kernels import stream
 from fastdsm.problem import Gradients, Outputs, Problem
 
@@ -226,6 +227,26 @@ def test_runs_agree_to_the_bit_whatever_else_is_asked_for() -> None:
         stream.sinkhorn_backward(problem, grad_plan, some_gradients, None)
     assert torch.equal(bare.plan, outputs.plan)
     assert torch.equal(bare_gradients.logits, gradients.logits)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_sigma2_comes_from_the_plan_of_these_kernels(dtype: torch.dtype, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniform and given marginals, excluded lines and entries; the PyTorch path projects nothing."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("the PyTorch path was taken")
+
+    logits = logits_of(2, 12, 300, 2.0).to(dtype)
+    logits[0, 3], logits[1, :, 7:90] = -torch.inf, -torch.inf
+    mask = torch.rand(logits.shape) < 0.9
+    monkeypatch.setattr("fastdsm.pytorch.sinkhorn_forward", unreachable)
+    for options in ({}, {"mask": mask}, {"col_marginal": torch.rand(300) + 0.5, "mask": mask}):
+        found = fastdsm.sinkhorn_sigma2(logits, n_iters=3, first=first, backend="triton", **options)
+        wide = {k: x.double() if x.is_floating_point() else x for k, x in options.items()}
+        truth = reference.sinkhorn_sigma2(logits.double(), n_iters=3, first=first, **wide)
+        torch.testing.assert_close(found.sigma2.double(), truth.sigma2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.plan.double(), truth.plan, rtol=2**-8 if dtype != SINGLE else 1e-5, atol=1e-6)
 
 
 def test_empty_batch() -> None:

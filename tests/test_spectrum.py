@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastdsm
 from fastdsm import reference
-from fastdsm.pytorch.spectrum import METHODS
+from fastdsm.pytorch.spectrum import METHODS, _top_on_device
 
 SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 12), (64, 64), (100, 100))
 
@@ -126,3 +126,22 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(value.double(), reference.sigma2(plan.double()), rtol=1e-4, atol=1e-9)
     assert fastdsm.sigma2(plan[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["random", "cluster", "split", "zero", "single"])
+def test_top_on_device_is_that_of_eigh(kind: str) -> None:
+    size = 1 if kind == "single" else 24
+    diagonal, off = torch.rand(5, size, dtype=torch.float64), torch.rand(5, size - 1, dtype=torch.float64) / 3
+    if kind == "cluster":
+        diagonal, off = 1 - 1e-9 * diagonal, 1e-10 * off
+    elif kind == "split":
+        off[:, ::2] = 0.0
+    elif kind == "zero":
+        diagonal, off = 0 * diagonal, 0 * off
+    T = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    truth = torch.linalg.eigvalsh(T)[:, -1]
+    vector, bound = _top_on_device(T)
+    value = (vector * (T @ vector.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    torch.testing.assert_close(value, truth, rtol=1e-10, atol=0)
+    assert ((bound >= truth * (1 - 1e-14)) & (bound <= truth * (1 + 1e-10))).all()
+    torch.testing.assert_close(vector.norm(dim=-1), torch.full_like(truth, float(kind != "zero")))

@@ -21,6 +21,8 @@ JACOBI_MAX_SIDE = 8
 _JACOBI_SUITS = 4  # exact at any gap; beyond, a hundred small operations a round cost more than squaring
 _SQUARING_MAX_SIDE = 32  # beyond, a few products with vectors cost less than a product of matrices
 _CHUNK_ENTRIES = 1 << 20
+_DOUBLINGS = 36
+DEFAULT_TOL = 1e-4
 _DEFAULT_ITERATIONS = {"jacobi": 16, "squaring": 24, "lanczos": 128, "power": 1000}
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -121,7 +123,8 @@ class Krylov:
 
     def border(self, rest: Tensor) -> Tensor:
         """Upper bound of ||M||^2, given the trace that the compression leaves out."""
-        return torch.linalg.eigvalsh(_tridiagonal([*self.diagonal, rest], self.off).nan_to_num())[..., -1]
+        T = _tridiagonal([*self.diagonal, rest], self.off).nan_to_num()
+        return _top_on_device(T)[1] if T.is_cuda else torch.linalg.eigvalsh(T)[..., -1]
 
 
 def lanczos_of(
@@ -144,7 +147,7 @@ def lanczos_of(
             w = w - _times(stacked.mT, _times(stacked, w))
         off.append(w.norm(dim=-1))
         last = step == steps - 1
-        if last or step % 4 == 3:
+        if last or (step % 4 == 3 and not w.is_cuda):
             ritz, weights, residual = _top_of_tridiagonal(diagonal, off)
             if last or _stop(((residual <= enough * ritz) | (ritz <= 0)).all()):
                 break
@@ -169,8 +172,34 @@ def _tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> Tensor:
 
 def _top_of_tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Largest eigenvalue, its vector, and its residual in the whole space."""
-    values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off).nan_to_num())
-    return values[:, -1], vectors[..., -1], (off[-1] * vectors[:, -1, -1].abs()).nan_to_num()
+    T = _tridiagonal(diagonal, off).nan_to_num()
+    if T.is_cuda:
+        vector, _ = _top_on_device(T)
+        value = (vector * _times(T, vector)).sum(-1)
+    else:
+        values, vectors = torch.linalg.eigh(T)
+        value, vector = values[:, -1], vectors[..., -1]
+    return value, vector, (off[-1] * vector[:, -1].abs()).nan_to_num()
+
+
+def _top_on_device(T: Tensor) -> tuple[Tensor, Tensor]:
+    """A unit vector on top of the spectrum of T (B, k, k), and an upper bound of the largest eigenvalue.
+
+    T is symmetric, its largest eigenvalue the largest in size. torch.linalg.eigh would have the host wait. Of T^N,
+    N = 2^_DOUBLINGS, the Frobenius norm's N-th root is at least that eigenvalue and at most k^(1/2N) as much, and the largest
+    column lies in its eigenspace, but for those within a share of 1 / N of it. In float64; zeros give zeros.
+    """
+    power = T.double()
+    log_size = torch.zeros_like(power[:, 0, 0])
+    for _ in range(_DOUBLINGS):
+        size = torch.linalg.matrix_norm(power)
+        log_size = 2 * (log_size + size.log())
+        power = power / size.masked_fill(size == 0, 1.0)[:, None, None]
+        power = power @ power
+    size = torch.linalg.matrix_norm(power)
+    bound = ((log_size + size.log()) * 2.0**-_DOUBLINGS).exp()
+    best = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    return _unit(power.take_along_dim(best.view(-1, 1, 1), -1).squeeze(-1)).to(T.dtype), bound.to(T.dtype)
 
 
 def power(M: Tensor, tol: float, max_iters: int, v0: Tensor | None = None) -> Triple:
@@ -188,7 +217,7 @@ def power(M: Tensor, tol: float, max_iters: int, v0: Tensor | None = None) -> Tr
 
 def largest_singular_value(M: Tensor) -> Tensor:
     """||M|| by the method that suits the size."""
-    return _METHODS[_suited(M)](M, 1e-4, _DEFAULT_ITERATIONS[_suited(M)])[0]
+    return _METHODS[_suited(M)](M, DEFAULT_TOL, _DEFAULT_ITERATIONS[_suited(M)])[0]
 
 
 def sigma2(
@@ -235,7 +264,7 @@ def sigma2_bounds(
     for part in _parts(plan):
         M = _deflated(plan, row_marginal, col_marginal, mask, part)
         M = M.mT if M.shape[1] < M.shape[2] else M
-        matrix, log_upper = _squared(M, 1e-4, 24)
+        matrix, log_upper = _squared(M, DEFAULT_TOL, 24)
         lower[part] = _rayleigh(M, matrix)[0] * (1 - slack)
         upper[part] = log_upper.exp() * (1 + slack)
 
