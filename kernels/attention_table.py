@@ -188,7 +188,6 @@ GRADIENTS = {
         kind[0],
         STREAM_FIRST=stream_first,
         BLOCK_E=vector_block(kind, block_d),
-        EXACT="ieee" if kind[1] == "ieee" else "bf16x6",
         PIECES=3 if kind[0] == "bf16" else 2,
         HAS_DROPOUT=dropout,
     )
@@ -219,7 +218,6 @@ BIASES = {
         True,
         "fp32",
         BLOCK_E=vector_block(kind, block_d),
-        EXACT="ieee" if kind[1] == "ieee" else "bf16x6",
         HAS_DROPOUT=dropout,
     )
     for kind, block_d, dropout in itertools.product(SAME, BLOCKS_D, (False, True))
