@@ -74,7 +74,7 @@ class Case:
     sweeps: int | None = SWEEPS
     value_tolerance: float = VALUE_TOLERANCE
     gradient_tolerance: float | None = GRADIENT_TOLERANCE
-    seconds: float = 6.0  # about how long all rounds together may take; a quarter of it on a GPU
+    seconds: float = 6.0  # about how long all rounds together may take; an eighth of it on a GPU
 
     @property
     def device(self) -> str:
@@ -176,7 +176,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[I
             if contender.implementation.capturable and seconds < CAPTURED:
                 contender.capture()
         once += seconds * contender.calls
-    rounds = min(max(int((case.seconds / 4 if on_cuda else case.seconds) / once), FEWEST_ROUNDS), MOST_ROUNDS)
+    rounds = min(max(int((case.seconds / 8 if on_cuda else case.seconds) / once), FEWEST_ROUNDS), MOST_ROUNDS)
 
     moved = _moved_bytes(case, contenders[0].last)
     floor = _Contender(_clone(), _clone_of(moved, case.device), CUDA_CALLS if on_cuda else 1)

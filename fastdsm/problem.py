@@ -132,8 +132,7 @@ class Terms:
     """What the gradient of the logits takes away from P * (grad_out value^T), in the sweeps' exact adjoint.
 
     plan: of P. Segment s stands for E = exp(S + f + g) with ``segments[s]``, times a sum of rank-one matrices x_k y_k^T, the
-    next ``counts[s]`` of them; where the first segment is the plan's own it is the very object. x (B, H, K, N), y (B, H, K, M):
-    finite, contiguous, compute dtype.
+    next ``counts[s]`` of them. x (B, H, K, N), y (B, H, K, M): finite, contiguous, compute dtype.
     """
 
     plan: Potentials

@@ -386,9 +386,7 @@ def _unrolled_terms(
     pairs = [pair for group in segments.values() for pair in group]
     left, right = (torch.stack(vectors, 2) for vectors in zip(*pairs, strict=True))
     counts = [len(group) for group in segments.values()]
-    plan = at(final, final)
-    references = [plan if reference == (final, final) else at(*reference) for reference in segments]
-    return Terms(plan, references, *_by_side(left, right, sweeps), counts)
+    return Terms(at(final, final), [at(*reference) for reference in segments], *_by_side(left, right, sweeps), counts)
 
 
 def _implicit_terms(

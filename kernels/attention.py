@@ -303,13 +303,10 @@ def _gradient(
         configuration = BIASES[kind, block, dropped]
     else:
         configuration = GRADIENTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped].on(device)
-    # The plan's own segment comes first, without terms where there is none.
-    own = bool(terms.segments) and terms.segments[0] is at
-    segments, term_counts = (terms.segments, terms.counts) if own else ([at, *terms.segments], [0, *terms.counts])
-    inputs = shared_arguments(problem, over, stacked(segments))
+    inputs = shared_arguments(problem, over, stacked([at, *terms.segments]))
     value, grad_out = whole_lines(value), whole_lines(grad_out)
     sides = ((grad_out, terms.x), (value, terms.y)) if over == "cols" else ((value, terms.y), (grad_out, terms.x))
-    counts = [torch.full((1,), count, dtype=torch.int32, device=device) for count in (*term_counts, -1)]
+    counts = [torch.full((1,), count, dtype=torch.int32, device=device) for count in (*terms.counts, -1)]
     dtype, target = _DTYPES[configuration.pointers["out_ptr"]], out
     if out.dtype != dtype:
         target = torch.empty(out.shape, dtype=dtype, device=device)

@@ -1,12 +1,11 @@
 """The last pass of the backward: from dS, tile by tile, to the gradients of query, key and bias.
 
 Symbols are those of ``attention_tile``; D_i and V_j are the vectors of the sides whose products are dP, grad_out and value.
-With the plan's potentials as set 0 of a stack and those of the other segments behind it, E^s = 2^(x + f^s + g^s),
+With the plan's potentials as set 0 of a stack and those of the segments behind it, E^s = 2^(x + f^s + g^s),
 
-    dS_ij = E^0_ij (Z_ij D_i . V_j - W^0_ij) - sum_(s > 0) E^s_ij W^s_ij,    W^s_ij = sum over the terms t of s of a_it b_jt,
+    dS_ij = E^0_ij Z_ij D_i . V_j - sum_s E^s_ij W^s_ij,    W^s_ij = sum over the terms t of segment s of a_it b_jt,
 
-which is the adjoint of ``fastdsm.streamed``. Terms are few, a product and a sum each in float32: on tensor cores float32 takes
-six products, of as many terms as these are wide. Then
+which is the adjoint of ``fastdsm.streamed``. W is a product of TERMS terms at a time, to float32's accuracy (EXACT). Then
 
     a line's gradient = scale / temperature sum_j dS_ij k_j,    bias_ij: the sum over what the bias is expanded over of
     dS_ij / temperature;
@@ -21,6 +20,7 @@ from .arithmetic import LN_2, exp2
 from .attention_tile import (
     accumulate,
     accumulated,
+    dot,
     drop,
     entries_of,
     exponent,
@@ -37,23 +37,12 @@ from .attention_tile import (
 )
 from .configuration import finite_jit
 
-
-@triton.jit
-def rank_ones(left_ptr, right_ptr, count, lines, n_lines, streams, n_stream):
-    """W of ``count`` terms, whose a and b follow each other from the pointers on."""
-    total = tl.zeros([lines.shape[0], streams.shape[0]], tl.float32)
-    for _ in range(0, count):
-        a = tl.load(left_ptr + lines, mask=lines < n_lines, other=0.0)
-        b = tl.load(right_ptr + streams, mask=streams < n_stream, other=0.0)
-        total = tl.fma(tl.broadcast_to(a[:, None], total.shape), tl.broadcast_to(b[None, :], total.shape), total)
-        left_ptr += n_lines
-        right_ptr += n_stream
-    return total
+TERMS = tl.constexpr(16)
 
 
 @triton.jit
-def derivative(x, products, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST: tl.constexpr):
-    """dS of a tile of logits x with ``products`` Z D . V.
+def correction(x, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST: tl.constexpr, EXACT: tl.constexpr):
+    """sum_s E^s W^s of a tile of logits x.
 
     terms = (base and fine of the lines' potentials, of the stream's, stacked; a; b; the terms of each segment, then -1).
     sizes = (all heads, lines, lines of the stream, terms).
@@ -66,17 +55,32 @@ def derivative(x, products, terms, sizes, head, first, start, line_used, stream_
     counts_ptr = terms[6]
     count = tl.load(counts_ptr)
     while count >= 0:
-        potential = load_potential(terms[0] + line_at, terms[1] + line_at, first, line_used)
-        y = exponent(x, potential, terms[2] + stream_at, terms[3] + stream_at, start, stream_used, STREAM_FIRST)
-        total += exp2(y) * (products - rank_ones(left_ptr, right_ptr, count, lines, n_lines, streams, n_stream))
-        products = tl.zeros(x.shape, tl.float32)  # which belong to the plan's own segment
+        weight = tl.zeros(x.shape, tl.float32)
+        for done in range(0, count, TERMS):
+            t = done + tl.arange(0, TERMS)
+            left_mask = (lines < n_lines)[:, None] & (t < count)[None, :]
+            right_mask = (t < count)[:, None] & (streams < n_stream)[None, :]
+            left = tl.load(left_ptr + t.to(tl.int64)[None, :] * n_lines + lines[:, None], mask=left_mask, other=0.0)
+            right = tl.load(right_ptr + t.to(tl.int64)[:, None] * n_stream + streams[None, :], mask=right_mask, other=0.0)
+            weight = dot(left, right, weight, EXACT)
         left_ptr += count.to(tl.int64) * n_lines
         right_ptr += count.to(tl.int64) * n_stream
         line_at += all_heads * n_lines
         stream_at += all_heads * n_stream
+        potential = load_potential(terms[0] + line_at, terms[1] + line_at, first, line_used)
+        y = exponent(x, potential, terms[2] + stream_at, terms[3] + stream_at, start, stream_used, STREAM_FIRST)
+        total += exp2(y) * weight
         counts_ptr += 1
         count = tl.load(counts_ptr)
     return total
+
+
+@triton.jit
+def plan_tile(x, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST: tl.constexpr):
+    """E^0 of a tile of logits x."""
+    line_at, stream_at = head * sizes[1], head * sizes[2]
+    potential = load_potential(terms[0] + line_at, terms[1] + line_at, first, line_used)
+    return exp2(exponent(x, potential, terms[2] + stream_at, terms[3] + stream_at, start, stream_used, STREAM_FIRST))
 
 
 @finite_jit
@@ -148,6 +152,7 @@ def _attention_gradient_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EXACT: tl.constexpr,
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -191,11 +196,13 @@ def _attention_gradient_bwd_kernel(
             x = product(vectors, stream_vectors, PRECISION) * k
             if ENTRIES:
                 x += extra
+            taken = correction(x, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST, EXACT)
             stream_v = load_lines(stream_v_head_ptr, stream_v_stride_n, e, start, stream_used, BLOCK_E)
             products = product(line_v, stream_v, PRECISION)
             if HAS_DROPOUT:
                 products = drop(products, seed, dropout_p, dropout_scale, head, first, start, line_is_key)
-            grad = derivative(x, products, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST)
+            products *= plan_tile(x, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST)
+            grad = products - taken
             acc, unit = accumulate(acc, unit, grad * (k * LN_2), stream_vectors, PIECES, PRECISION)
 
     out_head_ptr = out_ptr + b * out_stride_b + o * out_stride_h
@@ -276,6 +283,7 @@ def _attention_bias_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
@@ -311,6 +319,7 @@ def _attention_bias_bwd_kernel(
         extra = load_entries(entries, k_bias, line_used, stream_used, first, start)
         vectors = load_side(line, first, line_used, BLOCK_D)
         x = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k + extra
+        taken = correction(x, terms, sizes, head, first, start, line_used, stream_used, True, EXACT)
         line_v_head_ptr = line_v_ptr + b * line_v_stride_b + line_h * line_v_stride_h
         stream_v_head_ptr = stream_v_ptr + b * stream_v_stride_b + stream_h * stream_v_stride_h
         line_v = load_lines(line_v_head_ptr, line_v_stride_n, e, first, line_used, BLOCK_E)
@@ -318,8 +327,8 @@ def _attention_bias_bwd_kernel(
         products = product(line_v, stream_v, PRECISION)
         if HAS_DROPOUT:
             products = drop(products, seed, dropout_p, dropout_scale, head, first, start, line_is_key)
-        grad = derivative(x, products, terms, sizes, head, first, start, line_used, stream_used, True)
-        acc += grad * (k_bias * LN_2)
+        products *= plan_tile(x, terms, sizes, head, first, start, line_used, stream_used, True)
+        acc += (products - taken) * (k_bias * LN_2)
 
     lines, streams = out_l * BLOCK_L + tl.arange(0, BLOCK_L), out_s * BLOCK_S + tl.arange(0, BLOCK_S)
     in_lines, in_stream = lines < n_lines, streams < n_stream

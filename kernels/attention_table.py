@@ -70,12 +70,23 @@ BIAS: Tiles = {
     "ieee": (((16, 16, 8, 1, 255), (16, 16, 8, 1, 255), (16, 16, 8, 1, 255)),) * 2,
     "tf32": (((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),) * 2,
 }
-# What Hopper has instead, for tiles wide enough for its tensor-core instructions: they spill on one of the others, or Triton
-# 3.7.1 compiles them to nothing there.
-HOPPER: dict[tuple[Any, str, int, bool], Tile] = {
-    (_attention_apply_fwd_kernel, "mixed", 128, False): (64, 16, 8, 1),
-    (_attention_apply_fwd_kernel, "mixed", 128, True): (128, 16, 8, 1, 255),
-    (_attention_gradient_bwd_kernel, "half", 128, True): (64, 16, 4, 1),
+# What Hopper has instead: tiles wide enough for its tensor-core instructions, which spill on one of the others, or Triton
+# 3.7.1 compiles them to nothing there; and what an H100 was faster with, at 64 heads of 4,096 lines: two or three programs of
+# four warps on an SM, whose waits for loads and barriers do not coincide, rather than one of eight.
+HOPPER: dict[tuple[Any, tuple[str, str], int, bool], Tile] = {
+    (_attention_apply_fwd_kernel, ("bf16", "mixed"), 128, False): (64, 16, 8, 1),
+    (_attention_apply_fwd_kernel, ("bf16", "mixed"), 128, True): (128, 16, 8, 1, 255),
+    (_attention_attend_fwd_kernel, ("bf16", "half"), 64, False): (64, 64, 4, 2, 168),
+    (_attention_attend_fwd_kernel, ("fp16", "half"), 64, False): (64, 64, 4, 2, 255),
+    **{
+        key: tile
+        for element in ("bf16", "fp16")
+        for key, tile in {
+            (_attention_apply_fwd_kernel, (element, "wide"), 64, False): (64, 32, 4, 2, 168),
+            (_attention_products_bwd_kernel, (element, "half"), 64, False): (64, 64, 4, 3, 255),
+            (_attention_gradient_bwd_kernel, (element, "half"), 128, True): (64, 16, 4, 1),
+        }.items()
+    },
 }
 
 
@@ -90,7 +101,7 @@ def _configuration(
 ) -> Configuration:
     """The one way to run ``kernel`` on query and key of ``kind[0]``; out: element of its result."""
     tile = tiles[kind[1]][entries][BLOCKS_D.index(block_d)]
-    return _with_hopper(HOPPER.get((kernel, kind[1], block_d, entries)), kernel, tile, kind, block_d, out, entries, constants)
+    return _with_hopper(HOPPER.get((kernel, kind, block_d, entries)), kernel, tile, kind, block_d, out, entries, constants)
 
 
 def _with_hopper(hopper: Tile | None, kernel: Any, tile: Tile, *rest: Any) -> Configuration:
@@ -188,6 +199,7 @@ GRADIENTS = {
         kind[0],
         STREAM_FIRST=stream_first,
         BLOCK_E=vector_block(kind, block_d),
+        EXACT="ieee" if kind[1] == "ieee" else "bf16x6",
         PIECES=3 if kind[0] == "bf16" else 2,
         HAS_DROPOUT=dropout,
     )
@@ -218,6 +230,7 @@ BIASES = {
         True,
         "fp32",
         BLOCK_E=vector_block(kind, block_d),
+        EXACT="ieee" if kind[1] == "ieee" else "bf16x6",
         HAS_DROPOUT=dropout,
     )
     for kind, block_d, dropout in itertools.product(SAME, BLOCKS_D, (False, True))

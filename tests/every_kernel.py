@@ -1,18 +1,20 @@
 """Every family of kernels once, forward and backward, on small matrices: to be run under compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.every_kernel
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.every_kernel [float32] [bfloat16]
 
 Without PyTorch's cache every tensor is an allocation of its own, and an access beyond its end is seen.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import fastdsm
 
 SIZES = ((1, 1), (3, 3), (4, 4), (3, 4), (7, 9), (16, 16), (33, 40), (64, 64), (100, 100), (130, 200), (300, 257))
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def project(n: int, m: int, dtype: torch.dtype) -> None:
@@ -43,14 +45,16 @@ def attend(lines: int, features: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Run them all."""
-    for dtype in DTYPES:
-        for n, m in SIZES:
-            project(n, m, dtype)
+    """Run them all, or those of the dtypes named."""
+    for name in sys.argv[1:] or DTYPES:
         for lines, features in ((1, 16), (70, 64), (300, 40)):
-            attend(lines, features, dtype)
-    torch.cuda.synchronize()
-    print("every kernel has run")
+            attend(lines, features, DTYPES[name])
+            torch.cuda.synchronize()
+            print(f"{name}: attention of {lines} lines", flush=True)
+        for n, m in SIZES:
+            project(n, m, DTYPES[name])
+            torch.cuda.synchronize()
+            print(f"{name}: {n} x {m}", flush=True)
 
 
 if __name__ == "__main__":

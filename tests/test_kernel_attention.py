@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.static.compilation import compile_configuration, disassemble, kernel_name
 from benchmarks.static.launches import recorded
 from fastdsm.kernels import attention
+from fastdsm.kernels.configuration import Configuration
 from fastdsm.problem import Attention, Dropout, Potentials, Terms
 
 from .tolerances import assert_within
@@ -288,6 +289,17 @@ def test_apply(option: str) -> None:
 def test_apply_of_16_bits(dtype: torch.dtype, x_dtype: torch.dtype | str, out_dtype: torch.dtype | str) -> None:
     kinds = (dtype if kind == "same" else kind for kind in (x_dtype, out_dtype))
     check_apply(case("everything", dtype, columns_first=False), 8, *kinds)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("columns_first", [True, False])
+def test_tiles_of_hopper(dtype: torch.dtype, columns_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several steps, the last one ragged."""
+    monkeypatch.setattr(Configuration, "on", lambda self, device: self.hopper or self)
+    c = case("plain", dtype, 70, 90, columns_first=columns_first)
+    check_apply(c, 8, dtype, SINGLE)
+    check_attend(c, 8)
+    check_gradient(c, 8, (2,))
 
 
 @pytest.mark.parametrize(("n", "m", "d", "e"), [(1, 1, 1, 1), (40, 3, 5, 17), (3, 40, 20, 40)])
