@@ -28,21 +28,18 @@ from .bench_newton import MOST_SWEEPS, TOL, TOLERANCE
 from .bench_sinkhorn import OURS
 from .gpu_targets import (
     FEWER_SWEEPS,
-    FLASH,
     FLASH_SINKHORN,
     FULL_SHAPES,
     HEADS_SHAPE,
     MORE_SWEEPS,
     NEWTON_SHAPE,
     ONE_SHAPE,
-    READ,
-    TWENTY,
     of_sweeps,
 )
 from .harness import Case, Definition, Implementation, Outputs, measure
 from .peers import peer, sinkhorn_peers
 from .rows import BACKWARD, FORWARD
-from .targets import ATTENTION_SWEEPS
+from .targets import ATTENTION_SWEEPS, FLASH, READ, TWENTY
 
 # Half a unit in the last place of bfloat16 is 2^-9 of an output; plans and their gradients are rounded to it on the way.
 BFLOAT16_TOLERANCE, BFLOAT16_GRADIENT_TOLERANCE = 1e-2, 4e-2

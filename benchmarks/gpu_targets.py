@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .rows import FORWARD, Row
-from .targets import ATTENTION_SWEEPS, SWEEPS, Shape, Verdict
+from .targets import ATTENTION_SWEEPS, FLASH, READ, SWEEPS, TWENTY, Shape, Verdict
 
 # Batches that fill the chip, for which a call is more than its launch.
 FULL_SHAPES: tuple[Shape, ...] = ((1048576, 4, 4), (65536, 16, 16), (4096, 64, 64), (1024, 256, 256))
 # Sinkhorn attention of bfloat16 operands (heads, lines, which of query, key and value, features), and what is timed beside it.
 HEADS_SHAPE: Shape = (64, 4096, 3, 64)
-MORE_SWEEPS, FLASH, FLASH_SINKHORN = 10, "flash attention", "flash-sinkhorn"
+MORE_SWEEPS, FLASH_SINKHORN = 10, "flash-sinkhorn"
 HEADS_RATIO, PEER_RATIO = 10.0, 2.0
 # One matrix, of which a sweep may take so many times as long as reading it once.
 ONE_SHAPE: Shape = (1, 8192, 8192)
-FEWER_SWEEPS, READ, READS = 10, "one read", 1.25
+FEWER_SWEEPS, READS = 10, 1.25
 # Newton's method at logit std 2, no slower than 20 sweeps.
 NEWTON_SHAPE: Shape = (1048576, 4, 4)
-TWENTY = "20 sweeps"
 
 
 def of_sweeps(n_iters: int) -> str:

@@ -71,8 +71,8 @@ def _line(group: list[Row]) -> str:
         f"`{ours.operation}`",
         size_text(ours.shape),
         direction,
-        time_text(ours.seconds_median),
-        f"{ours.ratio_to_eager:.1f}",
+        time_text(ours.seconds_median) + (f" ({time_text(ours.device_seconds)})" if ours.device_seconds else ""),
+        f"{ours.device_ratio_to_eager or ours.ratio_to_eager:.1f}",
         "" if ratio is None else f"{ratio:.1f} ({name})",
         f"{ours.peak_extra_bytes / ours.input_bytes:.1f} × input",
         f"{ours.percent_of_floor:.0f}",
@@ -103,10 +103,19 @@ def time_text(seconds: float) -> str:
 
 def conditions(run: Run) -> str:
     """What was measured against what, where, with which versions, when."""
-    where = f"{run.machine}, {run.threads} threads" if run.device == "cpu" else run.machine
+    on_cpu = run.device == "cpu"
+    where = f"{run.machine}, {run.threads} threads" if on_cpu else run.machine
+    also = (
+        ""
+        if on_cpu
+        else (
+            "64 heads: bfloat16, the loop on float32 logits. In brackets: of a call among others in a CUDA graph, without what the "
+            "host does for it; ratios and % of clone are of those times where both have one. "
+        )
+    )
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
-        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. float32, standard normal logits, 20 sweeps (attention: "
+        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. {also}float32, standard normal logits, 20 sweeps (attention: "
         "normal operands, 3 sweeps; newton: standard deviation 4, to a residual of 1e-6, eager: sweeps to the same); "
         "medians of interleaved rounds in one process. Eager: the loop of alternating `torch.logsumexp`, and "
         "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "

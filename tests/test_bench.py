@@ -18,7 +18,17 @@ from benchmarks.baselines import COLUMNS_THEN_ROWS, mean_free, sigma2_by_eigvals
 from benchmarks.harness import Case, Definition, Implementation, measure
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.rows import BACKWARD, FORWARD, Row, Run, read_rows, row_of, write_rows
-from benchmarks.targets import ATTENTION_SHAPE, EAGER_RATIO, LARGE_RATIO, LARGE_SHAPE, NEWTON_SHAPE, verdicts
+from benchmarks.targets import (
+    ATTENTION_SHAPE,
+    EAGER_RATIO,
+    FLASH,
+    LARGE_RATIO,
+    LARGE_SHAPE,
+    NEWTON_SHAPE,
+    READ,
+    TWENTY,
+    verdicts,
+)
 
 command = import_module("fastdsm.cli.bench")  # fastdsm.cli.bench is also the name of the function in it
 
@@ -121,11 +131,11 @@ def gpu_records() -> list[Row]:
     run = replace(RUN, device="cuda", machine="A GPU")
     milliseconds = {
         ("sinkhorn_attention", gpu_targets.HEADS_SHAPE): {
-            "fastdsm": 5.0, "eager": 100.0, gpu_targets.of_sweeps(10): 12.0, gpu_targets.FLASH: 1.0,
+            "fastdsm": 5.0, "eager": 100.0, gpu_targets.of_sweeps(10): 12.0, FLASH: 1.0,
             gpu_targets.FLASH_SINKHORN: 20.0,
         },
-        ("sinkhorn", gpu_targets.ONE_SHAPE): {"fastdsm": 2.4, gpu_targets.of_sweeps(10): 1.4, gpu_targets.READ: 0.09},
-        ("newton", gpu_targets.NEWTON_SHAPE): {"fastdsm": 0.06, gpu_targets.TWENTY: 0.07},
+        ("sinkhorn", gpu_targets.ONE_SHAPE): {"fastdsm": 2.4, gpu_targets.of_sweeps(10): 1.4, READ: 0.09},
+        ("newton", gpu_targets.NEWTON_SHAPE): {"fastdsm": 0.06, TWENTY: 0.07},
     }  # fmt: skip
     return [
         row(name, 1.0, 1.0, operation=operation, shape=shape, run=run, device_seconds=1e-3 * time)
