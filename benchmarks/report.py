@@ -109,14 +109,14 @@ def conditions(run: Run) -> str:
         ""
         if on_cpu
         else (
-            "64 heads: bfloat16, the loop on float32 logits. In brackets: of a call among others in a CUDA graph, without what the "
-            "host does for it; ratios and % of clone are of those times where both have one. "
+            "64 heads: bfloat16, the loop on float32 logits. In brackets: of a call among others in a CUDA graph, without "
+            "what the host does for it; ratios and % of clone are of those times where both have one. "
         )
     )
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
-        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. {also}float32, standard normal logits, 20 sweeps (attention: "
-        "normal operands, 3 sweeps; newton: standard deviation 4, to a residual of 1e-6, eager: sweeps to the same); "
+        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. {also}"
+        "float32, standard normal logits, 20 sweeps (attention: normal operands, 3 sweeps; newton: standard deviation 4, to a residual of 1e-6, eager: sweeps to the same); "
         "medians of interleaved rounds in one process. Eager: the loop of alternating `torch.logsumexp`, and "
         "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "
         "packages listed, each by its own public call, its output held against float64 first. Extra memory: the most "
@@ -141,7 +141,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     for panel, direction in zip(panels, (FORWARD, BACKWARD), strict=True):
         for place, name in enumerate(names):
             ratios = {
-                row.shape: row.ratio_to_eager
+                row.shape: row.device_ratio_to_eager or row.ratio_to_eager
                 for row in rows
                 if (row.direction, row.implementation) == (direction, name) and row.ratio_to_eager is not None
             }
