@@ -116,8 +116,9 @@ def conditions(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
         f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. {also}"
-        "float32, standard normal logits, 20 sweeps (attention: normal operands, 3 sweeps; newton: standard deviation 4, to a residual of 1e-6, eager: sweeps to the same); "
-        "medians of interleaved rounds in one process. Eager: the loop of alternating `torch.logsumexp`, and "
+        "float32, standard normal logits, 20 sweeps (attention: normal operands, 3 sweeps; newton: standard deviation 4, "
+        "to a residual of 1e-6, eager: sweeps to the same); medians of interleaved rounds in one process. "
+        "Eager: the loop of alternating `torch.logsumexp`, and "
         "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "
         "packages listed, each by its own public call, its output held against float64 first. Extra memory: the most "
         "held at once beyond the inputs, output and gradient included. % of clone: the time of a clone that moves as "
