@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from collections.abc import Callable
 from enum import StrEnum
 from itertools import groupby
@@ -40,7 +38,7 @@ def bench(
     """Measure every operation beside what one would use instead, in interleaved rounds; about five minutes on a CPU.
 
     Needs a checkout of the repository and the extra [bench]. The rows replace benchmarks/results/DEVICE.jsonl, from
-    which `python -m benchmarks.report` makes the README's table and figure.
+    which `python -m benchmarks.report` makes the README's table and figure; a run that is cut off leaves DEVICE.part.jsonl.
 
     Examples:
 
@@ -86,24 +84,27 @@ def _measured(console: Console, device: Device, threads: int, select: str) -> li
         message = f'fastdsm bench needs the extra [bench] ({error}); in the checkout: pip install -e ".[bench]"'
         console.print(message, style="red", markup=False)
         raise typer.Exit(2) from error
-    from benchmarks.rows import row_of
+    from benchmarks.rows import RESULTS, read_rows
 
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "benchmark.json"
-        options = [
-            str(_CHECKOUT / "benchmarks"), f"--rootdir={_CHECKOUT}", "-o", "python_files=bench_*.py",
-            "-o", "python_functions=bench_*", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--disable-warnings",
-            f"--device={device.value}", f"--threads={threads}", "-k", select,
-            "--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={output}",
-        ]  # fmt: skip
-        code = pytest.main(options)
-        if code != pytest.ExitCode.OK:
-            raise typer.Exit(int(code))
-        if not output.exists():
-            console.print(f"nothing to measure on {device.value}" + f" matches {select}" * bool(select), markup=False)
-            raise typer.Exit(2)
-        report = json.loads(output.read_text())
-    return [row_of(record) for entry in report["benchmarks"] for record in entry["extra_info"]["rows"]]
+    output = RESULTS / f"{device.value}.part.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("")
+    options = [
+        str(_CHECKOUT / "benchmarks"), f"--rootdir={_CHECKOUT}", "-o", "python_files=bench_*.py",
+        "-o", "python_functions=bench_*", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--disable-warnings",
+        f"--device={device.value}", f"--threads={threads}", "-k", select,
+        "--benchmark-enable", "--benchmark-quiet", f"--rows={output}",
+    ]  # fmt: skip
+    code = pytest.main(options)
+    if code != pytest.ExitCode.OK:
+        console.print(f"what was measured until then: {output}", markup=False)
+        raise typer.Exit(int(code))
+    rows = read_rows(output)
+    output.unlink()
+    if not rows:
+        console.print(f"nothing to measure on {device.value}" + f" matches {select}" * bool(select), markup=False)
+        raise typer.Exit(2)
+    return rows
 
 
 def _print_times(console: Console, rows: list[Row]) -> None:
