@@ -170,6 +170,8 @@ def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[I
     for contender in contenders:
         begin = perf_counter()
         contender.extra_bytes = peak_extra_bytes(contender.call, case.device)
+        if on_cuda:
+            torch.cuda.synchronize()
         seconds = perf_counter() - begin
         if on_cuda:
             contender.calls = min(max(int(CUDA_ROUND / seconds), 1), CUDA_CALLS)
