@@ -31,6 +31,8 @@ WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 # Rows that do not start on 16 bytes take an address for each entry: fewer, by share of the rows and columns, where it spills;
 # at 4096 columns that alone is not enough, and they take the registers of two programs.
 PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
+# Of aligned rows only these, on sm_90: kernel, element, columns.
+SPILLING = {(_sinkhorn_stream_sweep_fwd_kernel, element, 4096) for element in ("fp16", "bf16")}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
@@ -60,7 +62,7 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
                 warps,
                 255 if warps == 4 or pipelined or (not aligned and block_m == 4096) else 128,
                 f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
-                ROWS=max(rows // share, 1) if aligned else PLAIN_ROWS.get((share, block_m), max(rows // share, 1)),
+                ROWS=_rows(kernel, element, share, block_m, rows, aligned),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
                 ALIGNED=aligned,
@@ -68,6 +70,13 @@ def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dt
                 **constants,
             )
     return found
+
+
+def _rows(kernel: Any, element: str, share: int, block_m: int, rows: int, aligned: bool) -> int:
+    """Rows that a program holds at once."""
+    if aligned:
+        return 1 if (kernel, element, block_m) in SPILLING else max(rows // share, 1)
+    return PLAIN_ROWS.get((share, block_m), max(rows // share, 1))
 
 
 def _tiles(kernel: Any, block_0: int) -> dict[tuple[torch.dtype, bool, bool], Configuration]:
