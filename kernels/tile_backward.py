@@ -2,7 +2,7 @@
 
 The forward is run again and leaves u_t and v_t of every sweep in memory. Within a segment, whose log sweep is t0, the
 matrices after the row and the column step of sweep t are diag(u_t) K diag(v_t) and diag(u_{t-1}) K diag(v_t), with
-u_{t0} = v_{t0} = 1 and u_{t0-1} = 2^(f_{t0-1} - f_{t0}), f before and after the log sweep. With W = -u_T D v_T,
+u_{t0} = v_{t0} = 1 and u_{t0-1} = exp(f_{t0-1} - f_{t0}), f before and after the log sweep. With W = -u_T D v_T,
     df = -rowsum(K W),  dg = -colsum(K W),
     for t = T..1:   a = u_t df / r;        W += a v_t^T;        dg -= v_t (K^T a);
                     h = v_t dg / c;        W += u_{t-1} h^T;    df = -u_{t-1} (K h);    dg = 0;
@@ -16,7 +16,7 @@ A program walks over blocks of matrices and reuses its place in the history; ``n
 
 import triton.language as tl
 
-from .arithmetic import LOG2_E, narrow
+from .arithmetic import narrow
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .tile_sweeps import (
@@ -110,9 +110,9 @@ def _sinkhorn_tile_bwd_kernel(
         f0_at = f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n)
         r = load_entries(row_at, inside_row & (has_row != 0), 1.0)
         c = load_entries(col_at, inside_col & (has_col != 0), 1.0)
-        f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0) * LOG2_E
+        f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0)
         inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
-        k = (inverse_tau * LOG2_E).to(dtype)
+        k = inverse_tau.to(dtype)
         x = load_logits(
             logits_ptr,
             stride_b,
@@ -221,7 +221,7 @@ def _sinkhorn_tile_bwd_kernel(
         grad_logits_at = grad_logits_ptr + tile_offsets(
             b, i, j, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m
         )
-        grad_logits = dS * over_rows(over_matrices(inverse_tau.to(dtype)))
+        grad_logits = dS * over_rows(over_matrices(k))
         store_entries(grad_logits_at, narrow(grad_logits, grad_logits_ptr.dtype.element_ty), within)
         if has_vectors != 0:
             at_row, at_col = vector_offsets(b, i, n, 1), vector_offsets(b, j, m, 1)

@@ -7,7 +7,7 @@ The column sums s = K^T u that a sweep leaves serve twice: as denominators of th
 
 import triton.language as tl
 
-from .arithmetic import LN_2, LOG2_E, narrow
+from .arithmetic import narrow
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .squaring import tile_sigma2
@@ -97,9 +97,9 @@ def _sinkhorn_tile_fwd_kernel(
     f0_at = f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n)
     r = load_entries(row_at, inside_row & (has_row != 0), 1.0)
     c = load_entries(col_at, inside_col & (has_col != 0), 1.0)
-    f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0) * LOG2_E
+    f = load_entries(f0_at, inside_row & (has_f0 != 0), 0.0)
     inverse_tau = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature)
-    k = (inverse_tau * LOG2_E).to(dtype)
+    k = inverse_tau.to(dtype)
     x = load_logits(
         logits_ptr,
         stride_b,
@@ -181,8 +181,8 @@ def _sinkhorn_tile_fwd_kernel(
     if has_info != 0:
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, tl.where(tol >= 0, tl.minimum(done, n_iters), n_iters), mask=inside)
-        store_entries(f_ptr + vector_offsets(b, i, n, 1), shifted(f, u, r) * LN_2, inside_row)
-        store_entries(g_ptr + vector_offsets(b, j, m, 1), shifted(g, v, c) * LN_2, inside_col)
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), shifted(f, u, r), inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), shifted(g, v, c), inside_col)
     if WITH_SIGMA2:
         sigma2, _, _ = tile_sigma2(as_matrices(plan), as_lines(r), as_lines(c), SQUARINGS)
         tl.store(sigma2_ptr + b, sigma2, mask=inside)

@@ -3,19 +3,21 @@
 A program holds BLOCK_B matrices, rows and columns padded to the power of two P in code, as a tile [i1, j1, b, i0, j0] with
 i = i1 ROWS + i0 and j = j1 COLS + j0: the compiler deals the last axes out to lanes and warps first, so i1 and j1 count the
 entries of one thread, and sums over them cost no exchange. Vectors over rows are [i1, b, i0], over columns [j1, b, j0].
-x are the logits, -inf where excluded; r and c the marginals, 0 on excluded lines; f and g the potentials in base 2,
-k = log2(e) / temperature:
+x are the logits, -inf where excluded; r and c the marginals, 0 on excluded lines; f and g the potentials,
+k = 1 / temperature:
 
-    K_ij = 2^(k x_ij + f_i + g_j),      P_ij = u_i K_ij v_j.
+    K_ij = exp(k x_ij + f_i + g_j),     P_ij = u_i K_ij v_j.
 
 A segment begins with a log sweep,
-    g_j = log2 c_j - top_j - log2 sum_i 2^(k x_ij + f_i - top_j),
-    K_ij = (r_i / total_i) 2^(k x_ij + g_j - top_i),  total_i its sum over j,   f_i = log2 r_i - top_i - log2 total_i,
-so that the row sums of K are r up to one rounding, u = v = 1, and K depends on g alone. Scaling sweeps follow:
+    g_j = log c_j - top_j - log sum_i exp(k x_ij + f_i - top_j),
+    K_ij = (r_i / total_i) exp(k x_ij + g_j - top_i),  total_i its sum over j,   f_i = log r_i - top_i - log total_i,
+so that the row sums of K are r up to one rounding, u = v = 1, and K depends on g alone. The exponents are formed in nats and
+only their distance from the top is brought to base 2: k x + g is the one sum that rounds at the size of the logits, and
+where these are whole numbers, as large ones of 16 bits are, it is exact. Scaling sweeps follow:
     v_j = c_j / s_j,  s = K^T u;      u_i = r_i / (K v)_i.
 Each multiplies u and v by factors within [1/b, b], b = max(n, m) for uniform marginals and max(total / min r,
 total / min c, 2) otherwise, so floor(45 / log2 b) of them (one less when not uniform) keep what underflows in K below
-2^-36 of a row. Then f += log2 u, g += log2 v and the next segment begins. The matrices of one program share the smallest
+2^-36 of a row. Then f += log u, g += log v and the next segment begins. The matrices of one program share the smallest
 number.
 
 A matrix that has stopped keeps g, u and v; its K, rebuilt from the same g, is the same to the last bit.
@@ -25,7 +27,7 @@ A NaN or +inf in a used entry makes one row of K NaN, hence every column sum.
 import triton
 import triton.language as tl
 
-from .arithmetic import INTERPRET, exp2, log2, reciprocal
+from .arithmetic import INTERPRET, LN_2, LOG2_E, exp2, log2, reciprocal
 from .memory import load_entries
 
 
@@ -204,13 +206,25 @@ def marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings):
 
 
 @triton.jit
+def exp(x):
+    """e^x."""
+    return exp2(x * LOG2_E)
+
+
+@triton.jit
+def log(x, used):
+    """log x, 0 where not ``used``."""
+    return log2(tl.where(used, x, 1.0)) * LN_2
+
+
+@triton.jit
 def log_col_step(x, k, f, c):
     """g from f; k (BLOCK_B,)."""
-    scale = over_rows(over_matrices(k))
-    top = col_maxima(fused(x, scale, over_rows(f)))
+    exponent = fused(x, over_rows(over_matrices(k)), over_rows(f))
+    top = col_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
-    total = col_sums(exp2(fused(x, scale, over_rows(f) - over_cols(top))))
-    return tl.where(c != 0, log2(tl.where(c != 0, c, 1.0)) - top - log2(tl.where(c != 0, total, 1.0)), 0.0)
+    total = col_sums(exp(exponent - over_cols(top)))
+    return tl.where(c != 0, log(c, c != 0) - top - log(total, c != 0), 0.0)
 
 
 @triton.jit
@@ -222,22 +236,20 @@ def quotient(marginal, total):
 
 @triton.jit
 def log_row_step(x, k, g, r, old_f):
-    """K, f and 2^(old_f - f) from g; k (BLOCK_B,). The last is formed without f, whose rounding K does not share."""
-    scale = over_rows(over_matrices(k))
-    # Not 2^(k x + (g - top)): where it matters k x + g is near top, and its rounding small beside that of g - top.
-    exponent = fused(x, scale, over_cols(g))
+    """K, f and exp(old_f - f) from g; k (BLOCK_B,). The last is formed without f, whose rounding K does not share."""
+    exponent = fused(x, over_rows(over_matrices(k)), over_cols(g))
     top = row_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
-    K = exp2(exponent - over_rows(top))
+    K = exp(exponent - over_rows(top))
     total = tl.where(r != 0, row_sums(K), 1.0)
-    f = tl.where(r != 0, log2(tl.where(r != 0, r, 1.0)) - top - log2(total), 0.0)
-    return K * over_rows(r * reciprocal(total)), f, exp2(old_f + top) * quotient(total, r)
+    f = tl.where(r != 0, log(r, r != 0) - top - log(total, r != 0), 0.0)
+    return K * over_rows(r * reciprocal(total)), f, exp(old_f + top) * quotient(total, r)
 
 
 @triton.jit
 def shifted(f, u, r):
-    """f + log2 u, 0 on excluded lines."""
-    return tl.where(r != 0, f + log2(tl.where(r != 0, u, 1.0)), 0.0)
+    """f + log u, 0 on excluded lines."""
+    return tl.where(r != 0, f + log(u, r != 0), 0.0)
 
 
 @triton.jit

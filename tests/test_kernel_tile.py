@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdsm import reference
 from fastdsm.kernels import tile
 from fastdsm.problem import Gradients, Outputs, Problem
+from fastdsm.verification import Case, Target, verify_case
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -184,6 +185,13 @@ def test_largest_tile_crosses_a_segment_forward() -> None:
 
 def test_large_logits() -> None:
     _check(Problem(_logits(3, 7, 7, [200.0, 60.0, 20.0]), 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_logits_of_16_bits(dtype: torch.dtype) -> None:
+    """They are whole numbers, so plain PyTorch's sums are exact, and its budget has no room for rounding them."""
+    records = verify_case(Case((2, 64, 64), dtype, 200.0), Target("triton", "cpu"))
+    assert [record for record in records if not record.ok] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
