@@ -342,8 +342,9 @@ def _gradient(
             line_group=1 if over == "cols" else group,
         )
     else:
+        chunks = -(-query.shape[3] // configuration.constants["BLOCK_O"])
         configuration.launch(
-            out.shape[0] * out.shape[1] * _blocks(configuration, inputs),
+            out.shape[0] * out.shape[1] * _blocks(configuration, inputs) * chunks,
             **shared,
             **named_strides("out", "b h n d", target.stride()),
             out_d=query.shape[3],

@@ -10,7 +10,8 @@ which is the adjoint of ``fastdsm.streamed``. W is a product of TERMS terms at a
     a line's gradient = scale / temperature sum_j dS_ij k_j,    bias_ij: the sum over what the bias is expanded over of
     dS_ij / temperature;
 
-where lines are keys, a program adds the query heads of the group, as each has its dS.
+where lines are keys, a program adds the query heads of the group, as each has its dS. Features of the result beyond BLOCK_O go
+to programs of their own.
 """
 
 import triton
@@ -152,6 +153,7 @@ def _attention_gradient_bwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     EXACT: tl.constexpr,
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -161,8 +163,10 @@ def _attention_gradient_bwd_kernel(
 ):
     program = tl.program_id(0)
     blocks = tl.cdiv(n_lines, BLOCK_L)
+    chunks = tl.cdiv(out_d, BLOCK_O)
     first = (program % blocks) * BLOCK_L
-    out_head = (program // blocks).to(tl.int64)
+    column = ((program // blocks) % chunks) * BLOCK_O
+    out_head = (program // (blocks * chunks)).to(tl.int64)
     outs = heads // heads_per_out
     b, o = out_head // outs, out_head % outs
     line_strides = (line_stride_b, line_stride_h, line_stride_n)
@@ -176,7 +180,7 @@ def _attention_gradient_bwd_kernel(
     vectors = load_side(line, first, line_used, BLOCK_D)
     line_v_head_ptr = line_v_ptr + b * line_v_stride_b + o * line_v_stride_h
     line_v = load_lines(line_v_head_ptr, line_v_stride_n, e, first, line_used, BLOCK_E)
-    acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_L, BLOCK_O], tl.float32)
     unit = first_unit(BLOCK_L)
     for member in range(0, heads_per_out):
         h = o * heads_per_out + member
@@ -203,12 +207,14 @@ def _attention_gradient_bwd_kernel(
                 products = drop(products, seed, dropout_p, dropout_scale, head, first, start, line_is_key)
             products *= plan_tile(x, terms, sizes, head, first, start, line_used, stream_used, STREAM_FIRST)
             grad = products - taken
+            if BLOCK_O != BLOCK_D:
+                stream_vectors = load_lines(stream[0] + column, stream[1], d - column, start, stream_used, BLOCK_O)
             acc, unit = accumulate(acc, unit, grad * (k * LN_2), stream_vectors, PIECES, PRECISION)
 
-    out_head_ptr = out_ptr + b * out_stride_b + o * out_stride_h
+    out_head_ptr = out_ptr + b * out_stride_b + o * out_stride_h + column * out_stride_d
     exists = first + tl.arange(0, BLOCK_L) < n_lines
     acc = accumulated(acc, unit, stream_ptr.dtype.element_ty)
-    store_lines(out_head_ptr, out_stride_n, out_stride_d, out_d, first, exists, acc)
+    store_lines(out_head_ptr, out_stride_n, out_stride_d, out_d - column, first, exists, acc)
 
 
 @finite_jit

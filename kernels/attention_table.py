@@ -76,6 +76,8 @@ BIAS: Tiles = {
 HOPPER: dict[tuple[Any, tuple[str, str], int, bool], Tile] = {
     (_attention_apply_fwd_kernel, ("bf16", "mixed"), 128, False): (64, 16, 8, 1),
     (_attention_apply_fwd_kernel, ("bf16", "mixed"), 128, True): (128, 16, 8, 1, 255),
+    (_attention_apply_fwd_kernel, ("bf16", "mixed"), 256, False): (64, 32, 4, 1, 255),
+    (_attention_apply_fwd_kernel, ("bf16", "mixed"), 256, True): (64, 16, 4, 1, 255),
     (_attention_attend_fwd_kernel, ("bf16", "half"), 64, False): (64, 64, 4, 2, 168),
     (_attention_attend_fwd_kernel, ("fp16", "half"), 64, False): (64, 64, 4, 2, 255),
     **{
@@ -84,8 +86,20 @@ HOPPER: dict[tuple[Any, tuple[str, str], int, bool], Tile] = {
         for key, tile in {
             (_attention_apply_fwd_kernel, (element, "wide"), 64, False): (64, 32, 4, 2, 168),
             (_attention_products_bwd_kernel, (element, "half"), 64, False): (64, 64, 4, 3, 255),
+            (_attention_apply_fwd_kernel, (element, "wide"), 256, True): (64, 16, 4, 1, 255),
             (_attention_gradient_bwd_kernel, (element, "half"), 128, True): (64, 16, 4, 1),
+            (_attention_gradient_bwd_kernel, (element, "half"), 256, False): (64, 16, 4, 1, 255),
+            (_attention_gradient_bwd_kernel, (element, "half"), 256, True): (64, 16, 4, 1, 255),
         }.items()
+    },
+}
+# Features of the result per program on Hopper, where the registers of 64 lines do not hold them all: other programs form the
+# logits once more.
+HOPPER_FEATURES: dict[tuple[Any, tuple[str, str], int, bool], dict[str, int]] = {
+    (_attention_apply_fwd_kernel, ("bf16", "mixed"), 256, True): {"BLOCK_E": 64},
+    **{
+        (_attention_gradient_bwd_kernel, (element, "half"), 256, entries): {"BLOCK_O": 64 if entries else 128}
+        for element, entries in itertools.product(("bf16", "fp16"), (False, True))
     },
 }
 
@@ -101,13 +115,11 @@ def _configuration(
 ) -> Configuration:
     """The one way to run ``kernel`` on query and key of ``kind[0]``; out: element of its result."""
     tile = tiles[kind[1]][entries][BLOCKS_D.index(block_d)]
-    return _with_hopper(HOPPER.get((kernel, kind, block_d, entries)), kernel, tile, kind, block_d, out, entries, constants)
-
-
-def _with_hopper(hopper: Tile | None, kernel: Any, tile: Tile, *rest: Any) -> Configuration:
-    """A configuration, with another tile on Hopper if ``hopper`` is one."""
-    configuration = _tiled(kernel, tile, *rest)
-    return configuration if hopper is None else configuration.with_hopper(_tiled(kernel, hopper, *rest))
+    key, rest = (kernel, kind, block_d, entries), (kind, block_d, out, entries)
+    configuration = _tiled(kernel, tile, *rest, constants)
+    if key not in HOPPER:
+        return configuration
+    return configuration.with_hopper(_tiled(kernel, HOPPER[key], *rest, constants | HOPPER_FEATURES.get(key, {})))
 
 
 def _tiled(
@@ -138,6 +150,13 @@ def _tiled(
         maxnreg=registers[0] if registers else None,
         label=" ".join([label, *names]),
     )
+
+
+def _whole(element: str, block_d: int, lines: int, online: bool) -> Configuration:
+    """The one way to run a whole sweep with ``lines`` on chip."""
+    rest = (element, "half"), block_d, "fp32", False, {"ONLINE": online}
+    anywhere, on_hopper = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
+    return anywhere.with_hopper(on_hopper)
 
 
 def vector_block(kind: tuple[str, str], block_d: int) -> int:
@@ -199,6 +218,7 @@ GRADIENTS = {
         kind[0],
         STREAM_FIRST=stream_first,
         BLOCK_E=vector_block(kind, block_d),
+        BLOCK_O=block_d,
         EXACT="ieee" if kind[1] == "ieee" else "bf16x6",
         PIECES=3 if kind[0] == "bf16" else 2,
         HAS_DROPOUT=dropout,
@@ -246,16 +266,7 @@ WHOLE_TILES: dict[int, tuple[Tile, Tile]] = {
 WHOLE_LINES = tuple(WHOLE_TILES)
 WHOLE_PROGRAMS, WHOLE_STEPS = 1024, 16
 WHOLES = {
-    (element, block_d, lines, online): _with_hopper(
-        WHOLE_TILES[lines][1],
-        _attention_whole_fwd_kernel,
-        WHOLE_TILES[lines][0],
-        (element, "half"),
-        block_d,
-        "fp32",
-        False,
-        {"ONLINE": online},
-    )
+    (element, block_d, lines, online): _whole(element, block_d, lines, online)
     for element, block_d, lines, online in itertools.product(("fp16", "bf16"), WHOLE_D, WHOLE_LINES, (False, True))
 }
 

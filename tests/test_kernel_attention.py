@@ -302,6 +302,17 @@ def test_tiles_of_hopper(dtype: torch.dtype, columns_first: bool, monkeypatch: p
     check_gradient(c, 8, (2,))
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_features_beyond_a_program_of_hopper(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some programs have fewer features than their block."""
+    monkeypatch.setattr(Configuration, "on", lambda self, device: self.hopper or self)
+    c = case(kind, dtype, 70, 33, 200)
+    check_apply(c, 72, dtype, SINGLE)
+    check_apply(c, 72, SINGLE, SINGLE)
+    check_gradient(c, 72, (2,))
+
+
 @pytest.mark.parametrize(("n", "m", "d", "e"), [(1, 1, 1, 1), (40, 3, 5, 17), (3, 40, 20, 40)])
 def test_apply_of_any_size(n: int, m: int, d: int, e: int) -> None:
     check_apply(case("plain", SINGLE, n, m, d), e, SINGLE, SINGLE)

@@ -122,8 +122,8 @@ def faults(row: Row) -> list[str]:
     """Why a row fails; empty when the kernel can be launched, spills nothing and does its work.
 
     Every kernel stores results and takes exponentials, logarithms, roots or reciprocals: Triton has been seen to compile a
-    tile that was too large for it to nothing, without a word. On Hopper attention of 16 bits and up to 128 features is to
-    use the tensor-core instructions of a whole warp group.
+    tile that was too large for it to nothing, without a word. On Hopper attention of 16 bits is to use the tensor-core
+    instructions of a whole warp group.
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -132,11 +132,7 @@ def faults(row: Row) -> list[str]:
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
     found += [f"no {name}: compiled to nothing" for name in ("STG", "MUFU") if not row["instructions"].get(name)]
-    if (
-        row["target"] == "sm_90"
-        and row["pointers"].get("stream_ptr") in ("bf16", "fp16")
-        and row["constants"]["BLOCK_D"] <= 128
-    ):
+    if row["target"] == "sm_90" and row["pointers"].get("stream_ptr") in ("bf16", "fp16"):
         found += ["no HGMMA"] * (not row["instructions"].get("HGMMA"))
     return found
 
