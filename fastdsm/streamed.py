@@ -278,6 +278,11 @@ class AttentionGradients:
     bias: Tensor | None
 
 
+def of_one_line(problem: Attention, sweeps: Sweeps) -> bool:
+    """Whether the marginals alone determine the plan: its derivative is zero, not the rounding of terms that cancel."""
+    return sweeps.n_iters > 0 and 1 in (problem.query.shape[2], problem.key.shape[2])
+
+
 def attention_backward(
     passes: Passes,
     problem: Attention,
@@ -305,12 +310,18 @@ def attention_backward(
     passes.apply(problem, "rows", plan, grad_out, dropout, d_value)
     gradients.value.copy_(d_value)
     del d_value
+    targets = {"query": gradients.query, "key": gradients.key, "bias": gradients.bias}
+    if of_one_line(problem, sweeps):
+        for target in targets.values():
+            if target is not None:
+                target.zero_()
+        return
     d_query, d_key = torch.empty_like(plan.f_fine), torch.empty_like(plan.g_fine)
     passes.products(problem, "cols", plan, value, grad_out, dropout, d_query)
     passes.products(problem, "rows", plan, value, grad_out, dropout, d_key)
     d_last, d_first = _by_side(d_query, d_key, sweeps)
     terms = (_implicit_terms if implicit else _unrolled_terms)(passes, problem, sweeps, state, at, d_last, d_first)
-    for which, target in (("query", gradients.query), ("key", gradients.key), ("bias", gradients.bias)):
+    for which, target in targets.items():
         if target is not None:
             passes.gradient(problem, which, terms, value, grad_out, dropout, target)
 

@@ -231,6 +231,22 @@ def test_empty_and_single_lines(lines: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("lines", [(1, 5), (5, 1)])
+@pytest.mark.parametrize("grad", ["unrolled", "implicit"])
+def test_plan_of_one_line_has_no_derivative(path: str, lines: tuple[int, int], grad: str) -> None:
+    """Differences of terms, times a large scale, are beyond the budget."""
+    n, m = lines
+    query, key, value, bias = (
+        torch.randn(shape).requires_grad_() for shape in ((2, 2, n, 4), (2, 2, m, 4), (2, 2, m, 4), (n, m))
+    )
+    options: dict[str, Any] = {} if grad == "unrolled" else {"tol": 1e-6, "grad": "implicit"}
+    out = fastdsm.sinkhorn_attention(query, key, value, bias, scale=20.0, **options)
+    assert isinstance(out, Tensor)
+    found = torch.autograd.grad(out.square().sum(), (query, key, bias, value))
+    assert [x.abs().max().item() for x in found[:3]] == [0.0, 0.0, 0.0]
+    assert found[3].abs().min() > 0
+
+
 def test_nan_stays_in_its_head(path: str) -> None:
     query, key, value, _ = operands(torch.float32)
     clean = fastdsm.sinkhorn_attention(query, key, value, enable_gqa=True)

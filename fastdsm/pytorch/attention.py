@@ -51,8 +51,9 @@ def attention_backward(
     implicit: bool,
 ) -> None:
     """Fill ``gradients``; where nothing was kept but the last potentials, the sweeps are run again."""
-    if implicit or sweeps.keep or not _stored(problem):
-        state = state if implicit or sweeps.keep else _kept(problem, sweeps, state)
+    complete = implicit or sweeps.keep or streamed.of_one_line(problem, sweeps)
+    if complete or not _stored(problem):
+        state = state if complete else _kept(problem, sweeps, state)
         streamed.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}
