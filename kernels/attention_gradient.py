@@ -163,7 +163,7 @@ def _attention_gradient_bwd_kernel(
 ):
     program = tl.program_id(0)
     blocks = tl.cdiv(n_lines, BLOCK_L)
-    chunks = tl.cdiv(out_d, BLOCK_O)
+    chunks = 1 if BLOCK_O == BLOCK_D else tl.cdiv(out_d, BLOCK_O)
     first = (program % blocks) * BLOCK_L
     column = ((program // blocks) % chunks) * BLOCK_O
     out_head = (program // (blocks * chunks)).to(tl.int64)
