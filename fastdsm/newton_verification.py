@@ -41,11 +41,12 @@ class NewtonCase(Case):
 
 def newton_cases(target: Target, quick: bool = False) -> list[NewtonCase]:
     """The grid: sizes at every logit scale, options, in every dtype."""
-    shapes = (
-        [(64, 4, 4), (8, 9, 9)]
-        if quick
-        else [(3, 1, 1), (64, 3, 3), (256, 4, 4), (16, 6, 5), (8, 9, 9), (4, 5, 20), (2, 64, 64)]
-    )
+    if quick:
+        shapes = [(64, 4, 4), (2, 9, 9)] if target.interpreted else [(64, 4, 4), (8, 9, 9)]
+    elif target.interpreted:
+        shapes = [(3, 1, 1), (64, 3, 3), (64, 4, 4), (4, 6, 5), (2, 9, 9), (1, 5, 20)]
+    else:
+        shapes = [(3, 1, 1), (64, 3, 3), (256, 4, 4), (16, 6, 5), (8, 9, 9), (4, 5, 20), (2, 64, 64)]
     scales = [NewtonCase(shape, x, std, _STEPS) for shape in shapes for x in DTYPES for std in (0.1, 1.0, 4.0)]
     return scales + [NewtonCase(shape, x, 2.0, _STEPS, option) for shape in shapes[:2] for option in _OPTIONS for x in DTYPES]
 

@@ -1,8 +1,9 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
 ``registers``: n, m <= 4, a matrix per thread; ``registers_converged``: those by Newton's method, and the implicit gradient.
-``tile``: matrices that stay on chip. ``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones,
-one read per sweep. ``spectrum``: sigma2 of given plans. Nothing here validates or differentiates.
+``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines. ``panel``: up to 256, logits
+re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``: sigma2 of given plans. Nothing
+here validates or differentiates.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Gradients, Outputs, Problem
-from . import attention, panel, registers, registers_converged, registers_sigma2, spectrum, stream, tile
+from . import attention, panel, registers, registers_converged, registers_sigma2, spectrum, stream, tile, tile_converged
 from .configuration import Configuration
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 
 def configurations() -> list[Configuration]:
     """Every kernel that can be launched: the finite table."""
-    families = (registers, registers_converged, registers_sigma2, tile, panel, stream, spectrum, attention)
+    families = (registers, registers_converged, registers_sigma2, tile, tile_converged, panel, stream, spectrum, attention)
     return [x for family in families for x in family.configurations()]
 
 
@@ -61,18 +62,24 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 
 def newton_forward(problem: Problem, outputs: Outputs) -> bool:
-    """Fill ``outputs`` by Newton's method, in one launch, up to 4x4; false where no kernel serves the problem."""
-    if not registers_converged.supports_forward(problem):
+    """Fill ``outputs`` by Newton's method, in one launch, up to 64; false where no kernel serves the problem."""
+    if registers_converged.supports_forward(problem):
+        registers_converged.newton_forward(problem, outputs)
+    elif tile_converged.supports_forward(problem, outputs.sigma2 is not None):
+        tile_converged.newton_forward(problem, outputs)
+    else:
         return False
-    registers_converged.newton_forward(problem, outputs)
     return True
 
 
 def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients) -> bool:
-    """Fill ``gradients`` of the fixed point near ``g``, in one launch, up to 4x4; false where no kernel serves the problem."""
-    if not registers_converged.supports_backward(problem, gradients.f0 is not None):
+    """Fill ``gradients`` of the fixed point near ``g``, in one launch, up to 64; false where no kernel serves the problem."""
+    if registers_converged.supports_backward(problem, gradients.f0 is not None):
+        registers_converged.implicit_backward(problem, grad_plan, g, gradients)
+    elif tile_converged.supports_backward(problem):
+        tile_converged.implicit_backward(problem, grad_plan, g, gradients)
+    else:
         return False
-    registers_converged.implicit_backward(problem, grad_plan, g, gradients)
     return True
 
 

@@ -93,7 +93,7 @@ def _gram_by_columns(m):
 
 
 @triton.jit
-def _gram(m):
+def gram(m):
     """m^T m of each (P, P) matrix in (BLOCK_B, P, P); a dot where its smallest size allows and in float32.
 
     Not in float64: Triton 3.7 aborts on the tensor-core form of it (sm_80, sm_90) for some layouts of the operands.
@@ -175,7 +175,7 @@ def _powers(m, SQUARINGS: tl.constexpr):
     finite = trace < float("inf")
     exponent = exponent_of(trace)
     inverse = power_of_two(-exponent, m.dtype)
-    g = _gram(m) * inverse[:, None, None]
+    g = gram(m) * inverse[:, None, None]
     trace *= inverse
     weight = trace * 0.0 + 0.5
     log_bound = exponent.to(m.dtype) * 0.5
@@ -188,7 +188,7 @@ def _powers(m, SQUARINGS: tl.constexpr):
         weight = tl.where(active, weight * 0.5, weight)
         log_bound += exponent.to(m.dtype) * weight
         trace = tl.where(active, energy * inverse, trace)
-        squared = _gram(g) * inverse[:, None, None]
+        squared = gram(g) * inverse[:, None, None]
         g = squared if m.shape[0] == 1 else tl.where(active[:, None, None], squared, g)
         energy = _total(g * g)
         active = active & (energy * (1.0 + 2.0**-16) < trace * trace)

@@ -22,7 +22,7 @@ from .squaring import SQUARINGS
 from .tile_backward import _sinkhorn_tile_bwd_kernel
 from .tile_forward import _sinkhorn_tile_fwd_kernel
 
-_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # By P: matrices of a program, rows and columns dealt out to lanes and warps (ROWS, COLS), warps. Chosen so that nothing
 # spills on sm_80, sm_90 and sm_100, and for P <= 32 so that a matrix lies within one warp. A sweep is a chain of exchanges
 # between lanes and warps: few warps with many entries each are up to three times as fast on an H100 as many with few.
@@ -49,12 +49,12 @@ _PROGRAMS_PER_SM = 8
 _HISTORY_BYTES = 1 << 28
 
 
-def _configuration(
+def configuration_of(
     kernel: Any, dtype: torch.dtype, size: int, blocks: dict[int, tuple[int, int, int, int]], **constants: Any
 ) -> Configuration:
     """The one way to run ``kernel`` on matrices of ``dtype`` padded to ``size``."""
     block_b, rows, cols, num_warps = blocks[size]
-    element = _ELEMENTS[dtype]
+    element = ELEMENTS[dtype]
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "fp32")
     pointers |= {"mask_ptr": "u8", "sweeps_ptr": "i32"}
     matrices = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
@@ -73,13 +73,13 @@ def _configuration(
 
 def _backward(dtype: torch.dtype, size: int) -> Configuration:
     anywhere, on_hopper = (
-        _configuration(_sinkhorn_tile_bwd_kernel, dtype, size, blocks) for blocks in (_BACKWARD, _BACKWARD_HOPPER)
+        configuration_of(_sinkhorn_tile_bwd_kernel, dtype, size, blocks) for blocks in (_BACKWARD, _BACKWARD_HOPPER)
     )
     return anywhere if anywhere == on_hopper else anywhere.with_hopper(on_hopper)
 
 
 _FORWARD_TABLE = {
-    (dtype, size, sigma2): _configuration(
+    (dtype, size, sigma2): configuration_of(
         _sinkhorn_tile_fwd_kernel,
         dtype,
         size,
@@ -89,10 +89,10 @@ _FORWARD_TABLE = {
         SQUARINGS=SQUARINGS[size] if sigma2 else 0,
     )
     for sigma2 in (False, True)
-    for dtype in _ELEMENTS
+    for dtype in ELEMENTS
     for size in (SQUARINGS if sigma2 else _FORWARD)
 }
-_BACKWARD_TABLE = {(dtype, size): _backward(dtype, size) for dtype in _ELEMENTS for size in _BACKWARD}
+_BACKWARD_TABLE = {(dtype, size): _backward(dtype, size) for dtype in ELEMENTS for size in _BACKWARD}
 
 
 def configurations() -> list[Configuration]:
@@ -101,19 +101,19 @@ def configurations() -> list[Configuration]:
     return [*_FORWARD_TABLE.values(), *backward]
 
 
-def _size(problem: Problem) -> int:
+def size_of(problem: Problem) -> int:
     """P: the power of two, at least 4, that n and m are padded to."""
     return max(4, triton.next_power_of_2(max(problem.logits.shape[1:])))
 
 
 def supports_forward(problem: Problem, with_sigma2: bool) -> bool:
     """Whether :func:`sinkhorn_forward` covers this size and dtype."""
-    return (problem.logits.dtype, _size(problem), with_sigma2) in _FORWARD_TABLE
+    return (problem.logits.dtype, size_of(problem), with_sigma2) in _FORWARD_TABLE
 
 
 def supports_backward(problem: Problem) -> bool:
     """Whether :func:`sinkhorn_backward` covers this size and dtype."""
-    return (problem.logits.dtype, _size(problem)) in _BACKWARD_TABLE
+    return (problem.logits.dtype, size_of(problem)) in _BACKWARD_TABLE
 
 
 def _uniform_scalings(n: int, m: int) -> int:
@@ -121,7 +121,7 @@ def _uniform_scalings(n: int, m: int) -> int:
     return math.floor(45 / math.log2(max(n, m))) if max(n, m) > 1 else 2**30
 
 
-def _inputs(problem: Problem) -> dict[str, Any]:
+def inputs(problem: Problem) -> dict[str, Any]:
     """Arguments that the forward and the backward share."""
     logits = problem.logits
     device = logits.device
@@ -142,8 +142,8 @@ def _inputs(problem: Problem) -> dict[str, Any]:
         "m": logits.shape[2],
         "n_iters": problem.n_iters,
         "uniform_scalings": _uniform_scalings(*logits.shape[1:]),
-        **_strides("", logits),
-        **_strides("mask_", mask),
+        **strides("", logits),
+        **strides("mask_", mask),
         "row_stride_b": row.stride(0),
         "row_stride_n": row.stride(1),
         "col_stride_b": col.stride(0),
@@ -161,7 +161,7 @@ def _inputs(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _strides(prefix: str, matrices: Tensor) -> dict[str, int]:
+def strides(prefix: str, matrices: Tensor) -> dict[str, int]:
     """The stride arguments of (B, n, m)."""
     return {f"{prefix}stride_{axis}": matrices.stride(dim) for dim, axis in enumerate("bnm")}
 
@@ -169,14 +169,14 @@ def _strides(prefix: str, matrices: Tensor) -> dict[str, int]:
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write what ``outputs`` asks for; see :func:`supports_forward`."""
     logits, plan, sigma2 = problem.logits, outputs.plan, outputs.sigma2
-    configuration = _FORWARD_TABLE[logits.dtype, _size(problem), sigma2 is not None]
+    configuration = _FORWARD_TABLE[logits.dtype, size_of(problem), sigma2 is not None]
     has_info = outputs.residual is not None
     absent = torch.empty(1, dtype=problem.compute_dtype, device=logits.device)
     configuration.launch(
         triton.cdiv(logits.shape[0], configuration.matrices),
-        **_inputs(problem),
+        **inputs(problem),
         plan_ptr=plan,
-        **_strides("plan_", plan),
+        **strides("plan_", plan),
         residual_ptr=outputs.residual if has_info else absent,
         sweeps_ptr=outputs.sweeps if has_info else absent.view(torch.int32),
         f_ptr=outputs.f if has_info else absent,
@@ -194,8 +194,8 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     extra memory: the history of the programs, at most ``_HISTORY_BYTES`` unless that of a single program exceeds it.
     """
     logits = problem.logits
-    configuration = _BACKWARD_TABLE[logits.dtype, _size(problem)].on(logits.device)
-    size = _size(problem)
+    configuration = _BACKWARD_TABLE[logits.dtype, size_of(problem)].on(logits.device)
+    size = size_of(problem)
     slot = 2 * configuration.matrices * size * max(problem.n_iters, 1)
     fitting = max(1, _HISTORY_BYTES // (slot * problem.compute_dtype.itemsize))
     programs = min(
@@ -207,13 +207,13 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     has_vectors = gradients.f0 is not None
     configuration.launch(
         programs,
-        **_inputs(problem),
+        **inputs(problem),
         sweeps_ptr=history.view(torch.int32) if sweeps is None else sweeps,
         grad_plan_ptr=grad_plan,
-        **_strides("grad_plan_", grad_plan),
+        **strides("grad_plan_", grad_plan),
         history_ptr=history,
         grad_logits_ptr=gradients.logits,
-        **_strides("grad_logits_", gradients.logits),
+        **strides("grad_logits_", gradients.logits),
         grad_f0_ptr=gradients.f0 if has_vectors else history,
         grad_row_ptr=gradients.log_row if has_vectors else history,
         grad_col_ptr=gradients.log_col if has_vectors else history,

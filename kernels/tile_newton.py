@@ -1,0 +1,249 @@
+"""Newton's method on tiles: matrices of up to 64 lines, brought to their tolerance on chip, with every option.
+
+The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``, the system is that of
+``fastdsm/pytorch/system.py``; tiles and vectors are those of ``tile_sweeps``. Marginals are in units of the largest r. A step
+makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
+
+The direction solves (H + diag(ground)) d = b, H the Laplacian with edges w_jk = sum_i P_ij P_ik / r_i. Columns are taken out
+one after another. With deg_k = sum of w_kl over the columns l left, and the ground of k,
+
+    d_k = b_k / deg_k + sum_l (w_kl / deg_k) d_l,
+
+put into every other line of the system, those already taken out included: none is left to substitute back. Like elimination
+(``fastdsm/pytorch/laplacian.py``) it is sums, products and quotients of positive numbers, and no weight loses digits.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import narrow, reciprocal, rsqrt
+from .configuration import finite_jit
+from .memory import load_entries, store_entries
+from .squaring import gram
+from .tile_sweeps import (
+    as_lines,
+    as_matrices,
+    col_sums,
+    exp,
+    fused,
+    inverse_temperatures,
+    load_logits,
+    log,
+    log_col_step,
+    marginals,
+    over_cols,
+    over_matrices,
+    over_rows,
+    places,
+    quotient,
+    row_maxima,
+    row_sums,
+    tile_offsets,
+    vector_max,
+    vector_offsets,
+    vector_sum,
+)
+
+PURE_BELOW = tl.constexpr(1e-2)
+_LONGEST_STEP = tl.constexpr(8.0)
+_GROUND = tl.constexpr(1e-3)
+ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
+FINE_MAX = tl.constexpr(0.5)
+
+
+@triton.jit
+def system(x, k, r, c, has_row, has_col, unit_rows):
+    """x finite, r, c and what is aimed at in units of the largest r, that unit, and poison (BLOCK_B,).
+
+    Poison is 0 where all of a matrix is finite and NaN where not: x is 0 there, and results are marked in the end.
+    """
+    poison = vector_sum(row_sums(tl.where(x == -float("inf"), 0.0, x * over_rows(over_matrices(k)) * 0.0)))
+    x = tl.where(over_rows(over_matrices(poison == 0.0)), x, 0.0)
+    r, c, _ = marginals(x, r, c, has_row, has_col, unit_rows, 0)
+    unit = vector_max(r)
+    unit = tl.where(unit > 0, unit, 1.0)
+    r, c = quotient(r, over_matrices(unit)), quotient(c, over_matrices(unit))
+    return x, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, poison
+
+
+@triton.jit
+def plan_at(x, k, base, fine, r):
+    """The plan with exact rows at a column potential, and its log-sums L."""
+    exponent = fused(x, over_rows(over_matrices(k)), over_cols(base))
+    top = row_maxima(exponent)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    P = exp(exponent - over_rows(top)) * over_cols(exp(fine))
+    total = tl.where(r != 0, row_sums(P), 1.0)
+    return P * over_rows(r * reciprocal(total)), tl.where(r != 0, top + log(total, r != 0), 0.0)
+
+
+@triton.jit
+def judged(P, L, base, fine, r, c, aim):
+    """P^T 1, the residual and h of a plan."""
+    sums = col_sums(P)
+    residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, c) - 1.0), 0.0))
+    return sums, residual, vector_sum(r * L) - vector_sum(aim * (base + fine))
+
+
+@triton.jit
+def as_cols(lines, COLS: tl.constexpr):
+    """(BLOCK_B, P) as a vector over columns."""
+    return tl.permute(tl.reshape(lines, (lines.shape[0], lines.shape[1] // COLS, COLS)), (1, 0, 2))
+
+
+@triton.jit
+def laplacian_solve(w, b, ground, m):
+    """The d (BLOCK_B, P) of the module's docstring for edges w (BLOCK_B, P, P), whose diagonal is never looked at."""
+    P: tl.constexpr = w.shape[1]
+    index = tl.arange(0, P)
+    for k in range(0, m):
+        this, later = (index == k)[None, :], (index > k)[None, :]
+        edges = tl.where(later, tl.sum(tl.where(this[:, :, None], w, 0.0), axis=1), 0.0)
+        weights = tl.where(this, 0.0, tl.sum(tl.where(this[:, None, :], w, 0.0), axis=2))
+        own_ground = tl.sum(tl.where(this, ground, 0.0), axis=1)
+        inverse = reciprocal(tl.sum(edges, axis=1) + own_ground)
+        share = edges * inverse[:, None]
+        moved = (tl.sum(tl.where(this, b, 0.0), axis=1) * inverse)[:, None]
+        w = tl.where(this[:, :, None], share[:, None, :], w + weights[:, :, None] * share[:, None, :])
+        b = tl.where(this, moved, b + weights * moved)
+        ground += weights * (own_ground * inverse)[:, None]
+    return b
+
+
+@triton.jit
+def solved(P, b, ground, r, c, m, COLS: tl.constexpr):
+    """d, a vector over columns, with (H + diag(ground)) d = b of the plan P; 0 on excluded columns, where b is 0."""
+    scale = tl.where(r != 0, rsqrt(tl.where(r != 0, r, 1.0)), 0.0)
+    w = gram(as_matrices(P * over_rows(scale)))
+    return as_cols(laplacian_solve(w, as_lines(b), as_lines(tl.where(c != 0, ground, 1.0)), m), COLS)
+
+
+@triton.jit
+def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
+    """Newton's direction around 0, and 0 on excluded columns."""
+    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, ROUNDING)
+    d = solved(P, aim - sums, c * over_matrices(rough), r, c, m, COLS)
+    valid = (c != 0).to(d.dtype)
+    return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
+
+
+@finite_jit
+def _newton_tile_fwd_kernel(
+    logits_ptr,
+    mask_ptr,
+    row_ptr,
+    col_ptr,
+    f0_ptr,
+    temperature_ptr,
+    plan_ptr,
+    residual_ptr,
+    sweeps_ptr,
+    f_ptr,
+    g_ptr,
+    batch: tl.int64,
+    n: tl.int32,
+    m: tl.int32,
+    n_iters: tl.int32,
+    stride_b: tl.int64,
+    stride_n: tl.int64,
+    stride_m: tl.int64,
+    mask_stride_b: tl.int64,
+    mask_stride_n: tl.int64,
+    mask_stride_m: tl.int64,
+    row_stride_b: tl.int64,
+    row_stride_n: tl.int64,
+    col_stride_b: tl.int64,
+    col_stride_m: tl.int64,
+    f0_stride_b: tl.int64,
+    f0_stride_n: tl.int64,
+    temperature_stride: tl.int64,
+    plan_stride_b: tl.int64,
+    plan_stride_n: tl.int64,
+    plan_stride_m: tl.int64,
+    has_mask: tl.int32,
+    has_row: tl.int32,
+    has_col: tl.int32,
+    has_f0: tl.int32,
+    has_temperature: tl.int32,
+    has_info: tl.int32,
+    unit_rows: tl.int32,
+    inverse_temperature: tl.float64,
+    tol: tl.float64,
+    BLOCK_B: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """BLOCK_B matrices; at most ``n_iters`` steps, the first a sweep; 0 is a row step at g = 0."""
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
+    block = tl.program_id(0).to(tl.int64)
+    b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    r = load_entries(row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n), inside_row & (has_row != 0), 1.0)
+    c = load_entries(col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m), inside_col & (has_col != 0), 1.0)
+    f = load_entries(f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n), inside_row & (has_f0 != 0), 0.0)
+    k = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature).to(dtype)
+    x = load_logits(
+        logits_ptr,
+        stride_b,
+        stride_n,
+        stride_m,
+        mask_ptr,
+        mask_stride_b,
+        mask_stride_n,
+        mask_stride_m,
+        has_mask,
+        b,
+        i,
+        j,
+        over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
+        dtype,
+    )
+    x, r, c, aim, unit, poison = system(x, k, r, c, has_row, has_col, unit_rows)
+
+    fine = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
+    base = fine
+    if n_iters > 0:
+        base = log_col_step(x, k, f, c)
+    plan, L = plan_at(x, k, base, fine, r)
+    sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
+    d = fine
+    if n_iters > 1:
+        d = direction(plan, sums, residual, r, c, aim, m, COLS)
+    damped = residual < 0.0
+    going = inside & (poison == 0.0) & ~(residual <= tol)
+    steps = tl.zeros([BLOCK_B], tl.int32) + tl.minimum(n_iters, 1)
+    count = 1
+    while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        count += 1
+        steps += going.to(tl.int32)
+        spread = tl.maximum(vector_max(d) + vector_max(-d), 1e-30)
+        wanted = tl.where(damped & (spread > 1e-3), log(1.0 + spread, damped), spread)
+        length = tl.minimum(wanted, _LONGEST_STEP) * reciprocal(spread)
+        new_fine = fine + d * over_matrices(length)
+        far = over_matrices(vector_max(tl.abs(new_fine)) > FINE_MAX)
+        new_base = tl.where(far, base + new_fine, base)
+        new_fine = tl.where(far, 0.0, new_fine)
+        plan, L = plan_at(x, k, new_base, new_fine, r)
+        sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
+        fallen = (new_objective <= objective) | (new_residual <= tol)
+        refused = (residual >= PURE_BELOW) & ~damped & ~fallen
+        moved = going & ~refused
+        there = over_matrices(moved)
+        base, fine = tl.where(there, new_base, base), tl.where(there, new_fine, fine)
+        residual, objective = tl.where(moved, new_residual, residual), tl.where(moved, new_objective, objective)
+        damped = refused
+        going = going & ~(residual <= tol)
+        if (count < n_iters) & (tl.max((going & moved).to(tl.int32), axis=0) > 0):
+            d = tl.where(there, direction(plan, sums, new_residual, r, c, aim, m, COLS), d)
+
+    plan, L = plan_at(x, k, base, fine, r)
+    plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
+    b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    out_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
+    store_entries(out_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
+    if has_info != 0:
+        tl.store(residual_ptr + b, residual + poison, mask=inside)
+        tl.store(sweeps_ptr + b, steps, mask=inside)
+        f = tl.where(r != 0, log(r * over_matrices(unit), r != 0) - L, 0.0)
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), f, inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), base + fine, inside_col)
