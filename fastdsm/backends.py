@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -25,17 +26,19 @@ def _kernels(backend: str) -> ModuleType | None:
 def sinkhorn_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
     """Fill ``outputs``."""
     kernels = _kernels(backend)
-    if kernels is None or not (kernels.sinkhorn_forward(problem, outputs) or _sigma2_afterwards(kernels, problem, outputs)):
+    if kernels is None or not _by_kernels(kernels.sinkhorn_forward, problem, outputs):
         pytorch.sinkhorn_forward(problem, outputs)
 
 
-def _sigma2_afterwards(kernels: ModuleType, problem: Problem, outputs: Outputs) -> bool:
-    """Plans from the kernels where these know no sigma2, and that from the PyTorch path; false where they know neither."""
+def _by_kernels(forward: Callable[[Problem, Outputs], bool], problem: Problem, outputs: Outputs) -> bool:
+    """Whether ``forward`` served the problem: plan and sigma2 at once, or else the plan, and sigma2 from it."""
+    if forward(problem, outputs):
+        return True
     if outputs.sigma2 is None:
         return False
     logits = problem.logits.to(problem.compute_dtype)
     plan = outputs.plan if outputs.plan.dtype == logits.dtype else torch.empty_like(logits)
-    if not kernels.sinkhorn_forward(replace(problem, logits=logits), replace(outputs, plan=plan, sigma2=None)):
+    if not forward(replace(problem, logits=logits), replace(outputs, plan=plan, sigma2=None)):
         return False
     taking_part = logits != -torch.inf
     if problem.mask is not None:
@@ -44,7 +47,7 @@ def _sigma2_afterwards(kernels: ModuleType, problem: Problem, outputs: Outputs) 
     if problem.row_marginal is None and problem.col_marginal is None and not problem.unit_rows:
         given = plan.mT, None, None, taking_part.mT  # the side whose lines have mass 1 comes first
     u, v = (plan.new_empty(given[0].shape[0], lines) for lines in given[0].shape[1:])
-    pytorch.sigma2(*given, None, "auto", DEFAULT_TOL, 0, outputs.sigma2, u, v)
+    sigma2((outputs.sigma2, u, v), *given, None, "auto", DEFAULT_TOL, 0, "triton")
     if plan is not outputs.plan:
         outputs.plan.copy_(plan)
     return True
@@ -60,7 +63,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 def newton_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
     """Fill ``outputs``."""
     kernels = _kernels(backend)
-    if kernels is None or not kernels.newton_forward(problem, outputs):
+    if kernels is None or not _by_kernels(kernels.newton_forward, problem, outputs):
         pytorch.newton_forward(problem, outputs)
 
 

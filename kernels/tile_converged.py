@@ -1,6 +1,6 @@
 """Converged plans in the tile family: launches of Newton's method and of the implicit gradient on up to 64 lines.
 
-Every option, but no float64 and no sigma2 beside the plan.
+Every option, but no float64; sigma2 takes a launch of its own.
 """
 
 from __future__ import annotations

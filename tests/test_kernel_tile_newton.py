@@ -175,7 +175,13 @@ def test_what_is_supported() -> None:
         assert not tile_converged.supports_backward(replace(problem, logits=other))
 
 
-def test_sigma2_beside_a_converged_plan() -> None:
-    logits = random_logits(6, 6, 2.0)
-    found, known = (fastdsm.sinkhorn_sigma2(logits, solver="newton", backend=backend) for backend in ("triton", "torch"))
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_sigma2_beside_a_converged_plan(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(7, 5, 2.0)
+    logits[1, 2] = -torch.inf
+    known = fastdsm.sinkhorn_sigma2(logits, solver="newton", first=first, backend="torch")
+    monkeypatch.setattr(pytorch, "newton_forward", None)
+    monkeypatch.setattr(pytorch, "sigma2", None)
+    found = fastdsm.sinkhorn_sigma2(logits, solver="newton", first=first, backend="triton")
+    torch.testing.assert_close(found.plan, known.plan, atol=4e-6, rtol=0)
     torch.testing.assert_close(found.sigma2, known.sigma2, atol=1e-5, rtol=1e-4)
