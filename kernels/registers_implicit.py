@@ -21,8 +21,9 @@ import triton.language as tl
 
 from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
+from .newton_rules import PURE_BELOW
 from .registers_forward import load_logits
-from .registers_newton import PURE_BELOW, direction, edges, grounds, missing, plan_at, scaled_plan, shares, solve
+from .registers_newton import direction, edges, grounds, missing, plan_at, scaled_plan, shares, solve
 from .registers_sweeps import (
     load_packed,
     load_strided,

@@ -28,16 +28,11 @@ import triton.language as tl
 from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal, reciprocals
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
+from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from .registers_forward import load_logits, log2_count
 from .registers_sweeps import log_sweep, max4, ones, store_packed, store_strided, sums_over_rows, valid_lines, zeros
 
-PURE_BELOW = tl.constexpr(1e-2)
-_ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
-_LONGEST_STEP = tl.constexpr(8.0)
-_GROUND = tl.constexpr(1e-3)
 _FAR = tl.constexpr(2.0**12)
-_SMALLEST_SPREAD = tl.constexpr(1e-30)
-_SHORT = tl.constexpr(1e-3)  # log(1 + s) is s to half of this, and log2(1 + s) all rounding far below
 # How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first a new K.
 _DONE, _PURE, _WATCHED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
@@ -142,8 +137,7 @@ def grounds(share, rough, spare_col):
 @triton.jit
 def direction(P, b, residual, share, spare_col):
     """Newton's direction, in natural units, around 0 but for rounding; 0 in excluded columns."""
-    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, _ROUNDING)
-    return solve(edges(P), b, grounds(share, rough, spare_col))
+    return solve(edges(P), b, grounds(share, roughness(residual), spare_col))
 
 
 @triton.jit
@@ -152,17 +146,9 @@ def _spread(d):
 
 
 @triton.jit
-def _length(d, damped):
-    """Share of d to go: all of it or log(1 + s) / s of it, and no further than a spread of _LONGEST_STEP."""
-    spread = tl.maximum(_spread(d), _SMALLEST_SPREAD)
-    wanted = tl.where(damped & (spread > _SHORT), LN_2 * log2(1.0 + spread), spread)
-    return tl.minimum(tl.minimum(wanted, _LONGEST_STEP) * reciprocal(spread), 1.0)
-
-
-@triton.jit
 def _care(going, residual, damped, d, v):
     """_DONE to _REBASED."""
-    watched = (residual >= PURE_BELOW) | damped | (_spread(d) > _LONGEST_STEP)
+    watched = (residual >= PURE_BELOW) | damped | (_spread(d) > LONGEST_STEP)
     far = max4(v[0], v[1], v[2], v[3]) > _FAR
     care = tl.where(far, _REBASED, tl.where(watched, _WATCHED, _PURE))
     return tl.where(going, care, _DONE)
@@ -237,7 +223,7 @@ def _newton_fwd_kernel(
             objective = tl.where(new, 0.0, objective)
         length = tl.where(going, LOG2_E, 0.0)
         if most > _PURE:
-            length = tl.where(care > _PURE, LOG2_E * _length(d, damped), length)
+            length = tl.where(care > _PURE, LOG2_E * step_share(_spread(d), damped), length)
         new_v = [v[j] * exp2(length * d[j]) for j in (0, 1, 2, 3)]
         P, t = scaled_plan(K, new_v, spare_row)
         b, new_residual = missing(P, share)

@@ -14,7 +14,8 @@ import triton.language as tl
 from .arithmetic import narrow, reciprocal
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
-from .tile_newton import FINE_MAX, PURE_BELOW, ROUNDING, direction, judged, plan_at, solved, system
+from .newton_rules import PURE_BELOW, ROUNDING
+from .tile_newton import direction, folded, judged, plan_at, solved, system
 from .tile_sweeps import (
     col_sums,
     inverse_temperatures,
@@ -27,7 +28,6 @@ from .tile_sweeps import (
     row_maxima,
     row_sums,
     tile_offsets,
-    vector_max,
     vector_offsets,
     vector_sum,
 )
@@ -113,8 +113,8 @@ def _implicit_tile_bwd_kernel(
     sums, residual, _ = judged(plan, L, base, fine, r, c, aim)
     step = direction(plan, sums, residual, r, c, aim, m, COLS)
     step = tl.where(over_matrices(residual < PURE_BELOW), step, 0.0)
-    far = over_matrices(vector_max(tl.abs(step)) > FINE_MAX)
-    plan, _ = plan_at(x, k, tl.where(far, base + step, base), tl.where(far, 0.0, step), r)
+    base, fine = folded(base, step)
+    plan, _ = plan_at(x, k, base, fine, r)
 
     used = over_rows(inside_row) & over_cols(inside_col) & (x != -float("inf"))
     grad_plan_at = grad_plan_ptr + tile_offsets(b, i, j, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m)

@@ -19,6 +19,7 @@ import triton.language as tl
 from .arithmetic import narrow, reciprocal, rsqrt
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
+from .newton_rules import PURE_BELOW, roughness, step_share
 from .squaring import gram
 from .tile_sweeps import (
     as_lines,
@@ -44,11 +45,7 @@ from .tile_sweeps import (
     vector_sum,
 )
 
-PURE_BELOW = tl.constexpr(1e-2)
-_LONGEST_STEP = tl.constexpr(8.0)
-_GROUND = tl.constexpr(1e-3)
-ROUNDING = tl.constexpr(2.0**-21)  # share of c by which column sums are known: four units
-FINE_MAX = tl.constexpr(0.5)
+_FINE_MAX = tl.constexpr(0.5)
 
 
 @triton.jit
@@ -75,6 +72,13 @@ def plan_at(x, k, base, fine, r):
     P = exp(exponent - over_rows(top)) * over_cols(exp(fine))
     total = tl.where(r != 0, row_sums(P), 1.0)
     return P * over_rows(r * reciprocal(total)), tl.where(r != 0, top + log(total, r != 0), 0.0)
+
+
+@triton.jit
+def folded(base, fine):
+    """The same potential with |fine| <= 1/2, the base left alone where that holds already."""
+    large = over_matrices(vector_max(tl.abs(fine)) > _FINE_MAX)
+    return tl.where(large, base + fine, base), tl.where(large, 0.0, fine)
 
 
 @triton.jit
@@ -121,8 +125,7 @@ def solved(P, b, ground, r, c, m, COLS: tl.constexpr):
 @triton.jit
 def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
     """Newton's direction around 0, and 0 on excluded columns."""
-    rough = tl.where(residual >= PURE_BELOW, tl.minimum(residual, 1.0) * _GROUND, ROUNDING)
-    d = solved(P, aim - sums, c * over_matrices(rough), r, c, m, COLS)
+    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, COLS)
     valid = (c != 0).to(d.dtype)
     return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
 
@@ -216,13 +219,8 @@ def _newton_tile_fwd_kernel(
     while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
         count += 1
         steps += going.to(tl.int32)
-        spread = tl.maximum(vector_max(d) + vector_max(-d), 1e-30)
-        wanted = tl.where(damped & (spread > 1e-3), log(1.0 + spread, damped), spread)
-        length = tl.minimum(wanted, _LONGEST_STEP) * reciprocal(spread)
-        new_fine = fine + d * over_matrices(length)
-        far = over_matrices(vector_max(tl.abs(new_fine)) > FINE_MAX)
-        new_base = tl.where(far, base + new_fine, base)
-        new_fine = tl.where(far, 0.0, new_fine)
+        length = step_share(vector_max(d) + vector_max(-d), damped)
+        new_base, new_fine = folded(base, fine + d * over_matrices(length))
         plan, L = plan_at(x, k, new_base, new_fine, r)
         sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
         fallen = (new_objective <= objective) | (new_residual <= tol)

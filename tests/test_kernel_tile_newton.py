@@ -19,6 +19,8 @@ from fastdsm.newton_verification import NewtonCase, verify_newton_case
 from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.verification import Target
 
+from .test_kernel_registers import empty_outputs
+
 TOL = 1e-6
 INTERPRETER = Target("triton", "cpu")
 
@@ -27,16 +29,8 @@ def random_logits(n: int, m: int, std: float, batch: int = 3) -> Tensor:
     return std * torch.randn(batch, n, m, generator=torch.Generator().manual_seed(n + m))
 
 
-def outputs_of(problem: Problem) -> Outputs:
-    batch, n, m = problem.logits.shape
-    sizes = ((batch,), (batch, n), (batch, m))
-    residual, f, g = (torch.full(size, torch.nan) for size in sizes)
-    plan = torch.full((batch, n, m), torch.nan, dtype=problem.logits.dtype)
-    return Outputs(plan, residual, torch.full((batch,), -7, dtype=torch.int32), f, g)
-
-
 def newton(problem: Problem, solver: Any = tile_converged) -> Outputs:
-    outputs = outputs_of(problem)
+    outputs = replace(empty_outputs(problem), sigma2=None)
     solver.newton_forward(problem, outputs)
     return outputs
 
