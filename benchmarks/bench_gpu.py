@@ -32,8 +32,9 @@ from .gpu_targets import (
     FULL_SHAPES,
     HEADS_SHAPE,
     MORE_SWEEPS,
-    NEWTON_SHAPE,
+    NEWTON_SHAPES,
     ONE_SHAPE,
+    WIDE_SHAPE,
     of_sweeps,
 )
 from .harness import Case, Definition, Implementation, Outputs, measure
@@ -52,9 +53,10 @@ def _on_a_gpu(device: str) -> None:
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
-def bench_attention_of_many_heads(benchmark: BenchmarkFixture, device: str, direction: str) -> None:
-    """Attend with 64 heads of 4,096 lines; flash attention's softmax is the yardstick of a half sweep."""
-    operands = torch.randn(HEADS_SHAPE, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+@pytest.mark.parametrize("shape", [HEADS_SHAPE, WIDE_SHAPE], ids=str)
+def bench_attention_of_many_heads(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...], direction: str) -> None:
+    """Attend with heads of 4,096 lines; flash attention's softmax is the yardstick of a half sweep."""
+    operands = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     eager, _ = attention_baselines()
     implementations = [_attention(ATTENTION_SWEEPS, "fastdsm"), eager, _flash()]
     if direction == FORWARD:
@@ -145,9 +147,10 @@ def bench_sweep_of_one_matrix(benchmark: BenchmarkFixture, device: str) -> None:
     measure(benchmark, Case("sinkhorn", logits, FORWARD), implementations)
 
 
-def bench_newton_beside_twenty_sweeps(benchmark: BenchmarkFixture, device: str) -> None:
+@pytest.mark.parametrize("shape", NEWTON_SHAPES, ids=str)
+def bench_newton_beside_twenty_sweeps(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...]) -> None:
     """Converge projections of normal logits of standard deviation 2."""
-    logits = 2 * torch.randn(NEWTON_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    logits = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def newton(x: Tensor) -> Outputs:
         return (cast(Tensor, fastdsm.sinkhorn(x, solver="newton", tol=TOL)),)
