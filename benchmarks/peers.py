@@ -57,9 +57,11 @@ def _pot() -> Implementation:
     from ot.batch import bregman_projection_batch
 
     def plan(x: Tensor) -> Outputs:
-        return (bregman_projection_batch(x.exp(), max_iter=SWEEPS, tol=0.0, grad="autodiff")["T"],)
+        # Its own marginals, 1 / n, lie on the CPU.
+        a, b = (torch.full_like(x[:, :, 0], 1 / x.shape[1]), torch.full_like(x[:, 0], 1 / x.shape[2]))
+        return (bregman_projection_batch(x.exp(), a, b, max_iter=SWEEPS, tol=0.0, grad="autodiff")["T"],)
 
-    call = f'ot.batch.bregman_projection_batch(x.exp(), max_iter={SWEEPS}, tol=0.0, grad="autodiff")'
+    call = f'ot.batch.bregman_projection_batch(x.exp(), 1 / n, 1 / m, max_iter={SWEEPS}, tol=0.0, grad="autodiff")'
     return Implementation("POT", call, plan, ROWS_THEN_COLUMNS)
 
 
@@ -107,7 +109,7 @@ def _liger(source: Tensor) -> Implementation:
     n = source.shape[-1]
     if n != 4:
         return _left_out("Liger", "its projection is part of hyper-connections of 4 streams")
-    liger_mhc_coeffs = import_module("liger_kernel.ops.mhc").liger_mhc_coeffs
+    liger_mhc_coeffs = import_module("liger_kernel.transformers.functional").liger_mhc_coeffs
     streams = torch.zeros(2 * n, device=source.device)
     weights = torch.eye(n * n, device=source.device)
     weights = torch.cat([streams.expand(n * n, -1), weights], dim=1)
@@ -117,7 +119,7 @@ def _liger(source: Tensor) -> Implementation:
     def plan(x: Tensor) -> Outputs:
         return (liger_mhc_coeffs(x, weights, bias, one, one, one, allow_fp32=True, tmax=SWEEPS)[2],)
 
-    call = f"liger_kernel.ops.mhc.liger_mhc_coeffs(x, [0, I], 0, 1, 1, 1, allow_fp32=True, tmax={SWEEPS})[2]"
+    call = f"liger_kernel.transformers.functional.liger_mhc_coeffs(x, [0, I], 0, 1, 1, 1, allow_fp32=True, tmax={SWEEPS})[2]"
     return Implementation("Liger", call, plan, Definition("RMS norm of 16 logits; softmax + eps, sweeps with eps", _with_eps))
 
 
