@@ -53,6 +53,12 @@ def _by_kernels(forward: Callable[[Problem, Outputs], bool], problem: Problem, o
     return True
 
 
+def temperature_search(backend: str, *arguments: Any) -> bool:
+    """Whether a kernel served :func:`fastdsm.kernels.temperature_search` of these arguments."""
+    kernels = _kernels(backend)
+    return kernels is not None and kernels.temperature_search(*arguments)
+
+
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, backend: str) -> None:
     """Fill ``gradients``."""
     kernels = _kernels(backend)

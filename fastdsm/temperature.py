@@ -41,7 +41,8 @@ def temperature_for_sigma2(
     """Temperature at which the converged plan of each matrix has sigma2 = ``target``; the largest, if there are several.
 
     Args:
-        logits: (..., n, m), float16, bfloat16, float32 or float64; -inf entries take no part. The search is in float64.
+        logits: (..., n, m), float16, bfloat16, float32 or float64; -inf entries take no part. The search is in float64, but
+            where kernels serve narrower logits of up to 64 lines: there it is one launch, in float32.
         target: in (0, 1), a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         row_marginal, col_marginal, mask: as for :func:`fastdsm.sinkhorn`; constants here, so marginals must not require grad.
         n_iters: steps of Newton's method at most for one plan.
@@ -111,7 +112,7 @@ def _search(
     needed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     matrices, rounding = matrices_of(logits, row, col, mask, n_iters, backend)
-    temperature, reached = search(matrices, rounding, target.double(), needed)
+    temperature, reached = search(matrices, rounding, target.double(), needed, logits.dtype)
     return temperature.to(compute_dtype(logits.dtype)), reached
 
 

@@ -13,6 +13,9 @@ sigma2(tau), of the plan of logits / tau swept to convergence, is continuous. Ne
 Inside the bracket: regula falsi in log tau with Illinois' halving, each third step a bisection, so that the bracket at least
 halves every three steps. Every matrix has its own bracket; on a CPU those that are done leave the batch. The potentials are
 those of a smooth function of tau divided by it, f = F(tau) / tau, so that F starts the next plan's sweeps.
+
+Matrices of up to 64 lines whose logits are narrower than float64 have all of this in one launch where there are kernels, in
+float32 (``kernels/tile_temperature.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import backends, transforms
 from .projection import sinkhorn
 from .reference import marginals_of, valid_entries
 from .spectrum import sigma2
@@ -129,8 +132,13 @@ class _Bracket:
     found: Tensor
 
 
-def search(matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(temperature, reached), (B,) each: NaN and False where no root was found, or where it is not ``needed``."""
+def search(
+    matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(temperature, reached), (B,) each: NaN and False where no root was found, or where it is not ``needed``.
+
+    ``dtype``: that of the logits as they came, which tells how precise the search has to be.
+    """
     size = matrices.logits.masked_fill(matrices.logits == -torch.inf, 0.0).abs().amax((-2, -1))
     searched = (size > rounding) & (size < torch.inf) & (target > 0) & (target < 1)
     if needed is not None:
@@ -138,11 +146,22 @@ def search(matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor 
     target = torch.where(searched, target, 0.5)
     masked = ((matrices.logits == -torch.inf) & matrices.lines).flatten(1).any(-1)
     top = torch.where(searched, size, 1.0) / target.atanh() * torch.where(masked, _MASKED_START, _START)
+    if dtype != torch.float64 and (found := _by_kernel(matrices, target, top.log2().where(searched, torch.nan))):
+        return found
     curve = _Curve(matrices)
     bracket = _scan(curve, target, top.log(), searched)
     log_tau, error, done = _refine(curve, target, bracket)
     reached = bracket.found & done & (error.abs() <= _TOL)
     return torch.where(reached, log_tau.exp(), torch.nan), reached
+
+
+def _by_kernel(matrices: Matrices, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What :func:`search` returns, in one launch; None where no kernel serves these matrices."""
+    logits, row, col = (None if x is None else x.float() for x in (matrices.logits, matrices.row, matrices.col))
+    start = start.float()
+    temperature, reached = torch.empty_like(start), torch.empty_like(start, dtype=torch.bool)
+    arguments = logits, row, col, target.float(), start, matrices.n_iters, temperature, reached
+    return (temperature, reached) if backends.temperature_search(matrices.backend, *arguments) else None
 
 
 def _scan(curve: _Curve, target: Tensor, top: Tensor, searched: Tensor) -> _Bracket:

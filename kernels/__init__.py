@@ -1,9 +1,9 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
 ``registers``: n, m <= 4, a matrix per thread; ``registers_converged``: those by Newton's method, and the implicit gradient.
-``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines. ``panel``: up to 256, logits
-re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``: sigma2 of given plans. Nothing
-here validates or differentiates.
+``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines, and the temperature of a sigma2.
+``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``:
+sigma2 of given plans. Nothing here validates or differentiates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "sigma2_bounds",
     "sinkhorn_backward",
     "sinkhorn_forward",
+    "temperature_search",
 ]
 
 
@@ -115,4 +116,21 @@ def sigma2_bounds(
     if not spectrum.supports(plan):
         return False
     spectrum.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper)
+    return True
+
+
+def temperature_search(
+    logits: Tensor,
+    row_marginal: Tensor | None,
+    col_marginal: Tensor | None,
+    target: Tensor,
+    start: Tensor,
+    n_iters: int,
+    temperature: Tensor,
+    reached: Tensor,
+) -> bool:
+    """Fill ``temperature`` and ``reached``, in one launch up to 64; false where no kernel serves matrices of this size."""
+    if not tile_converged.supports_temperature(logits):
+        return False
+    tile_converged.temperature_search(logits, row_marginal, col_marginal, target, start, n_iters, temperature, reached)
     return True

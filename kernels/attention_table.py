@@ -119,7 +119,7 @@ def _configuration(
     configuration = _tiled(kernel, tile, *rest, constants)
     if key not in HOPPER:
         return configuration
-    return configuration.with_hopper(_tiled(kernel, HOPPER[key], *rest, constants | HOPPER_FEATURES.get(key, {})))
+    return configuration.with_own(_tiled(kernel, HOPPER[key], *rest, constants | HOPPER_FEATURES.get(key, {})), "sm_90")
 
 
 def _tiled(
@@ -156,7 +156,7 @@ def _whole(element: str, block_d: int, lines: int, online: bool) -> Configuratio
     """The one way to run a whole sweep with ``lines`` on chip."""
     rest = (element, "half"), block_d, "fp32", False, {"ONLINE": online}
     anywhere, on_hopper = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
-    return anywhere.with_hopper(on_hopper)
+    return anywhere.with_own(on_hopper, "sm_90")
 
 
 def vector_block(kind: tuple[str, str], block_d: int) -> int:
@@ -274,4 +274,4 @@ WHOLES = {
 def configurations() -> list[Configuration]:
     """Every kernel of this family that can be launched."""
     tables = (SWEEPS, WHOLES, ATTENDS, APPLIES, PRODUCTS, GRADIENTS, BIASES)
-    return [y for table in tables for x in table.values() for y in (x, x.hopper) if y is not None]
+    return [y for table in tables for x in table.values() for y in x.everywhere()]

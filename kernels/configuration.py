@@ -39,7 +39,7 @@ class Configuration:
 
     kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}.
     constants: every constexpr argument. matrices: matrices handled by one program. targets: what it is compiled for; where
-    Hopper has one of its own, ``hopper``, the others.
+    one of them has a configuration of its own, ``own``, the others.
     """
 
     kernel: Any
@@ -51,19 +51,23 @@ class Configuration:
     maxnreg: int | None = None
     label: str = field(default="", compare=False)
     targets: tuple[str, ...] = TARGETS
-    hopper: Configuration | None = field(default=None, compare=False)
+    own: Configuration | None = field(default=None, compare=False)
     compiled: dict[int | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def with_hopper(self, own: Configuration) -> Configuration:
-        """This one, and ``own`` in its place on Hopper."""
-        others = tuple(x for x in TARGETS if x != "sm_90")
-        return replace(self, targets=others, hopper=replace(own, targets=("sm_90",)))
+    def with_own(self, own: Configuration, target: str) -> Configuration:
+        """This one, and ``own`` in its place on ``target``."""
+        others = tuple(x for x in TARGETS if x != target)
+        return replace(self, targets=others, own=replace(own, targets=(target,)))
 
     def on(self, device: torch.device) -> Configuration:
         """The one to launch on ``device``."""
-        if self.hopper is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        if self.own is None or device.type != "cuda":
             return self
-        return self.hopper
+        return self.own if self.own.targets == (f"sm_{torch.cuda.get_device_capability(device)[0]}0",) else self
+
+    def everywhere(self) -> list[Configuration]:
+        """This one, and the one that a target has of its own."""
+        return [self] if self.own is None else [self, self.own]
 
     def options(self) -> dict[str, int]:
         """What the compiler takes beside the constants. ``maxnreg``: registers a thread may take, where ptxas by itself

@@ -56,7 +56,7 @@ def configuration_of(
     block_b, rows, cols, num_warps = blocks[size]
     element = ELEMENTS[dtype]
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "fp32")
-    pointers |= {"mask_ptr": "u8", "sweeps_ptr": "i32"}
+    pointers |= {"mask_ptr": "u8", "sweeps_ptr": "i32", "reached_ptr": "u8"}
     matrices = ("logits_ptr", "plan_ptr", "grad_plan_ptr", "grad_logits_ptr")
     pointers |= {name: element for name in matrices if name in pointers}
     return Configuration(
@@ -71,11 +71,18 @@ def configuration_of(
     )
 
 
-def _backward(dtype: torch.dtype, size: int) -> Configuration:
-    anywhere, on_hopper = (
-        configuration_of(_sinkhorn_tile_bwd_kernel, dtype, size, blocks) for blocks in (_BACKWARD, _BACKWARD_HOPPER)
-    )
-    return anywhere if anywhere == on_hopper else anywhere.with_hopper(on_hopper)
+def configuration_with_own(
+    kernel: Any,
+    dtype: torch.dtype,
+    size: int,
+    blocks: dict[int, tuple[int, int, int, int]],
+    target: str,
+    own: dict[int, tuple[int, int, int, int]],
+    **constants: Any,
+) -> Configuration:
+    """That of ``blocks``, and where it is another that of ``own`` in its place on ``target``."""
+    anywhere, there = (configuration_of(kernel, dtype, size, x, **constants) for x in (blocks, own))
+    return anywhere if anywhere == there else anywhere.with_own(there, target)
 
 
 _FORWARD_TABLE = {
@@ -92,13 +99,16 @@ _FORWARD_TABLE = {
     for dtype in ELEMENTS
     for size in (SQUARINGS if sigma2 else _FORWARD)
 }
-_BACKWARD_TABLE = {(dtype, size): _backward(dtype, size) for dtype in ELEMENTS for size in _BACKWARD}
+_BACKWARD_TABLE = {
+    (dtype, size): configuration_with_own(_sinkhorn_tile_bwd_kernel, dtype, size, _BACKWARD, "sm_90", _BACKWARD_HOPPER)
+    for dtype in ELEMENTS
+    for size in _BACKWARD
+}
 
 
 def configurations() -> list[Configuration]:
     """Every kernel of this family that can be launched."""
-    backward = [y for x in _BACKWARD_TABLE.values() for y in (x, x.hopper) if y is not None]
-    return [*_FORWARD_TABLE.values(), *backward]
+    return [*_FORWARD_TABLE.values(), *(y for x in _BACKWARD_TABLE.values() for y in x.everywhere())]
 
 
 def size_of(problem: Problem) -> int:
@@ -116,7 +126,7 @@ def supports_backward(problem: Problem) -> bool:
     return (problem.logits.dtype, size_of(problem)) in _BACKWARD_TABLE
 
 
-def _uniform_scalings(n: int, m: int) -> int:
+def uniform_scalings(n: int, m: int) -> int:
     """Scaling sweeps of a segment with uniform marginals; as many as there are for a single entry."""
     return math.floor(45 / math.log2(max(n, m))) if max(n, m) > 1 else 2**30
 
@@ -141,7 +151,7 @@ def inputs(problem: Problem) -> dict[str, Any]:
         "n": logits.shape[1],
         "m": logits.shape[2],
         "n_iters": problem.n_iters,
-        "uniform_scalings": _uniform_scalings(*logits.shape[1:]),
+        "uniform_scalings": uniform_scalings(*logits.shape[1:]),
         **strides("", logits),
         **strides("mask_", mask),
         "row_stride_b": row.stride(0),

@@ -104,7 +104,7 @@ def _implicit_tile_bwd_kernel(
         over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
         dtype,
     )
-    x, r, c, aim, unit, poison = system(x, k, r, c, has_row, has_col, unit_rows)
+    x, r, c, aim, unit, _, poison = system(x, k, r, c, has_row, has_col, unit_rows, 0)
     inverse_r = tl.where(r != 0, reciprocal(tl.where(r != 0, r, 1.0)), 0.0)
 
     base = tl.where(tl.abs(g) < float("inf"), g, 0.0)

@@ -4,6 +4,9 @@ The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newto
 ``fastdsm/pytorch/system.py``; tiles and vectors are those of ``tile_sweeps``. Marginals are in units of the largest r. A step
 makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
 
+On a tile one direction takes as long as fifty sweeps or more. So the first step is not one sweep but scaling sweeps, as long
+as the rate at which their residual falls promises that they arrive; where sigma2 is not close to 1 they do so by themselves.
+
 The direction solves (H + diag(ground)) d = b, H the Laplacian with edges w_jk = sum_i P_ij P_ik / r_i. Columns are taken out
 one after another. With deg_k = sum of w_kl over the columns l left, and the ground of k,
 
@@ -16,7 +19,7 @@ put into every other line of the system, those already taken out included: none 
 import triton
 import triton.language as tl
 
-from .arithmetic import narrow, reciprocal, rsqrt
+from .arithmetic import log2, narrow, reciprocal, rsqrt
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .newton_rules import PURE_BELOW, roughness, step_share
@@ -46,21 +49,22 @@ from .tile_sweeps import (
 )
 
 _FINE_MAX = tl.constexpr(0.5)
+_LONGEST_SEGMENT = tl.constexpr(8)  # sweeps on one K, if its marginals allow as many
 
 
 @triton.jit
-def system(x, k, r, c, has_row, has_col, unit_rows):
-    """x finite, r, c and what is aimed at in units of the largest r, that unit, and poison (BLOCK_B,).
+def system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings):
+    """x finite, r, c and what is aimed at in units of the largest r, that unit, the sweeps of a segment, poison (BLOCK_B,).
 
     Poison is 0 where all of a matrix is finite and NaN where not: x is 0 there, and results are marked in the end.
     """
     poison = vector_sum(row_sums(tl.where(x == -float("inf"), 0.0, x * over_rows(over_matrices(k)) * 0.0)))
     x = tl.where(over_rows(over_matrices(poison == 0.0)), x, 0.0)
-    r, c, _ = marginals(x, r, c, has_row, has_col, unit_rows, 0)
+    r, c, scalings = marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings)
     unit = vector_max(r)
     unit = tl.where(unit > 0, unit, 1.0)
     r, c = quotient(r, over_matrices(unit)), quotient(c, over_matrices(unit))
-    return x, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, poison
+    return x, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, scalings, poison
 
 
 @triton.jit
@@ -130,6 +134,65 @@ def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
     return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
 
 
+@triton.jit
+def swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
+    """The column potential after scaling sweeps; a matrix stops at ``tol``, or where it would not get there in time."""
+    before = vector_max(c) * 0.0 + float("inf")
+    wanted = log2((vector_max(c) * 0.0 + tol).to(c.dtype))
+    going = going & (scalings > 0)
+    left = SEGMENTS
+    while (left > 0) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        K, _ = plan_at(x, k, base, tl.zeros_like(base), r)
+        sums = col_sums(K)
+        residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, aim) - 1.0), 0.0))
+        arrives = log2(residual) + left * (log2(residual) - log2(before)) <= wanted
+        going = going & (residual > tol) & (arrives | (left > SEGMENTS - 2))
+        before = residual
+        v = quotient(aim, sums)
+        for _ in range(1, tl.minimum(scalings, _LONGEST_SEGMENT)):
+            u = quotient(r, row_sums(K * over_cols(v)))
+            v = quotient(aim, col_sums(K * over_rows(u)))
+        base = tl.where(over_matrices(going) & (c != 0), base + log(v, v > 0), base)
+        left -= 1
+    return base
+
+
+@triton.jit
+def newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
+    """The column potential, base and fine, its residual and the steps made, from that which the first step led to.
+
+    At most ``n_iters`` steps, the first counted; matrices that are not ``going`` stay where they are.
+    """
+    fine = tl.zeros_like(base)
+    plan, L = plan_at(x, k, base, fine, r)
+    sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
+    damped = residual < 0.0
+    going = going & ~(residual <= tol)
+    d = fine
+    if (n_iters > 1) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        d = direction(plan, sums, residual, r, c, aim, m, COLS)
+    steps = tl.zeros_like(going.to(tl.int32)) + tl.minimum(n_iters, 1)
+    count = 1
+    while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        count += 1
+        steps += going.to(tl.int32)
+        length = step_share(vector_max(d) + vector_max(-d), damped)
+        new_base, new_fine = folded(base, fine + d * over_matrices(length))
+        plan, L = plan_at(x, k, new_base, new_fine, r)
+        sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
+        fallen = (new_objective <= objective) | (new_residual <= tol)
+        refused = (residual >= PURE_BELOW) & ~damped & ~fallen
+        moved = going & ~refused
+        there = over_matrices(moved)
+        base, fine = tl.where(there, new_base, base), tl.where(there, new_fine, fine)
+        residual, objective = tl.where(moved, new_residual, residual), tl.where(moved, new_objective, objective)
+        damped = refused
+        going = going & ~(residual <= tol)
+        if (count < n_iters) & (tl.max((going & moved).to(tl.int32), axis=0) > 0):
+            d = tl.where(there, direction(plan, sums, new_residual, r, c, aim, m, COLS), d)
+    return base, fine, residual, steps
+
+
 @finite_jit
 def _newton_tile_fwd_kernel(
     logits_ptr,
@@ -147,6 +210,7 @@ def _newton_tile_fwd_kernel(
     n: tl.int32,
     m: tl.int32,
     n_iters: tl.int32,
+    uniform_scalings: tl.int32,
     stride_b: tl.int64,
     stride_n: tl.int64,
     stride_m: tl.int64,
@@ -176,8 +240,9 @@ def _newton_tile_fwd_kernel(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
-    """BLOCK_B matrices; at most ``n_iters`` steps, the first a sweep; 0 is a row step at g = 0."""
+    """BLOCK_B matrices; at most ``n_iters`` steps, the first of sweeps, of one if it is the last; 0 is a row step at g = 0."""
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
@@ -201,39 +266,15 @@ def _newton_tile_fwd_kernel(
         over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
         dtype,
     )
-    x, r, c, aim, unit, poison = system(x, k, r, c, has_row, has_col, unit_rows)
+    x, r, c, aim, unit, scalings, poison = system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings)
 
-    fine = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
-    base = fine
+    base = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
     if n_iters > 0:
         base = log_col_step(x, k, f, c)
-    plan, L = plan_at(x, k, base, fine, r)
-    sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
-    d = fine
+    going = inside & (poison == 0.0)
     if n_iters > 1:
-        d = direction(plan, sums, residual, r, c, aim, m, COLS)
-    damped = residual < 0.0
-    going = inside & (poison == 0.0) & ~(residual <= tol)
-    steps = tl.zeros([BLOCK_B], tl.int32) + tl.minimum(n_iters, 1)
-    count = 1
-    while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
-        count += 1
-        steps += going.to(tl.int32)
-        length = step_share(vector_max(d) + vector_max(-d), damped)
-        new_base, new_fine = folded(base, fine + d * over_matrices(length))
-        plan, L = plan_at(x, k, new_base, new_fine, r)
-        sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
-        fallen = (new_objective <= objective) | (new_residual <= tol)
-        refused = (residual >= PURE_BELOW) & ~damped & ~fallen
-        moved = going & ~refused
-        there = over_matrices(moved)
-        base, fine = tl.where(there, new_base, base), tl.where(there, new_fine, fine)
-        residual, objective = tl.where(moved, new_residual, residual), tl.where(moved, new_objective, objective)
-        damped = refused
-        going = going & ~(residual <= tol)
-        if (count < n_iters) & (tl.max((going & moved).to(tl.int32), axis=0) > 0):
-            d = tl.where(there, direction(plan, sums, new_residual, r, c, aim, m, COLS), d)
-
+        base = swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS)
+    base, fine, residual, steps = newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS)
     plan, L = plan_at(x, k, base, fine, r)
     plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)

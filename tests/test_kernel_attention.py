@@ -295,7 +295,7 @@ def test_apply_of_16_bits(dtype: torch.dtype, x_dtype: torch.dtype | str, out_dt
 @pytest.mark.parametrize("columns_first", [True, False])
 def test_tiles_of_hopper(dtype: torch.dtype, columns_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps, the last one ragged."""
-    monkeypatch.setattr(Configuration, "on", lambda self, device: self.hopper or self)
+    monkeypatch.setattr(Configuration, "on", lambda self, device: self.own or self)
     c = case("plain", dtype, 70, 90, columns_first=columns_first)
     check_apply(c, 8, dtype, SINGLE)
     check_attend(c, 8)
@@ -306,7 +306,7 @@ def test_tiles_of_hopper(dtype: torch.dtype, columns_first: bool, monkeypatch: p
 @pytest.mark.parametrize("kind", ["plain", "everything"])
 def test_features_beyond_a_program_of_hopper(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some programs have fewer features than their block."""
-    monkeypatch.setattr(Configuration, "on", lambda self, device: self.hopper or self)
+    monkeypatch.setattr(Configuration, "on", lambda self, device: self.own or self)
     c = case(kind, dtype, 70, 33, 200)
     check_apply(c, 72, dtype, SINGLE)
     check_apply(c, 72, SINGLE, SINGLE)

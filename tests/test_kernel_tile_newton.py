@@ -64,27 +64,37 @@ def test_any_size(shape: tuple[int, ...], std: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "std"), [(5, 5, 8.0), (8, 8, 30.0), (5, 5, 100.0), (16, 16, 8.0)])
-def test_steps_are_those_of_the_pytorch_path(n: int, m: int, std: float) -> None:
-    """Rounding may turn the last comparison with tol, hence a step more or less."""
+def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float) -> None:
+    """Its first step is one sweep, that of a tile several; rounding may turn the last comparison with tol."""
     problem = Problem(random_logits(n, m, std, 6), 60, tol=TOL)
     found, known = newton(problem), newton(problem, pytorch)
     assert found.sweeps is not None
     assert known.sweeps is not None
     assert (known.residual <= TOL).all()
     assert (found.residual <= TOL).all()
-    assert ((found.sweeps - known.sweeps).abs() <= 1).all()
+    assert (found.sweeps <= known.sweeps + 1).all()
     torch.testing.assert_close(found.plan, known.plan, atol=TOL, rtol=0)
 
 
-@pytest.mark.parametrize("n_iters", [0, 1, 2, 3])
-def test_number_of_steps(n_iters: int) -> None:
-    """Of a size for which the PyTorch path eliminates too: its factors deflate, which moves what lies between."""
+@pytest.mark.parametrize("n_iters", [0, 1])
+def test_a_row_step_and_one_sweep(n_iters: int) -> None:
     for unit_rows in (True, False):
         problem = Problem(random_logits(5, 6, 2.0), n_iters, unit_rows=unit_rows, tol=TOL)
         found, known = newton(problem), newton(problem, pytorch)
         assert torch.equal(found.sweeps, known.sweeps)
         for name in ("plan", "residual", "f", "g"):
             torch.testing.assert_close(getattr(found, name), getattr(known, name), atol=8 * EPS, rtol=8 * EPS)
+
+
+def test_sweeps_alone_where_they_arrive() -> None:
+    """And Newton's steps where they would not: the first step stops sweeping, and few steps do the rest."""
+    easy, hard = (newton(Problem(random_logits(16, 16, std), 20, tol=TOL)) for std in (1.0, 8.0))
+    assert (easy.residual <= TOL).all()
+    assert (easy.sweeps == 1).all()
+    assert (hard.residual <= TOL).all()
+    assert (hard.sweeps > 1).all()
+    truth = fastdsm.reference.sinkhorn(random_logits(16, 16, 1.0).double(), n_iters=200)
+    torch.testing.assert_close(easy.plan.double(), truth, atol=TOL, rtol=0)
 
 
 def test_masks_and_excluded_lines() -> None:
