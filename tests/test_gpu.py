@@ -87,6 +87,18 @@ def test_no_call_synchronises(size: int) -> None:
     fastdsm.sigma2_bounds(found.plan)
 
 
+@pytest.mark.parametrize("size", [4, 16, 40, 64])
+def test_a_temperature_is_found_without_synchronising(size: int) -> None:
+    """And is that of the search in float64, whose sigma2 and this one's end 3e-6 apart."""
+    logits, target = torch.randn(50, size, size, device="cuda"), torch.linspace(0.1, 0.8, 50, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    found, reached = fastdsm.temperature_for_sigma2(logits, target)
+    torch.cuda.set_sync_debug_mode("default")
+    known, there = fastdsm.temperature_for_sigma2(logits.double().cpu(), target.double().cpu())
+    assert torch.equal(reached.cpu(), there)
+    torch.testing.assert_close(found.cpu().double(), known, rtol=1e-4, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [4, 20, 100, 200, 300])
 def test_graph_capture(size: int) -> None:
     logits = torch.randn(6, size, size, device="cuda", requires_grad=True)
