@@ -90,7 +90,11 @@ def matrices_of(
     for dim in (-1, -2):
         count = valid.sum(dim, keepdim=True).clamp(min=1)
         centred = torch.where(valid, centred - centred.sum(dim, keepdim=True) / count, 0.0)
-    return Matrices(centred.masked_fill(~valid, -torch.inf), row, col, n_iters, backend), size * _ROUNDING
+    centred = centred.masked_fill(~valid, -torch.inf)
+    if row is not None and col is not None:  # their totals agree to the dtype they came in, a plan has to meet both
+        r, c = (x.sum(-1, keepdim=True) for x in marginals_of(centred, row, col, None))
+        col = torch.where(c == 0, col, col * (r / c))
+    return Matrices(centred, row, col, n_iters, backend), size * _ROUNDING
 
 
 def converged_plans(matrices: Matrices, temperature: Tensor, f0: Tensor | None) -> Converged:
