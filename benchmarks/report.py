@@ -51,7 +51,7 @@ def section(rows: Sequence[Row], figure: str) -> str:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(_line(list(group)) for _, group in groupby(rows, key=_case)),
         "",
-        conditions(rows[0].run),
+        conditions([row.run for row in rows]),
     ]
     return "\n".join(lines)
 
@@ -101,10 +101,13 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def conditions(run: Run) -> str:
-    """What was measured against what, where, with which versions, when."""
+def conditions(runs: list[Run]) -> str:
+    """What was measured against what, where, with which versions, when; rows may be of several commits on one machine."""
+    run = runs[0]
+    commits = list(dict.fromkeys(x.commit for x in runs))
     on_cpu = run.device == "cpu"
     where = f"{run.machine}, {run.threads} threads" if on_cpu else run.machine
+    spread = "4" if on_cpu else "2, and 4 for 65,536 of 4 × 4 and 64 of 64 × 64"
     also = (
         ""
         if on_cpu
@@ -115,10 +118,9 @@ def conditions(run: Run) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
-        f"{where}; {run.date[:10]}, commit {run.commit}; {versions}. {also}"
+        f"{where}; {run.date[:10]}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {versions}. {also}"
         "float32, standard normal logits, 20 sweeps (attention: normal operands, 3 sweeps; newton: standard "
-        f"deviation {4 if on_cpu else 2}, to a residual of 1e-6, eager: sweeps to the same); medians of interleaved rounds "
-        "in one process. "
+        f"deviation {spread}, to a residual of 1e-6, eager: sweeps to the same); medians of interleaved rounds in one process. "
         "Eager: the loop of alternating `torch.logsumexp`, and "
         "`torch.linalg.svdvals` for sigma2. Others: `torch.compile` of the loop, `torch.linalg.eigvalsh`, and the "
         "packages listed, each by its own public call, its output held against float64 first. Extra memory: the most "

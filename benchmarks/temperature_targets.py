@@ -20,7 +20,7 @@ import fastdsm
 from .converged import converged_sigma2, sigma2_curve
 
 _POINTS = {4: 300, 16: 300, 64: 120}
-_COUNTS = {4: 1500, 16: 400, 64: 250}
+_COUNTS = {4: 1500, 16: 1000, 64: 1000}
 
 
 def families(n: int, count: int, seed: int) -> dict[str, Tensor]:

@@ -31,12 +31,18 @@ _BLOCKS = {
 }
 # What Blackwell has instead, where those spill.
 _BLOCKS_BLACKWELL = _BLOCKS | {64: (1, 16, 32, 16)}
+# For a temperature, whose sigma2 takes more registers: one warp of 32 lines spills.
+_BLOCKS_TEMPERATURE = {32: (1, 8, 8, 2)}
 # Segments of scaling sweeps at most: those that take about as long as three of Newton's steps.
 _SEGMENTS = {4: 2, 8: 8, 16: 16, 32: 24, 64: 24}
 
 
-def _configuration(kernel: Any, dtype: torch.dtype, size: int, **constants: Any) -> Configuration:
-    return configuration_with_own(kernel, dtype, size, _BLOCKS, "sm_100", _BLOCKS_BLACKWELL, **constants)
+def _configuration(
+    kernel: Any, dtype: torch.dtype, size: int, others: dict[int, tuple[int, int, int, int]] | None = None, **constants: Any
+) -> Configuration:
+    """The kernel's, in the blocks of all kernels but for those of ``others``."""
+    blocks, on_blackwell = _BLOCKS | (others or {}), _BLOCKS_BLACKWELL | (others or {})
+    return configuration_with_own(kernel, dtype, size, blocks, "sm_100", on_blackwell, **constants)
 
 
 _FORWARD = {
@@ -46,7 +52,14 @@ _FORWARD = {
 }
 _BACKWARD = {(dtype, size): _configuration(_implicit_tile_bwd_kernel, dtype, size) for dtype in ELEMENTS for size in _BLOCKS}
 _TEMPERATURE = {
-    size: _configuration(_temperature_tile_fwd_kernel, torch.float32, size, SEGMENTS=_SEGMENTS[size], SQUARINGS=SQUARINGS[size])
+    size: _configuration(
+        _temperature_tile_fwd_kernel,
+        torch.float32,
+        size,
+        _BLOCKS_TEMPERATURE,
+        SEGMENTS=_SEGMENTS[size],
+        SQUARINGS=SQUARINGS[size],
+    )
     for size in _BLOCKS
 }
 
