@@ -302,9 +302,8 @@ def test_tiles_of_hopper(dtype: torch.dtype, columns_first: bool, monkeypatch: p
     check_gradient(c, 8, (2,))
 
 
-@pytest.mark.parametrize("dtype", [HALF, BRAIN])
-@pytest.mark.parametrize("kind", ["plain", "everything"])
-def test_features_beyond_a_program_of_hopper(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), [("plain", HALF), ("everything", BRAIN)])
+def test_features_beyond_a_program_of_hopper(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some programs have fewer features than their block."""
     monkeypatch.setattr(Configuration, "on", lambda self, device: self.own or self)
     c = case(kind, dtype, 70, 33, 200)
