@@ -78,7 +78,8 @@ def sinkhorn_attention(
         if not isinstance(found, Tensor):
             return call.restore(found[0]), AttentionInfo(*map(call.restore, found[1]))
         return call.restore(found)
-    out, f, g, residual, sweeps = transforms.sinkhorn_attention(*call.inputs, return_info, call.saving)
+    saving = transforms.backward_may_follow(call.inputs)  # for it the kernels keep every sweep's potentials
+    out, f, g, residual, sweeps = transforms.sinkhorn_attention(*call.inputs, return_info, saving)
     if not return_info:
         return call.restore(out)
     converged = residual <= (default_tol(residual.dtype) if tol is None else tol)
@@ -154,13 +155,6 @@ class Checked:
             "scale": scale, "temperature": number if tensors[5] is None else tensors[5], "n_iters": n_iters, "first": first,
             "tol": tol, "query_padding_mask": paddings[0], "key_padding_mask": paddings[1],
         }  # fmt: skip
-
-    @property
-    def saving(self) -> bool:
-        """Whether a backward may follow, for which the kernels keep every sweep's potentials."""
-        if torch._C._are_functorch_transforms_active():
-            return True
-        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self.inputs)
 
     def restore(self, x: Tensor) -> Tensor:
         """Give a result (B, H, ...) the leading dimensions of the query."""

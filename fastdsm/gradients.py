@@ -213,7 +213,7 @@ def _fixed_point_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | 
     inputs, (f, g, plan) = saved(ctx)
     assert f is not None
     assert g is not None
-    *projection, _, _ = inputs
+    *projection, _, _, _ = inputs
     return _both(ctx, inputs, projection, plan, _implicit(f, g), grad_plan, others[-1])
 
 

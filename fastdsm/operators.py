@@ -28,7 +28,9 @@ LIBRARY.define(f"sinkhorn_info({_INPUTS}, bool with_sigma2) -> (Tensor, Tensor, 
 LIBRARY.define(
     f"sinkhorn_backward(Tensor grad_plan, Tensor? sweeps, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(f"fixed_point({_INPUTS}, str solver, bool with_sigma2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"fixed_point({_INPUTS}, str solver, bool with_info, bool with_sigma2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     f"fixed_point_backward(Tensor grad_plan, Tensor f, Tensor g, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -81,16 +83,17 @@ def _problem(
     )
 
 
-def _info_like(logits: Tensor, with_sigma2: bool) -> tuple[Tensor, ...]:
-    """Uninitialised (plan, residual, sweeps, f, g, sigma2); sigma2 empty when not asked for."""
+def _info_like(logits: Tensor, with_info: bool, with_sigma2: bool) -> tuple[Tensor, ...]:
+    """Uninitialised (plan, residual, sweeps, f, g, sigma2); empty what is not asked for."""
     batch, n, m = logits.shape
     dtype = compute_dtype(logits.dtype)
+    count = batch if with_info else 0
     return (
         logits.new_empty((batch, n, m)),
-        logits.new_empty((batch,), dtype=dtype),
-        logits.new_empty((batch,), dtype=torch.int32),
-        logits.new_empty((batch, n), dtype=dtype),
-        logits.new_empty((batch, m), dtype=dtype),
+        logits.new_empty((count,), dtype=dtype),
+        logits.new_empty((count,), dtype=torch.int32),
+        logits.new_empty((count, n), dtype=dtype),
+        logits.new_empty((count, m), dtype=dtype),
         logits.new_empty((batch if with_sigma2 else 0,), dtype=dtype),
     )
 
@@ -107,22 +110,25 @@ def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
 @implement("sinkhorn_info")
 def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *problem, with_sigma2 = inputs
-    return _with_info(backends.sinkhorn_forward, with_sigma2, logits, *problem)
+    return _with_info(backends.sinkhorn_forward, True, with_sigma2, logits, *problem)
 
 
 @implement("fixed_point")
 def _fixed_point(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *problem, solver, with_sigma2 = inputs
+    *problem, solver, with_info, with_sigma2 = inputs
     forward = backends.newton_forward if solver == "newton" else backends.sinkhorn_forward
-    return _with_info(forward, with_sigma2, logits, *problem)
+    return _with_info(forward, with_info, with_sigma2, logits, *problem)
 
 
-def _with_info(forward: Callable[..., None], with_sigma2: bool, logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _with_info(
+    forward: Callable[..., None], with_info: bool, with_sigma2: bool, logits: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
     *problem, backend = inputs
-    plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_sigma2)
-    wanted = sigma2 if with_sigma2 else None
+    plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_info, with_sigma2)
     plan, f, g = (plan, f, g) if problem[-2] else (plan.mT, g, f)
-    forward(_problem(logits, *problem), Outputs(plan, residual, sweeps, f, g, wanted), backend)
+    wanted = sigma2 if with_sigma2 else None
+    outputs = Outputs(plan, residual, sweeps, f, g, wanted) if with_info else Outputs(plan, sigma2=wanted)
+    forward(_problem(logits, *problem), outputs, backend)
     return results
 
 
@@ -192,13 +198,13 @@ def _bounds_like(plan: Tensor) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_fake("fastdsm::sinkhorn", lambda logits, *_: logits.new_empty(logits.shape), lib=LIBRARY)
-torch.library.register_fake("fastdsm::sinkhorn_info", lambda logits, *inputs: _info_like(logits, inputs[-1]), lib=LIBRARY)
+torch.library.register_fake("fastdsm::sinkhorn_info", lambda logits, *inputs: _info_like(logits, True, inputs[-1]), lib=LIBRARY)
 torch.library.register_fake(
     "fastdsm::sinkhorn_backward",
     lambda grad_plan, sweeps, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
     lib=LIBRARY,
 )
-torch.library.register_fake("fastdsm::fixed_point", lambda logits, *inputs: _info_like(logits, inputs[-1]), lib=LIBRARY)
+torch.library.register_fake("fastdsm::fixed_point", lambda logits, *inputs: _info_like(logits, *inputs[-2:]), lib=LIBRARY)
 torch.library.register_fake(
     "fastdsm::fixed_point_backward",
     lambda grad_plan, f, g, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),

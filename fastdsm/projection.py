@@ -79,7 +79,7 @@ def sinkhorn(
         return reference.sinkhorn(logits, solver=solver, grad=grad, return_info=return_info, **problem.keywords)
     if grad == "unrolled" and tol is None and not return_info:
         return problem.restore(transforms.sinkhorn(*problem.inputs))
-    plan, residual, sweeps, f, g, _ = problem.with_info(solver, grad, False)
+    plan, residual, sweeps, f, g, _ = problem.projected(solver, grad, return_info, False)
     if not return_info:
         return problem.restore(plan)
     residual, sweeps, f, g = map(problem.restore, (residual, sweeps, f, g))
@@ -114,7 +114,7 @@ def sinkhorn_sigma2(
     )
     if problem.backend == "reference":
         return reference.sinkhorn_sigma2(logits, solver=solver, grad=grad, **problem.keywords)
-    plan, residual, sweeps, f, g, sigma2 = map(problem.restore, problem.with_info(solver, grad, True))
+    plan, residual, sweeps, f, g, sigma2 = map(problem.restore, problem.projected(solver, grad, True, True))
     return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
 
 
@@ -190,11 +190,12 @@ class _Checked:
             self.backend,
         )
 
-    def with_info(self, solver: str, grad: str, with_sigma2: bool) -> tuple[Tensor, ...]:
-        """Plan, residual, sweeps, f, g and sigma2 (empty where not asked for), flat."""
+    def projected(self, solver: str, grad: str, with_info: bool, with_sigma2: bool) -> tuple[Tensor, ...]:
+        """Plan, residual, sweeps, f, g and sigma2, flat; what was not asked for may be empty."""
         if grad == "unrolled":
             return transforms.sinkhorn_info(*self.inputs, with_sigma2)
-        return transforms.fixed_point(*self.inputs, solver, with_sigma2)
+        with_info = with_info or solver == "sinkhorn" or transforms.backward_may_follow(self.inputs)
+        return transforms.fixed_point(*self.inputs, solver, with_info, with_sigma2)
 
     def restore(self, x: Tensor) -> Tensor:
         """Give a result its batch shape back."""

@@ -7,10 +7,11 @@ its rule for vmap. Forward-mode derivatives are an error there, not a silent zer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import attention_gradients, gradients
 from .attention_operators import LIBRARY
@@ -37,6 +38,13 @@ def _composable(name: str) -> Callable[..., Any]:
         return operator(*inputs)
 
     return call
+
+
+def backward_may_follow(inputs: Iterable[Any]) -> bool:
+    """Whether a call of these inputs has to keep what only its gradient needs."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 sinkhorn = _composable("sinkhorn")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastdsm
+from benchmarks.static.launches import recorded
 from fastdsm import pytorch, reference
 from fastdsm.kernels import registers_converged
 from fastdsm.problem import Gradients, Outputs, Problem
@@ -281,3 +282,21 @@ def test_what_is_supported() -> None:
 def test_configurations_are_distinct() -> None:
     labels = [c.label for c in registers_converged.configurations()]
     assert len(labels) == len(set(labels)) == 30
+
+
+@pytest.mark.parametrize("size", [4, 6])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_what_nobody_asked_for_is_not_written(size: int, first: str) -> None:
+    logits = torch.randn(5, size, size)
+    options = {"solver": "newton", "first": first, "backend": "triton"}
+    flag = "WITH_INFO" if size == 4 else "has_info"
+    plans = []
+    for leaf, return_info in ((logits, False), (logits, True), (logits.clone().requires_grad_(), False)):
+        with recorded() as launches:  # and not made
+            fastdsm.sinkhorn(leaf, return_info=return_info, **options)
+        found = fastdsm.sinkhorn(leaf, return_info=return_info, **options)
+        plans.append(found[0] if return_info else found.detach())
+        (launch,) = launches
+        assert bool({**launch.configuration.constants, **launch.arguments}[flag]) == (return_info or leaf.requires_grad)
+    assert torch.equal(plans[0], plans[1])
+    assert torch.equal(plans[0], plans[2])

@@ -144,7 +144,8 @@ def test_opcheck_of_the_fixed_point() -> None:
     x = torch.randn(2, 3, 4).mT
     leaf = x.detach().requires_grad_()
     temperature = torch.full((2,), 0.7, requires_grad=True)
-    opcheck(ops.fixed_point.default, (leaf, temperature, *_projection_inputs(leaf)[2:9], 1e-3, "torch", "newton", True))
+    opcheck(ops.fixed_point.default, (leaf, temperature, *_projection_inputs(leaf)[2:9], 1e-3, "torch", "newton", True, True))
+    opcheck(ops.fixed_point.default, (x, None, *_projection_inputs(x)[2:], "newton", False, False))
     opcheck(ops.fixed_point_backward.default, (x, torch.zeros(2, 4), torch.zeros(2, 3), True, *_projection_inputs(leaf)))
 
 
