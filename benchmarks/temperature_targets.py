@@ -5,14 +5,17 @@ temperatures per matrix (120 at n = 64) from the a-priori bound down a factor 10
 target is reachable where two neighbours of that scan enclose it; its largest root lies between the first such pair. Counted
 are: the share of reachable targets whose temperature the oracle confirms within 1e-3; of those reported as reached, the share
 that the oracle confirms; and the share whose temperature is the scan's largest root. Seeds are fixed.
+
+On a CPU the searched logits are float64, with ``--device cuda`` float32, which one launch searches.
 """
 
 from __future__ import annotations
 
-import sys
 import time
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 import fastdsm
@@ -38,13 +41,24 @@ def families(n: int, count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def measure(logits: Tensor, seed: int) -> dict[str, float]:
+def _timed(logits: Tensor, target: Tensor, device: str) -> tuple[Tensor, Tensor, float]:
+    """Temperature and whether it was reached, in float64 on the CPU, and the seconds of a second call."""
+    if device != "cpu":
+        logits, target = logits.to(device, torch.float32), target.to(device, torch.float32)
+        fastdsm.temperature_for_sigma2(logits, target)
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    temperature, reached = fastdsm.temperature_for_sigma2(logits, target)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return temperature.cpu().double(), reached.cpu(), time.perf_counter() - start
+
+
+def measure(logits: Tensor, seed: int, device: str) -> dict[str, float]:
     """The shares of one family, and seconds per call."""
     draw = torch.Generator().manual_seed(seed)
     target = torch.rand(len(logits), generator=draw, dtype=torch.float64) * 0.95 + 0.03
-    start = time.perf_counter()
-    temperature, reached = fastdsm.temperature_for_sigma2(logits, target)
-    seconds = time.perf_counter() - start
+    temperature, reached, seconds = _timed(logits, target, device)
 
     centred = logits - logits.mean(-1, keepdim=True)
     centred = centred - centred.mean(-2, keepdim=True)
@@ -68,13 +82,16 @@ def measure(logits: Tensor, seed: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Print the table, for the sizes named on the command line."""
+def main(
+    sizes: Annotated[list[int] | None, typer.Argument(help="4, 16, 64: lines of the matrices; all of them")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Print the table."""
     torch.set_num_threads(1)
     print("n    family       reachable   hit      confirmed  largest root  ms per matrix")
-    for n in map(int, sys.argv[1:] or _COUNTS):
+    for n in sizes or _COUNTS:
         for k, (name, logits) in enumerate(families(n, _COUNTS[n], seed=n).items()):
-            row = measure(logits, seed=k)
+            row = measure(logits, k, device)
             share = f"{row['reachable']}/{row['of']}"
             each = 1e3 * row["seconds"] / row["of"]
             shares = f"{row['hit']:.4f}   {row['confirmed']:.4f}     {row['largest']:.4f}"
@@ -82,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
