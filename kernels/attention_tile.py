@@ -99,10 +99,13 @@ def load_potential(base_ptr, fine_ptr, first, used):
 
 @triton.jit
 def dot(left, right, acc, PRECISION: tl.constexpr):
-    """acc + left right in float32. PRECISION is that of float32 operands; the interpreter knows only "ieee", and would
-    multiply the bits of bfloat16."""
+    """acc + left right in float32. PRECISION is that of float32 operands.
+
+    The interpreter would multiply the bits of bfloat16, and its BLAS rounds a product and its transpose differently on some
+    processors; logits must be the same in every pass, so there they are float64's, rounded once.
+    """
     if INTERPRET:
-        acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+        acc += tl.dot(left.to(tl.float64), right.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     elif left.dtype == tl.float32:
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     else:
