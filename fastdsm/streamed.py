@@ -131,6 +131,26 @@ def slots(sweeps: Sweeps) -> int:
     return sweeps.n_iters + 1 if sweeps.keep else 1
 
 
+@dataclass(frozen=True)
+class _Potential:
+    """One side's, exact in float64, and as the passes see it in the compute dtype: a base, and what has been added to it."""
+
+    exact: Tensor
+    base: Tensor
+    fine: Tensor
+
+    @classmethod
+    def on(cls, base: Tensor, exact: Tensor) -> _Potential:
+        """The exact one on a base."""
+        return cls(exact, base, (exact - base).to(base.dtype))
+
+
+def _seen(sweeps: Sweeps, last: _Potential, first: _Potential) -> Potentials:
+    """What passes are to see of both sides."""
+    f, g = (last, first) if sweeps.columns_first else (first, last)
+    return Potentials(f.base, g.base, f.fine, g.fine, sweeps.columns_first)
+
+
 def attention_forward(
     passes: Passes,
     problem: Attention,
@@ -147,78 +167,71 @@ def attention_forward(
     last_mass, first_mass = _by_side(*_log_masses(problem), sweeps)
     active = torch.ones_like(state.sweeps, dtype=torch.bool)
     state.sweeps.fill_(min(sweeps.n_iters, 1) if sweeps.tol >= 0 else sweeps.n_iters)
-    x, y = torch.zeros_like(last[:, :, 0]), torch.zeros_like(first[:, :, 0])
-    line, other = torch.empty_like(x), torch.empty_like(y)
     dtype = problem.compute_dtype
-    base = x.to(dtype), y.to(dtype)
+    zero_last, zero_first = (torch.zeros_like(x[:, :, 0], dtype=dtype) for x in (last, first))
+    x, y = _Potential(zero_last.double(), zero_last, zero_last), _Potential(zero_first.double(), zero_first, zero_first)
+    line, other = torch.empty_like(x.exact), torch.empty_like(y.exact)
     fused = sweeps.columns_first and value is not None and out is not None
-    last[:, :, 0], first[:, :, 0] = x, y
+    if sweeps.keep:
+        last[:, :, 0], first[:, :, 0] = x.exact, y.exact
 
     both = False  # whether the last pass has left what the next half sweep needs
     for t in range(1, sweeps.n_iters + 1):
         if not both:
-            passes.lse(problem, over_first, _potentials(problem, sweeps, base, x, y), t == 1, other, active)
-        new_y = _normalised(y, other, first_mass)
+            passes.lse(problem, over_first, _seen(sweeps, x, y), t == 1, other, active)
+        exact = _normalised(y.exact, other, first_mass)
         if sweeps.tol >= 0 and t > 1:
-            active = active & ~(_relative(y, new_y) <= sweeps.tol)
+            active = active & ~(_relative(y.exact, exact) <= sweeps.tol)
             state.sweeps += active
-            new_y = torch.where(active.unsqueeze(-1), new_y, y)
-        y = new_y
+            exact = torch.where(active.unsqueeze(-1), exact, y.exact)
         if t == 1:
             # Without a fine part, which would be rounded away next to S + y as long as the last side has no base.
-            base = base[0], y.to(dtype)
-            y = base[1].double()
+            base = exact.to(dtype)
+            y = _Potential(base.double(), base, zero_first)
             if sweeps.keep:
-                first[:, :, 0] = y - new_y
+                first[:, :, 0] = y.exact - exact
+        else:
+            y = _Potential.on(y.base, exact)
         if fused and t == sweeps.n_iters:
             break
-        now = _potentials(problem, sweeps, base, x, y)
+        now = _seen(sweeps, x, y)
         both = t < sweeps.n_iters and passes.sweep(problem, over_last, now, t == 1, line, other, active)
         if both:
             other += last_mass
         else:
             passes.lse(problem, over_last, now, t == 1, line, active)
-        new_x = _normalised(x, line, last_mass)
-        x = new_x if sweeps.tol < 0 or t == 1 else torch.where(active.unsqueeze(-1), new_x, x)
+        exact = _normalised(x.exact, line, last_mass)
         if t == 1:
-            base = x.to(dtype), base[1]
+            x = _Potential.on(exact.to(dtype), exact)
+        else:
+            x = _Potential.on(x.base, exact if sweeps.tol < 0 else torch.where(active.unsqueeze(-1), exact, x.exact))
         if sweeps.keep:
-            last[:, :, t], first[:, :, t] = x, y
-    now, online = _potentials(problem, sweeps, base, x, y), sweeps.n_iters <= 1
-    if fused:
-        assert value is not None
-        assert out is not None
-        passes.attend(problem, now, online, value, dropout, out, line)
-        x = _normalised(x, line, last_mass)
-    elif sweeps.n_iters == 0:
-        passes.lse(problem, over_last, now, True, line)
-        x = _normalised(x, line, last_mass)
-    if sweeps.n_iters <= 1:
-        base = x.to(dtype), base[1]
-    now = _potentials(problem, sweeps, base, x, y)
-    last[:, :, -1], first[:, :, -1] = x, y
+            last[:, :, t], first[:, :, t] = x.exact, y.exact
+    if fused or sweeps.n_iters == 0:
+        now, online = _seen(sweeps, x, y), sweeps.n_iters <= 1
+        if fused:
+            assert value is not None
+            assert out is not None
+            passes.attend(problem, now, online, value, dropout, out, line)
+        else:
+            passes.lse(problem, over_last, now, True, line)
+        exact = _normalised(x.exact, line, last_mass)
+        x = _Potential.on(exact.to(dtype) if online else x.base, exact)
+    now = _seen(sweeps, x, y)
+    last[:, :, -1], first[:, :, -1] = x.exact, y.exact
     if out is not None and value is not None and not fused:
         passes.apply(problem, "cols", now, value, dropout, out)
     if residual:
         passes.lse(problem, over_first, now, False, other)
-        state.residual.copy_(_relative(y, _normalised(y, other, first_mass)))
+        state.residual.copy_(_relative(y.exact, _normalised(y.exact, other, first_mass)))
     else:
         state.residual.zero_()
 
 
-def _potentials(problem: Attention, sweeps: Sweeps, base: tuple[Tensor, Tensor], last: Tensor, first: Tensor) -> Potentials:
-    """What passes are to see of two exact potentials, with bases in the compute dtype."""
-    dtype, (last_base, first_base) = problem.compute_dtype, base
-    f_base, g_base = _by_side(last_base, first_base, sweeps)
-    f_fine, g_fine = _by_side((last - last_base).to(dtype), (first - first_base).to(dtype), sweeps)
-    return Potentials(f_base, g_base, f_fine, g_fine, sweeps.columns_first)
-
-
 def final_potentials(problem: Attention, sweeps: Sweeps, state: State) -> Potentials:
     """Those of the plan."""
-    last, first = _by_side(state.f[:, :, -1], state.g[:, :, -1], sweeps)
-    dtype = problem.compute_dtype
-    return _potentials(problem, sweeps, (last.to(dtype), first.to(dtype)), last, first)
+    ends = (x[:, :, -1] for x in _by_side(state.f, state.g, sweeps))
+    return _seen(sweeps, *(_Potential.on(x.to(problem.compute_dtype), x) for x in ends))
 
 
 def _normalised(potential: Tensor, lse: Tensor, log_mass: Tensor) -> Tensor:
@@ -233,6 +246,9 @@ def _relative(potential: Tensor, normalising: Tensor) -> Tensor:
 
 def _log_masses(problem: Attention) -> tuple[Tensor, Tensor]:
     """Log mass (B or 1, H or 1, 1) of a query line and of a key line that takes part."""
+    if all(x is None for x in (problem.mask, problem.bias, problem.query_padding, problem.key_padding)):
+        one = problem.query.new_zeros((1, 1, 1), dtype=torch.float64)
+        return one, torch.full_like(one, math.log(problem.query.shape[2] / problem.key.shape[2]))
     queries, keys = valid_lines(problem)
     counts = [x.sum(-1, keepdim=True).clamp(min=1).double() for x in (queries, keys)]
     return torch.zeros_like(counts[0]), (counts[0] / counts[1]).log()
@@ -298,12 +314,12 @@ def attention_backward(
     dtype = problem.compute_dtype
     last, first = _by_side(state.f, state.g, sweeps)
     end = last.shape[2] - 1
-    last_base, first_base = (x[:, :, min(1, end)].to(dtype) for x in (last, first))
+    start = _Potential.on(last[:, :, 0].to(dtype), last[:, :, 0])
+    last_slots, first_slots = (_slots(x, x[:, :, min(1, end)].to(dtype)) for x in (last, first))
 
     def at(t: int, s: int) -> Potentials:
         """exp(S + last_t + first_s)."""
-        base = last[:, :, 0].to(dtype) if t == 0 < end else last_base
-        return _potentials(problem, sweeps, (base, first_base), last[:, :, t], first[:, :, s])
+        return _seen(sweeps, start if t == 0 < end else last_slots[t], first_slots[s])
 
     plan = at(end, end)
     d_value = torch.empty_like(value, dtype=dtype)
@@ -324,6 +340,12 @@ def attention_backward(
     for which, target in targets.items():
         if target is not None:
             passes.gradient(problem, which, terms, value, grad_out, dropout, target)
+
+
+def _slots(exact: Tensor, base: Tensor) -> list[_Potential]:
+    """A side's potentials (B, H, K, lines), slot by slot on one base."""
+    fine = (exact - base.unsqueeze(2)).to(base.dtype).movedim(2, 0).contiguous()
+    return [_Potential(x, base, y) for x, y in zip(exact.unbind(2), fine, strict=True)]
 
 
 def _by_side(query: Tensor, key: Tensor, sweeps: Sweeps) -> tuple[Tensor, Tensor]:
