@@ -141,7 +141,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     shapes = sorted({row.shape for row in rows if row.direction == BACKWARD}, key=lambda shape: shape[-1])
     present = {row.implementation for row in rows}
     names = [name for name in COLORS if name in present]
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(max(11, 2 * len(shapes)), 4.2), sharey=True, layout="constrained")
     for panel, direction in zip(panels, (FORWARD, BACKWARD), strict=True):
         for place, name in enumerate(names):
             ratios = {
@@ -156,14 +156,14 @@ def draw(rows: Iterable[Row], path: Path) -> None:
             if name == "fastdsm":
                 for bar, height in zip(bars, heights, strict=True):
                     panel.annotate(
-                        f"{height:.1f}×", (bar.get_x() + width / 2, max(height, 1)), (0, 2),
+                        f"{height:.3g}×", (bar.get_x() + width / 2, max(height, 1)), (0, 2),
                         textcoords="offset points", ha="center", va="bottom", fontsize=9, color=COLORS[name],
                     )  # fmt: skip
         panel.axhline(1, color="black", linewidth=1)
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         panel.yaxis.set_minor_formatter(NullFormatter())
-        panel.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500])
+        panel.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500])
         panel.set_xticks(range(len(shapes)), [size_text(shape).replace(" of ", " of\n") for shape in shapes])
         panel.set_title(direction.replace("+", " + "))
         panel.grid(axis="y", alpha=0.3)
