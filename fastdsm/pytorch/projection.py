@@ -22,7 +22,7 @@ from ..problem import Gradients, Outputs, Problem
 from ..reference import deflated
 from .chunk import parts
 from .layout import copy
-from .spectrum import largest_singular_value
+from .spectrum import deflated_uniform, largest_singular_value
 from .sweeps import Chunk, Swept, log_of, run
 
 
@@ -41,7 +41,10 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
         plan = at.batch_first(_plan(chunk, swept))
         part.write(outputs.plan, plan)
         if outputs.sigma2 is not None:
-            M = deflated(plan.double(), at.vector(chunk.r).double(), at.vector(chunk.c).double())
+            if chunk.tame:
+                M = deflated_uniform(plan, chunk.tame.r * chunk.tame.c)
+            else:
+                M = deflated(plan.double(), at.vector(chunk.r).double(), at.vector(chunk.c).double())
             part.write(outputs.sigma2, largest_singular_value(M.to(plan.dtype)))
 
 

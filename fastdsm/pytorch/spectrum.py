@@ -269,7 +269,16 @@ def sigma2_bounds(
         upper[part] = log_upper.exp() * (1 + slack)
 
 
+def deflated_uniform(plan: Tensor, mass: float) -> Tensor:
+    """M in float64 of plans (B, n, m) whose lines all take part, with constant marginals, r c = ``mass``."""
+    M = plan.double() * mass**-0.5
+    M -= M.mean(-2, keepdim=True)
+    return M.sub_(M.mean(-1, keepdim=True))
+
+
 def _deflated(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice) -> Tensor:
+    if row is None and col is None and mask is None:
+        return deflated_uniform(plan[part], plan.shape[1] / plan.shape[2])
     cut = (None if x is None else x[part] for x in (row, col, mask))
     row, col, mask = cut
     row, col = (None if x is None else x.double() for x in (row, col))
