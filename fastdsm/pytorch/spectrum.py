@@ -18,7 +18,8 @@ from ..problem import compute_dtype
 from ..reference import deflated_plan
 
 JACOBI_MAX_SIDE = 8
-_JACOBI_SUITS = 4  # in float64: exact at any gap; in float32 squaring is as exact in a fifth of its small operations' time
+_SMALL = 4  # where all of float32's digits are cheap by squaring, and float64's by Jacobi, exact at any gap
+_SMALL_TOL = 1e-7
 _SQUARING_MAX_SIDE = 32  # beyond, a few products with vectors cost less than a product of matrices
 _CHUNK_ENTRIES = 1 << 20
 _DOUBLINGS = 36
@@ -75,13 +76,14 @@ def _squared(M: Tensor, tol: float, max_iters: int) -> tuple[Tensor, Tensor]:
     power = M.mT @ M
     log_scale = torch.zeros(M.shape[0], dtype=M.dtype, device=M.device)
     rank, exponent = max(M.shape[2], 2), 2.0  # power = G^(exponent / 2), up to its scale
+    one = 1.0 - max(tol * tol, 4 * torch.finfo(M.dtype).eps)  # rank one, as far as rounding tells
     while True:
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)
         power = power / torch.where(trace == 0, 1.0, trace)[:, None, None]
         log_scale = log_scale + torch.where(trace == 0, -torch.inf, trace.log()) / exponent
         square = power.square().sum((-2, -1))
         enough = math.log(rank) / (2 * exponent) <= tol
-        if enough or exponent >= 2.0**max_iters or _stop(((square > 1 - tol * tol) | ~(square > 0)).all()):
+        if enough or exponent >= 2.0**max_iters or _stop(((square > one) | ~(square > 0)).all()):
             return power, log_scale + square.log() / (2 * exponent)
         power = power @ power
         exponent *= 2
@@ -217,7 +219,14 @@ def power(M: Tensor, tol: float, max_iters: int, v0: Tensor | None = None) -> Tr
 
 def largest_singular_value(M: Tensor) -> Tensor:
     """||M|| by the method that suits the size."""
-    return _METHODS[_suited(M)](M, DEFAULT_TOL, _DEFAULT_ITERATIONS[_suited(M)])[0]
+    return _by_suited(M, DEFAULT_TOL, 0)[0]
+
+
+def _by_suited(M: Tensor, tol: float, max_iters: int) -> Triple:
+    chosen = _suited(M)
+    if min(M.shape[1:]) <= _SMALL:
+        tol = min(tol, _SMALL_TOL)
+    return _METHODS[chosen](M, tol, max_iters or _DEFAULT_ITERATIONS[chosen])
 
 
 def sigma2(
@@ -234,14 +243,14 @@ def sigma2(
     v: Tensor,
 ) -> None:
     """Fill ``value`` (B,), ``u`` (B, n), ``v`` (B, m); ``max_iters`` 0 is each method's own default."""
-    chosen = _suited(plan) if method == "auto" else method
-    iterations = max_iters or _DEFAULT_ITERATIONS[chosen]
     for part in _parts(plan):
         M = _deflated(plan, row_marginal, col_marginal, mask, part).to(compute_dtype(plan.dtype))
-        if chosen == "power":
-            found = power(M, tol, iterations, None if v0 is None else v0[part])
+        if method == "auto":
+            found = _by_suited(M, tol, max_iters)
+        elif method == "power":
+            found = power(M, tol, max_iters or _DEFAULT_ITERATIONS[method], None if v0 is None else v0[part])
         else:
-            found = _METHODS[chosen](M, tol, iterations)
+            found = _METHODS[method](M, tol, max_iters or _DEFAULT_ITERATIONS[method])
         for target, x in zip((value, u, v), found, strict=True):
             target[part] = x
 
@@ -294,7 +303,7 @@ def _parts(plan: Tensor) -> list[slice]:
 def _suited(matrices: Tensor) -> str:
     if matrices.device.type != "cpu":
         return "squaring"  # fixed work: the others look at values, which would stall the host
-    if matrices.dtype == torch.float64 and min(matrices.shape[-2:]) <= _JACOBI_SUITS:
+    if matrices.dtype == torch.float64 and min(matrices.shape[-2:]) <= _SMALL:
         return "jacobi"
     return "squaring" if max(matrices.shape[-2:]) <= _SQUARING_MAX_SIDE else "lanczos"
 
