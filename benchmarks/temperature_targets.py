@@ -42,7 +42,7 @@ def families(n: int, count: int, seed: int) -> dict[str, Tensor]:
 
 
 def _timed(logits: Tensor, target: Tensor, device: str) -> tuple[Tensor, Tensor, float]:
-    """Temperature and whether it was reached, in float64 on the CPU, and the seconds of a second call."""
+    """Temperature and whether it was reached, in float64 on the CPU, and seconds; a GPU is warm by then."""
     if device != "cpu":
         logits, target = logits.to(device, torch.float32), target.to(device, torch.float32)
         fastdsm.temperature_for_sigma2(logits, target)

@@ -194,7 +194,7 @@ class _Checked:
         """Plan, residual, sweeps, f, g and sigma2, flat; what was not asked for may be empty."""
         if grad == "unrolled":
             return transforms.sinkhorn_info(*self.inputs, with_sigma2)
-        with_info = with_info or solver == "sinkhorn" or transforms.backward_may_follow(self.inputs)
+        with_info = with_info or transforms.backward_may_follow(self.inputs)
         return transforms.fixed_point(*self.inputs, solver, with_info, with_sigma2)
 
     def restore(self, x: Tensor) -> Tensor:

@@ -29,20 +29,18 @@ _BLOCKS = {
     32: (1, 4, 8, 1),
     64: (1, 16, 16, 8),
 }
-# What Blackwell has instead, where those spill.
-_BLOCKS_BLACKWELL = _BLOCKS | {64: (1, 16, 32, 16)}
 # For a temperature, whose sigma2 takes more registers: one warp of 32 lines spills.
-_BLOCKS_TEMPERATURE = {32: (1, 8, 8, 2)}
+_BLOCKS_TEMPERATURE = _BLOCKS | {32: (1, 8, 8, 2)}
+# What Blackwell has instead, where those spill.
+_BLACKWELL = {64: (1, 16, 32, 16)}
 # Segments of scaling sweeps at most: those that take about as long as three of Newton's steps.
 _SEGMENTS = {4: 2, 8: 8, 16: 16, 32: 24, 64: 24}
 
 
 def _configuration(
-    kernel: Any, dtype: torch.dtype, size: int, others: dict[int, tuple[int, int, int, int]] | None = None, **constants: Any
+    kernel: Any, dtype: torch.dtype, size: int, blocks: dict[int, tuple[int, int, int, int]] = _BLOCKS, **constants: Any
 ) -> Configuration:
-    """The kernel's, in the blocks of all kernels but for those of ``others``."""
-    blocks, on_blackwell = _BLOCKS | (others or {}), _BLOCKS_BLACKWELL | (others or {})
-    return configuration_with_own(kernel, dtype, size, blocks, "sm_100", on_blackwell, **constants)
+    return configuration_with_own(kernel, dtype, size, blocks, "sm_100", blocks | _BLACKWELL, **constants)
 
 
 _FORWARD = {

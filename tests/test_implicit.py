@@ -183,3 +183,12 @@ def test_the_oracle_as_a_backend() -> None:
         torch.testing.assert_close(found.plan, expected.plan)
         slopes = [torch.autograd.grad(x.sigma2.sum(), logits)[0] for x in (found, expected)]
         torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (2, 20, 40), (1, 70, 70)])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_a_plan_is_the_same_without_its_information(backend: str, shape: tuple[int, ...], first: str) -> None:
+    logits = torch.randn(shape)
+    options = {"n_iters": 8, "tol": 1e-4, "grad": "implicit", "first": first, "backend": backend}
+    assert torch.equal(fastdsm.sinkhorn(logits, **options), fastdsm.sinkhorn(logits, return_info=True, **options)[0])

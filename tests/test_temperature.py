@@ -115,7 +115,8 @@ def test_totals_of_marginals_need_not_agree_to_the_last_bit() -> None:
     options["col_marginal"] *= 1 + 1e-6  # as far apart as float32 leaves them
     found = fastdsm.temperature_for_sigma2(logits, 0.6, **options)
     assert torch.equal(found[1], known[1])
-    torch.testing.assert_close(found[0], known[0], rtol=1e-5, atol=0, equal_nan=True)
+    # Scaled back they are the same numbers to an ulp, and the search repeats its steps.
+    torch.testing.assert_close(found[0], known[0], rtol=1e-12, atol=0, equal_nan=True)
 
 
 def by_autograd(logits: Tensor, temperature: Tensor, **options: Tensor) -> tuple[Tensor, Tensor]:

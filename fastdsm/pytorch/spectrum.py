@@ -219,14 +219,16 @@ def power(M: Tensor, tol: float, max_iters: int, v0: Tensor | None = None) -> Tr
 
 def largest_singular_value(M: Tensor) -> Tensor:
     """||M|| by the method that suits the size."""
-    return _by_suited(M, DEFAULT_TOL, 0)[0]
+    return _found(M, "auto", DEFAULT_TOL, 0, None)[0]
 
 
-def _by_suited(M: Tensor, tol: float, max_iters: int) -> Triple:
-    chosen = _suited(M)
-    if min(M.shape[1:]) <= _SMALL:
-        tol = min(tol, _SMALL_TOL)
-    return _METHODS[chosen](M, tol, max_iters or _DEFAULT_ITERATIONS[chosen])
+def _found(M: Tensor, method: str, tol: float, max_iters: int, v0: Tensor | None) -> Triple:
+    if method == "auto":
+        method = _suited(M)
+        if min(M.shape[1:]) <= _SMALL:
+            tol = min(tol, _SMALL_TOL)
+    max_iters = max_iters or _DEFAULT_ITERATIONS[method]
+    return power(M, tol, max_iters, v0) if method == "power" else _METHODS[method](M, tol, max_iters)
 
 
 def sigma2(
@@ -245,12 +247,7 @@ def sigma2(
     """Fill ``value`` (B,), ``u`` (B, n), ``v`` (B, m); ``max_iters`` 0 is each method's own default."""
     for part in _parts(plan):
         M = _deflated(plan, row_marginal, col_marginal, mask, part).to(compute_dtype(plan.dtype))
-        if method == "auto":
-            found = _by_suited(M, tol, max_iters)
-        elif method == "power":
-            found = power(M, tol, max_iters or _DEFAULT_ITERATIONS[method], None if v0 is None else v0[part])
-        else:
-            found = _METHODS[method](M, tol, max_iters or _DEFAULT_ITERATIONS[method])
+        found = _found(M, method, tol, max_iters, None if v0 is None else v0[part])
         for target, x in zip((value, u, v), found, strict=True):
             target[part] = x
 
