@@ -7,7 +7,9 @@ rows are exact at the end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,21 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the arithmetic inside and of every output that is not a matrix."""
         return compute_dtype(self.logits.dtype)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same problem with every tensor changed."""
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
+    def part(self, where: slice, blocks: int | None = None) -> Problem:
+        """The problem of a slice of the batch, as :func:`part_of`."""
+        return self.map_tensors(lambda x: part_of(x, where, blocks))
+
+
+def part_of(whole: Tensor, where: slice, blocks: int | None) -> Tensor:
+    """View a slice of (B, ...), as (blocks, B / blocks, ...) where ``blocks`` are given."""
+    part = whole[where]
+    return part if blocks is None else part.unflatten(0, (blocks, -1))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,13 +47,65 @@ def test_how_long_others_go_on_changes_no_bit(n: int, uneven: bool) -> None:
     assert torch.equal(fastdsm.sinkhorn(logits[:1], **options)[0], plan[0])
 
 
-def test_pieces_are_of_like_size() -> None:
-    for batch in (1, 2, 13121, 65536, 65537, 100_000):
+def test_no_piece_is_too_small_for_its_calls() -> None:
+    for batch in (1, 2, 13121, 13250, 65536, 65537, 100_000):
         logits = torch.zeros(batch, 4, 4)
         for backward in (False, True):
             sizes = [part.where.stop - part.where.start for part in parts(Problem(logits, 3), backward)]
             assert sum(sizes) == batch
-            assert max(sizes) - min(sizes) <= 64 * len(sizes)
+            assert max(sizes[:-1], default=batch) == min(sizes[:-1], default=batch)
+            assert sizes[-1] >= sizes[0] / 2 - 64 * len(sizes)
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("options", ["none", "every", "tolerance"])
+def test_pieces_in_blocks(options: str) -> None:
+    batch, n, m = 27_000, 4, 3
+    scale = torch.linspace(0.1, 10.0, batch, dtype=torch.float64)  # tame and wild
+    logits = torch.randn(batch, n, m, dtype=torch.float64) * scale[:, None, None]
+    inputs: dict[str, Any] = {"n_iters": 12}
+    if options == "every":
+        inputs |= {
+            "temperature": 0.5 + torch.rand(batch, dtype=torch.float64),
+            "f0": torch.randn(batch, n, dtype=torch.float64),
+            "row_marginal": 0.5 + torch.rand(batch, n, dtype=torch.float64),
+            "mask": torch.rand(batch, n, m) < 0.9,
+        }
+    elif options == "tolerance":
+        inputs |= {"tol": 1e-3}
+    blocks = {part.blocks for part in parts(Problem(logits, 12), backward=True)}
+    assert blocks == {2, None}  # the last piece cannot be halved
+    cotangent, found = torch.randn_like(logits), []
+    for call in (fastdsm.sinkhorn, fastdsm.reference.sinkhorn):
+        leaves = [logits.clone().requires_grad_()]
+        given = dict(inputs)
+        for name in ("temperature", "f0", "row_marginal"):
+            if name in given:
+                given[name] = given[name].clone().requires_grad_()
+                leaves.append(given[name])
+        plan = call(leaves[0], **given)
+        found.append([plan.detach(), *torch.autograd.grad(plan, leaves, cotangent)])
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_info_of_pieces_in_blocks() -> None:
+    logits = torch.randn(16384, 4, 4) * torch.linspace(0.1, 10.0, 16384)[:, None, None]
+    results = []
+    for some in (logits, logits[:16000:16]):  # the second is too small for blocks
+        plan, info = fastdsm.sinkhorn(some, n_iters=9, tol=1e-3, return_info=True)
+        results.append((plan, info.f, info.g, info.residual, info.sweeps, fastdsm.sinkhorn_sigma2(some)[1]))
+    for whole, alone in zip(*results, strict=True):
+        torch.testing.assert_close(whole[:16000:16], alone)
 
 
 @pytest.mark.parametrize(("batch", "n", "m"), [(700, 4, 4), (600, 12, 12), (5, 24, 24), (40, 3, 13), (40, 13, 3)])

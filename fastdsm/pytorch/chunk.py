@@ -10,33 +10,42 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from .layout import WAITING, BatchLast, Layout, Ring, choose_layout, copy
-from .sweeps import KEEP_V_ABOVE, TAME_RANGE, Chunk, Tame
+from ..problem import Problem, part_of
+from .layout import BatchLast, Layout, Ring, choose_layout, copy
+from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
-# take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 8,
-# vectors are so long that two threads can share an operation on them.
+# take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 16,
+# vectors are so long that torch shares an operation on them between threads, each with the matrices it had before.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 209_716), (16, 450_000), (math.inf, 1 << 19))
-_IN_HAND = {False: 2, True: 3}  # vectors of a kind that a forward, a backward uses at once
+_BACKWARD_ENTRIES = ((8, 209_716), (16, 540_672), (math.inf, 1 << 19))
+_IN_HAND = 2  # vectors of a kind that are in use at once
 
 
 @dataclass(frozen=True)
 class Part:
-    """A slice of the batch, loaded; ``chosen`` (B,): the matrices this pass is for, None for all."""
+    """A slice of the batch, loaded; ``chosen`` (B,): the matrices this pass is for, None for all.
+
+    With ``blocks``, every B of it is (blocks, B / blocks).
+    """
 
     where: slice
+    blocks: int | None
     chunk: Chunk
     chosen: Tensor | None
 
+    def of(self, whole: Tensor) -> Tensor:
+        """This slice of a tensor with a line for every matrix of the batch."""
+        return part_of(whole, self.where, self.blocks)
+
     def write(self, target: Tensor, value: Tensor) -> None:
         """Copy ``value`` (batch first) to this slice of ``target``, where chosen."""
-        kept = target[self.where]
+        kept = self.of(target)
         if self.chosen is None:
             copy(kept, value)
         else:
-            kept.copy_(torch.where(self.chosen.view(-1, *(1,) * (value.dim() - 1)), value, kept))
+            chosen = self.chosen.view(*self.chosen.shape, *(1,) * (value.dim() - self.chosen.dim()))
+            kept.copy_(torch.where(chosen, value, kept))
 
 
 class _Memory:
@@ -47,13 +56,12 @@ class _Memory:
         self._layout, self._entries = layout, size * n * m
         self._like = problem.logits.new_empty(0, dtype=problem.compute_dtype)
         self._matrices: dict[str, Tensor] = {}
-        terms = WAITING if backward and layout.stores_terms else 0
-        self.terms = self._like.new_empty(terms * n * size), self._like.new_empty(terms * m * size)
-        in_hand = _IN_HAND[backward]
-        kept = problem.n_iters + 1 if backward else 0
+        kept, waiting = (problem.n_iters + 1, layout.waiting) if backward else (0, 0)
+        kept_v = kept if layout.keeps_v else min(kept, AT_ONCE)
+        self._vectors: dict[torch.Size, Vectors] = {}
         self._lines = [
             [(count, self._like.new_empty(count * side * size)) for count in counts]
-            for side, counts in ((n, (in_hand, kept)), (m, (in_hand, kept if max(n, m) > KEEP_V_ABOVE else 0)))
+            for side, counts in ((n, (_IN_HAND, kept, waiting)), (m, (_IN_HAND, kept_v, waiting)))
         ]
 
     def matrix(self, use: str, shape: torch.Size) -> Tensor:
@@ -62,13 +70,19 @@ class _Memory:
             self._matrices[use] = self._like.new_empty(self._entries)
         return self._layout.buffer(self._matrices[use], shape)
 
-    def rings(self, row: torch.Size, col: torch.Size) -> tuple[tuple[Ring, Ring], tuple[Ring, Ring]]:
-        """Row and column vectors in hand; those of a history, which are the former where none is kept."""
-        rings = [
-            [Ring(flat, count, shape) for count, flat in lines] for lines, shape in zip(self._lines, (row, col), strict=True)
-        ]
-        (rows, row_history), (cols, col_history) = rings
-        return (rows, cols), (row_history if row_history.count else rows, col_history if col_history.count else cols)
+    def vectors(self, row: torch.Size, col: torch.Size) -> Vectors:
+        """Row and column vectors of these shapes, none handed out."""
+        if row not in self._vectors:
+            shapes = (row, col)
+            rows, cols = ([Ring(flat, count, x) for count, flat in lines] for lines, x in zip(self._lines, shapes, strict=True))
+            in_hand, history, waiting = zip(rows, cols, strict=True)
+            every = [vector for ring in (*rows, *cols) for vector in ring]
+            weights = {id(vector): self._layout.weights(vector) for vector in every}
+            self._vectors[row] = Vectors(in_hand, history if history[0].count else in_hand, waiting, weights)
+        vectors = self._vectors[row]
+        for ring in (*vectors.in_hand, *vectors.history, *vectors.waiting):
+            ring.rewind()
+        return vectors
 
 
 def parts(problem: Problem, backward: bool) -> Iterator[Part]:
@@ -79,14 +93,14 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
     batch, n, m = problem.logits.shape
     layout, on_cpu = choose_layout(problem.logits, problem.compute_dtype), problem.logits.device.type == "cpu"
     entries = next(x for side, x in (_BACKWARD_ENTRIES if backward else _FORWARD_ENTRIES) if max(n, m) <= side)
-    pieces = math.ceil(batch * n * m / entries) if on_cpu else 1
-    size = max(math.ceil(batch / max(pieces, 1)), 2)  # all of one size: a small last one would not pay for its calls
-    size = min(math.ceil(size / layout.batch_multiple) * layout.batch_multiple, batch)
+    size = _size(batch, max(entries // max(n * m, 1), 2), layout.multiple()) if on_cpu else batch
     memory = _Memory(problem, layout, size, backward)
     uniform = problem.row_marginal is None and problem.col_marginal is None
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
-        S = load(problem, layout, where, partial(memory.matrix, "S"))
+        blocks = layout.blocks(where.stop - where.start, max(n, m)) if on_cpu else None
+        piece = problem.part(where, blocks)
+        S = load(piece, layout, partial(memory.matrix, "S"))
         top = tame = None
         kinds = [False]
         if on_cpu and uniform and problem.f0 is None:
@@ -97,55 +111,61 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
             kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
         for kind in kinds:
             chosen = None if tame is None or len(kinds) == 1 else tame == kind
-            yield Part(where, _chunk(problem, layout, where, S, memory, backward, top if kind else None), chosen)
+            yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top if kind else None), chosen)
 
 
-def _chunk(
-    problem: Problem, layout: Layout, where: slice, S: Tensor, memory: _Memory, backward: bool, top: Tensor | None
-) -> Chunk:
-    """The chunk of a slice, for its tame matrices where ``top`` (B,), their largest logits, is given."""
-    shape = problem.logits[where].shape
-    _, n, m = shape
+def _size(batch: int, most: int, multiple: int) -> int:
+    """Matrices of a piece: ``most`` rounded to a multiple, unless the last piece then is too small to pay for its calls."""
+    size = math.ceil(most / multiple) * multiple
+    if 0 < batch % size < size / 2:
+        size = math.ceil(batch / math.ceil(batch / size) / multiple) * multiple
+    return min(size, batch)
+
+
+def _chunk(problem: Problem, layout: Layout, S: Tensor, memory: _Memory, backward: bool, top: Tensor | None) -> Chunk:
+    """The chunk of a piece, for its tame matrices where ``top`` (B,), their largest logits, is given."""
+    shape = problem.logits.shape
+    n, m = shape[-2:]
     row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
     K = memory.matrix("K", shape)
-    scratch = memory.matrix("scratch", shape) if layout.needs_scratch(max(n, m)) else S.new_empty(0)
+    scratch = memory.matrix("scratch", shape) if layout.needs_scratch else S.new_empty(0)
     W = S.new_empty(0)
     if backward:
-        W = S if top is not None and S.data_ptr() != problem.logits[where].data_ptr() else memory.matrix("W", shape)
-    store = (layout, S, K, W, scratch, memory.terms, layout.operands(K, scratch), *memory.rings(row, col))
+        W = S if top is not None and S.data_ptr() != problem.logits.data_ptr() else memory.matrix("W", shape)
+    store = (layout, S, K, W, scratch, layout.operands(K, scratch), memory.vectors(row, col))
     uniform = problem.row_marginal is None and problem.col_marginal is None
     if top is not None:
         r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)
         r_line, c_line = S.new_full((), r).expand(row), S.new_full((), c).expand(col)
         return Chunk(*store, r_line, c_line, None, None, None, uniform, Tame(r, c, layout.scalar(top)))
-    lines = marginals(S, problem, layout, where)
-    f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0[where]))
+    lines = marginals(S, problem, layout)
+    f0 = None if problem.f0 is None else torch.where(lines[0] == 0, 0.0, layout.vector(problem.f0))
     return Chunk(*store, *lines, f0, uniform)
 
 
-def load(problem: Problem, layout: Layout, where: slice, buffer: Callable[[torch.Size], Tensor]) -> Tensor:
+def load(problem: Problem, layout: Layout, buffer: Callable[[torch.Size], Tensor]) -> Tensor:
     """S, -inf where excluded, which is the logits themselves where they can serve, else in the ``buffer`` for a shape."""
-    S = problem.logits[where]
-    own = layout is BatchLast or problem.logits.dtype != problem.compute_dtype
+    S = problem.logits
+    own = issubclass(layout, BatchLast) or problem.logits.dtype != problem.compute_dtype
     if own:
         S = buffer(S.shape)
-        copy(layout.batch_first(S), problem.logits[where])
+        copy(layout.batch_first(S), problem.logits)
     tau = problem.temperature
     if isinstance(tau, Tensor):
-        tau = layout.whole(tau[where])
+        tau = layout.whole(tau)
     if isinstance(tau, Tensor) or tau != 1.0:
         S = S.div_(tau) if own else S / tau
     if problem.mask is not None:
-        S = S.masked_fill(~layout.matrix(problem.mask[where]), -torch.inf)
+        S = S.masked_fill(~layout.matrix(problem.mask), -torch.inf)
     for marginal, spread in ((problem.row_marginal, layout.down), (problem.col_marginal, layout.across)):
         if marginal is not None:
-            S = S.masked_fill(spread(layout.vector(marginal[where]) == 0), -torch.inf)
+            S = S.masked_fill(spread(layout.vector(marginal) == 0), -torch.inf)
     return S
 
 
-def marginals(S: Tensor, problem: Problem, at: Layout, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def marginals(S: Tensor, problem: Problem, at: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r and c, 0 on excluded lines, and the indicators of those lines."""
-    row, col = (None if x is None else at.vector(x[part]) for x in (problem.row_marginal, problem.col_marginal))
+    row, col = (None if x is None else at.vector(x) for x in (problem.row_marginal, problem.col_marginal))
     valid = ~S.isneginf()
     rows, cols = valid.any(at.cols), valid.any(at.rows)
     n_rows, n_cols = (x.sum(at.line, keepdim=True).clamp_(min=1).to(S.dtype) for x in (rows, cols))

@@ -10,24 +10,79 @@ which wins for the smallest, and for doubles, which embedding bags do one by one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 _BATCH_LAST_MAX_SIDE = 16  # beyond, row-vector products read a matrix faster than lanes of matrices do
 _BATCH_LAST_MIN_BATCH = 32  # times max(n, m): fewer lanes do not pay for the larger number of calls
 _BAGS_SIDES = range(9, 17)  # below, lanes of matrices win; beyond, row-vector products do without a transpose
-WAITING = 10  # rank-one terms for one product: 40 are 1.1 times faster and take a third more memory
-_ADDCMUL_MAX_SIDE = 8  # beyond, one product and one sum need fewer calls than a chain of addcmul
+_LANES = 16  # of a cache line
+_SHARED_ABOVE = 32768  # elements from which torch shares an operation between threads
+_ADDCMUL_MAX_SIDE = 8
+
+
+class Ring:
+    """Vectors of one shape, handed out in turn and reused: a fresh one would cost a page fault per 4 kB at every use.
+
+    Blocks stay outermost in memory, so that one thread works on all vectors of a block.
+    """
+
+    def __init__(self, flat: Tensor, count: int, shape: torch.Size) -> None:
+        self.count = count
+        blocks = shape[:-2]
+        self._all = flat[: count * shape.numel()].view(*blocks, count, *shape[-2:]).movedim(len(blocks), 0)
+        self._vectors = self._all.unbind(0)
+        self._place = {vector.data_ptr(): k for k, vector in enumerate(self._vectors)}
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._vectors)
+
+    def rewind(self) -> None:
+        """Hand out the first vector next."""
+        self._next = 0
+
+    def take(self) -> Tensor:
+        """The next vector, uninitialised."""
+        vector = self._vectors[self._next]
+        self._next = (self._next + 1) % len(self._vectors)
+        return vector
+
+    def from_end(self, k: int) -> Tensor:
+        """The last vector in memory but ``k``."""
+        return self._vectors[-1 - k]
+
+    def last(self, count: int) -> Tensor:
+        """The last ``count`` vectors in memory, as one tensor."""
+        return self._all[self.count - count :]
+
+    def together(self, vectors: list[Tensor]) -> Tensor:
+        """The vectors as one tensor, a view if they lie here one after another."""
+        places = [self._place.get(vector.data_ptr(), -1) for vector in vectors]
+        start, end = places[0], places[0] + len(vectors)
+        return self._all[start:end] if start >= 0 and places == list(range(start, end)) else torch.stack(vectors)
 
 
 class BatchFirst:
     """Matrices (B, n, m), vectors (B, n)."""
 
     rows, cols, line, batch = -2, -1, -1, 0
-    batch_multiple = 1
+    needs_scratch = False  # whether contractions use their scratch matrix
+    keeps_v = True  # whether a history holds v too, which LowRank then takes from there
+    waiting = 10  # pairs of terms that LowRank lets wait: 20 are 1.1 times faster and take a third more memory
+
+    @staticmethod
+    def multiple() -> int:
+        """What the number of matrices of a piece is best a multiple of."""
+        return 1
+
+    @staticmethod
+    def blocks(batch: int, side: int) -> int | None:
+        """In how many blocks so many matrices are best laid out, None where there are none."""
+        return None
 
     @staticmethod
     def buffer(flat: Tensor, shape: torch.Size) -> Tensor:
@@ -80,9 +135,14 @@ class BatchFirst:
         return kernel, kernel.mT
 
     @staticmethod
+    def weights(x: Tensor) -> Tensor:
+        """What ``contract`` takes for a vector."""
+        return x.unsqueeze(1)
+
+    @staticmethod
     def contract(operand: Tensor, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """Sum of the lines of an operand, weighted."""
-        return torch.bmm(weights.unsqueeze(1), operand, out=out.unsqueeze(1)).squeeze(1)
+        """Sum of the lines of an operand, weighted: ``out``, or a vector that nothing else uses."""
+        return torch.bmm(weights, operand, out=out.unsqueeze(1)).squeeze(1)
 
     @staticmethod
     def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
@@ -92,65 +152,70 @@ class BatchFirst:
         torch.sum(product, -2, out=cols)
 
     @staticmethod
-    def needs_scratch(side: int) -> bool:
-        """Whether contractions use their scratch matrix."""
-        return False
-
-    @staticmethod
     def refresh(kernel: Tensor, scratch: Tensor) -> None:
         """Bring ``scratch`` up to date with a new kernel."""
 
-    stores_terms = True  # whether LowRank uses its store
-
     class LowRank:
-        """Takes rank-one matrices a b^T from ``rest``, several as one product; ``store``: flat, where they wait for it."""
+        """rest - sum of a v^T - u b^T, several sweeps as one product; v and u wait for it in ``history``.
 
-        def __init__(self, rest: Tensor, store: tuple[Tensor, Tensor]) -> None:
-            batch, n, m = rest.shape
-            self._rest, self._waiting = rest, 0
-            self._left, self._right = (
-                flat[: WAITING * batch * side].view(WAITING, batch, side) for flat, side in zip(store, (n, m), strict=True)
-            )
+        ``store``: rings of ``waiting`` vectors for a and b.
+        """
 
-        def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
-            """Take a b^T ``times`` over; neither vector is kept."""
-            if self._waiting == WAITING:
+        def __init__(self, rest: Tensor, store: tuple[Ring, Ring], history: tuple[Ring, Ring]) -> None:
+            self._rest, self._store, self._history = rest, store, history
+            self._u: list[Tensor] = []
+            self._v: list[Tensor] = []
+
+        def next(self) -> tuple[Tensor, Tensor]:
+            """Where to put the next a and b; history is gone through backwards, hence so is the store."""
+            if len(self._u) == BatchFirst.waiting:
                 self.rest()
-            self._left[self._waiting].copy_(a)
-            torch.mul(b, times, out=self._right[self._waiting])
-            self._waiting += 1
+            a, b = (ring.from_end(len(self._u)) for ring in self._store)
+            return a, b
+
+        def take(self, a: Tensor, v: Tensor, u: Tensor, b: Tensor) -> None:
+            """Take a v^T and give u b^T, a and b being in the places that ``next`` told."""
+            self._u.insert(0, u)
+            self._v.insert(0, v)
 
         def rest(self) -> Tensor:
             """What is left, in place."""
-            left, right = self._left[: self._waiting], self._right[: self._waiting]
-            self._waiting = 0
-            return self._rest.baddbmm_(left.permute(1, 2, 0), right.transpose(0, 1), alpha=-1)
+            waiting = len(self._u)
+            if waiting:
+                a, b = (ring.last(waiting) for ring in self._store)
+                u, v = (ring.together(x) for ring, x in zip(self._history, (self._u, self._v), strict=True))
+                self._rest.baddbmm_(a.permute(1, 2, 0), v.transpose(0, 1), alpha=-1)
+                self._rest.baddbmm_(u.permute(1, 2, 0), b.transpose(0, 1))
+                self._u, self._v = [], []
+            return self._rest
 
 
 class Bags(BatchFirst):
     """``BatchFirst`` whose contractions are embedding bags over the rows of K, or of its transpose in ``scratch``."""
 
+    needs_scratch = True
+
     @staticmethod
     def operands(kernel: Tensor, scratch: Tensor) -> tuple[Any, Any]:
-        """What ``contract`` takes to form K^T u, and K v: a table of lines, its indices, and where each bag begins."""
+        """What ``contract`` takes to form K^T u, and K v: a table of lines, its indices, and where bags begin and end."""
         batch, n, m = kernel.shape
-        index = torch.arange(batch * max(n, m), dtype=torch.int32)
+        index = torch.arange(batch * max(n, m) + 1, dtype=torch.int32)
 
         def bags(table: Tensor, lines: int) -> tuple[Tensor, Tensor, Tensor]:
-            return table, index[: len(table)], index[: len(table) : lines].contiguous()
+            return table, index[: len(table)], index[: len(table) + 1 : lines].contiguous()
 
         return bags(kernel.view(-1, m), n), bags(Bags._mirror(kernel, scratch).view(-1, n), m)
 
     @staticmethod
-    def contract(operand: Any, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """Sum of the lines of an operand, weighted."""
-        table, index, starts = operand
-        return out.copy_(embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights.reshape(-1)))
+    def weights(x: Tensor) -> Tensor:
+        """What ``contract`` takes for a vector."""
+        return x.reshape(-1)
 
     @staticmethod
-    def needs_scratch(side: int) -> bool:
-        """Whether contractions use their scratch matrix."""
-        return True
+    def contract(operand: Any, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Sum of the lines of an operand, weighted: ``out``, or a vector that nothing else uses."""
+        table, index, bounds = operand
+        return torch.embedding_bag(table, index, bounds, mode=0, per_sample_weights=weights, include_last_offset=True)[0]
 
     @staticmethod
     def refresh(kernel: Tensor, scratch: Tensor) -> None:
@@ -164,40 +229,54 @@ class Bags(BatchFirst):
 
 
 class BatchLast:
-    """Matrices (n, m, B), vectors (n, B)."""
+    """Matrices (n, m, B), vectors (n, B), scalars (B,); in blocks (blocks, n, m, B / blocks) and so forth."""
 
-    rows, cols, line, batch = 0, 1, 0, -1
-    batch_multiple = 64  # so that every line of every matrix starts on a cache line: measured 1.2 times faster
+    rows, cols, line, batch = -3, -2, -2, -1
+    needs_scratch = False
+    keeps_v = False  # vectors weigh so much that v is rather computed again
+    waiting = 1
+
+    @staticmethod
+    def multiple() -> int:
+        """What the number of matrices of a piece is best a multiple of: lines on cache lines were 1.2 times faster."""
+        return _LANES * torch.get_num_threads()
+
+    @staticmethod
+    def blocks(batch: int, side: int) -> int | None:
+        """In how many blocks so many matrices are best laid out, None where there are none."""
+        threads = torch.get_num_threads()
+        return threads if threads > 1 and batch % (_LANES * threads) == 0 and batch * side > _SHARED_ABOVE else None
 
     @staticmethod
     def buffer(flat: Tensor, shape: torch.Size) -> Tensor:
         """A matrix of this layout for (B, n, m) ``shape`` in a flat buffer."""
-        return flat[: shape.numel()].view(shape[1], shape[2], shape[0])
+        *blocks, batch, n, m = shape
+        return flat[: shape.numel()].view(*blocks, n, m, batch)
 
     @staticmethod
     def matrix(x: Tensor) -> Tensor:
         """View a (B, n, m) tensor in this layout."""
-        return x.permute(1, 2, 0)
+        return x.movedim(-3, -1)
 
     @staticmethod
     def batch_first(x: Tensor) -> Tensor:
         """View a matrix of this layout as (B, n, m)."""
-        return x.permute(2, 0, 1)
+        return x.movedim(-1, -3)
 
     @staticmethod
     def vector(x: Tensor) -> Tensor:
         """View a (B, n) tensor in this layout, and back."""
-        return x.T
+        return x.mT
 
     @staticmethod
     def scalar(x: Tensor) -> Tensor:
         """View a (B,) tensor so that it broadcasts over vectors."""
-        return x.unsqueeze(0)
+        return x.unsqueeze(-2)
 
     @staticmethod
     def whole(x: Tensor) -> Tensor:
         """View a (B,) tensor so that it broadcasts over matrices."""
-        return x
+        return x.unsqueeze(-2).unsqueeze(-2)
 
     @staticmethod
     def sums(x: Tensor, dim: int) -> Tensor:
@@ -215,104 +294,112 @@ class BatchLast:
     @staticmethod
     def down(x: Tensor) -> Tensor:
         """A row-indexed vector, to broadcast over columns."""
-        return x.unsqueeze(1)
+        return x.unsqueeze(-2)
 
     @staticmethod
     def across(x: Tensor) -> Tensor:
         """A column-indexed vector, to broadcast over rows."""
-        return x.unsqueeze(0)
+        return x.unsqueeze(-3)
 
     @staticmethod
     def operands(kernel: Tensor, scratch: Tensor) -> tuple[Any, Any]:
         """What ``contract`` takes to form K^T u, and K v: views made once, as making them would cost as much as a sum."""
-        if scratch.numel():
-            return (kernel, scratch), (kernel.transpose(0, 1), scratch.transpose(0, 1))
-        return kernel.unbind(0), kernel.unbind(1)
+        return kernel.unbind(-3), kernel.unbind(-2)
 
     @staticmethod
-    def contract(operand: Any, weights: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-        """Sum of the lines of an operand, weighted."""
-        if scratch.numel():
-            kernel, product = operand
-            return torch.sum(torch.mul(kernel, weights.unsqueeze(1), out=product), 0, out=out)
-        first, *others = weights.unbind(0)
-        torch.mul(operand[0], first, out=out)
-        for line, weight in zip(operand[1:], others, strict=True):
-            out.addcmul_(line, weight)
+    def weights(x: Tensor) -> Any:
+        """What ``contract`` takes for a vector, or for several along a dimension in front."""
+        return x.unsqueeze(-2).unbind(-3)
+
+    @staticmethod
+    def contract(operand: Any, weights: Any, scratch: Tensor, out: Tensor) -> Tensor:
+        """``out``, sum of the lines of an operand, weighted."""
+        torch.mul(operand[0], weights[0], out=out)
+        for k in range(1, len(weights)):
+            out.addcmul_(operand[k], weights[k])
         return out
 
     @staticmethod
     def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
         """Row and column sums of x * y."""
-        if scratch.numel():
-            product = torch.mul(x, y, out=scratch)
-            torch.sum(product, 1, out=rows)
-            torch.sum(product, 0, out=cols)
-            return
-        for sums, dim in ((rows, 1), (cols, 0)):
+        for sums, dim in ((rows, -2), (cols, -3)):
             (first, other), *rest = zip(x.unbind(dim), y.unbind(dim), strict=True)
             torch.mul(first, other, out=sums)
             for line, other in rest:
                 sums.addcmul_(line, other)
 
     @staticmethod
-    def needs_scratch(side: int) -> bool:
-        """Whether contractions use their scratch matrix."""
-        return side > _ADDCMUL_MAX_SIDE
-
-    @staticmethod
     def refresh(kernel: Tensor, scratch: Tensor) -> None:
         """Bring ``scratch`` up to date with a new kernel."""
 
-    stores_terms = False
-
     class LowRank:
-        """Takes rank-one matrices a b^T from ``rest``, one by one; needs no store."""
+        """rest - sum of a v^T - u b^T, at once; ``store``: rings of a vector for a and for b."""
 
-        def __init__(self, rest: Tensor, store: tuple[Tensor, Tensor]) -> None:
-            self._rest = rest
+        def __init__(self, rest: Tensor, store: tuple[Ring, Ring], history: tuple[Ring, Ring]) -> None:
+            self._rest, self._store = rest, store
 
-        def take(self, a: Tensor, b: Tensor, times: float = 1.0) -> None:
-            """Take a b^T ``times`` over; neither vector is kept."""
-            self._rest.addcmul_(a.unsqueeze(1), b.unsqueeze(0), value=-times)
+        def next(self) -> tuple[Tensor, Tensor]:
+            """Where to put the next a and b."""
+            a, b = (ring.take() for ring in self._store)
+            return a, b
+
+        def take(self, a: Tensor, v: Tensor, u: Tensor, b: Tensor) -> None:
+            """Take a v^T and give u b^T."""
+            self._rest.addcmul_(a.unsqueeze(-2), v.unsqueeze(-3), value=-1)
+            self._rest.addcmul_(u.unsqueeze(-2), b.unsqueeze(-3))
 
         def rest(self) -> Tensor:
             """What is left, in place."""
             return self._rest
 
 
-class Ring:
-    """Vectors of one shape, handed out in turn and reused: a fresh one would cost a page fault per 4 kB at every use."""
+class Products(BatchLast):
+    """``BatchLast`` whose contractions are one product, in ``scratch``, and one sum: fewer calls than a chain of addcmul."""
 
-    def __init__(self, flat: Tensor, count: int, shape: torch.Size) -> None:
-        self.count = count
-        self._vectors = flat[: count * shape.numel()].view(count, *shape).unbind(0)
-        self._next = 0
+    needs_scratch = True
+    keeps_v = True
 
-    def take(self) -> Tensor:
-        """The next vector, uninitialised."""
-        vector = self._vectors[self._next]
-        self._next = (self._next + 1) % len(self._vectors)
-        return vector
+    @staticmethod
+    def operands(kernel: Tensor, scratch: Tensor) -> tuple[Any, Any]:
+        """What ``contract`` takes to form K^T u, and K v."""
+        return kernel, kernel.transpose(-3, -2)
+
+    @staticmethod
+    def weights(x: Tensor) -> Any:
+        """What ``contract`` takes for a vector."""
+        return x.unsqueeze(-2)
+
+    @staticmethod
+    def contract(operand: Any, weights: Any, scratch: Tensor, out: Tensor) -> Tensor:
+        """``out``, sum of the lines of an operand, weighted."""
+        return torch.sum(torch.mul(operand, weights, out=scratch.view_as(operand)), -3, out=out)
+
+    @staticmethod
+    def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Row and column sums of x * y."""
+        product = torch.mul(x, y, out=scratch)
+        torch.sum(product, -2, out=rows)
+        torch.sum(product, -3, out=cols)
 
 
-Layout = type[BatchFirst] | type[BatchLast]  # Bags is a BatchFirst
+Layout = type[BatchFirst] | type[BatchLast]  # Bags and Products are such
 
 
 def copy(target: Tensor, source: Tensor) -> None:
-    """``target.copy_(source)`` for (B, n, m): between layouts as one 2-D transpose, which torch does in blocks."""
-    if target.dim() == 3 and target.stride() != source.stride() and target.dtype == source.dtype:
-        flat = [_as_2d(x) for x in (target, source)]
+    """``target.copy_(source)`` for (B, n, m): between layouts as a transpose of (B, n m), with as few dimensions as may be."""
+    if target.dim() >= 3 and target.stride() != source.stride() and target.dtype == source.dtype:
+        flat = [_lines_joined(x) for x in (target, source)]
         if flat[0] is not None and flat[1] is not None:
             flat[0].copy_(flat[1])
             return
     target.copy_(source)
 
 
-def _as_2d(x: Tensor) -> Tensor | None:
+def _lines_joined(x: Tensor) -> Tensor | None:
     """(B, n m) as a view, if the strides allow."""
-    batch, n, m = x.shape
-    return x.as_strided((batch, n * m), (x.stride(0), x.stride(2))) if n == 1 or x.stride(1) == m * x.stride(2) else None
+    *batch, n, m = x.shape
+    *steps, down, across = x.stride()
+    return x.as_strided((*batch, n * m), (*steps, across)) if n == 1 or down == m * across else None
 
 
 def choose_layout(logits: Tensor, dtype: torch.dtype) -> Layout:
@@ -322,4 +409,6 @@ def choose_layout(logits: Tensor, dtype: torch.dtype) -> Layout:
         return BatchFirst
     if side in _BAGS_SIDES and dtype == torch.float32:
         return Bags
-    return BatchLast if side <= _BATCH_LAST_MAX_SIDE and batch >= _BATCH_LAST_MIN_BATCH * side else BatchFirst
+    if side <= _BATCH_LAST_MAX_SIDE and batch >= _BATCH_LAST_MIN_BATCH * side:
+        return BatchLast if side <= _ADDCMUL_MAX_SIDE else Products
+    return BatchFirst

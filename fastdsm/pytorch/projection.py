@@ -13,8 +13,6 @@ per sweep, never a matrix. A segment with another K contributes a product of its
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
         chunk, at = part.chunk, part.chunk.layout
         swept = run(chunk, problem.n_iters, problem.tol, potentials=outputs.f is not None)
         if outputs.residual is not None and outputs.sweeps is not None:
-            residual = chunk.column_error(swept.v, chunk.col_sums(swept.u))
+            residual = chunk.column_error(swept.v, chunk.col_sums(swept.u, chunk.vectors.in_hand[1].take()))
             part.write(outputs.residual, residual if swept.poison is None else residual + swept.poison)
             part.write(outputs.sweeps, swept.sweeps)
         if outputs.f is not None and outputs.g is not None:
@@ -45,7 +43,8 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
                 M = deflated_uniform(plan, chunk.tame.r * chunk.tame.c)
             else:
                 M = deflated(plan.double(), at.vector(chunk.r).double(), at.vector(chunk.c).double())
-            part.write(outputs.sigma2, largest_singular_value(M.to(plan.dtype)))
+            sigma2 = largest_singular_value(M.to(plan.dtype).reshape(-1, *plan.shape[-2:]))
+            part.write(outputs.sigma2, sigma2.view(M.shape[:-2]))
 
 
 def _plan(chunk: Chunk, swept: Swept) -> Tensor:
@@ -58,15 +57,15 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
     for part in parts(problem, backward=True):
         chunk, at = part.chunk, part.chunk.layout
-        stops = None if sweeps is None else sweeps[part.where]
+        stops = None if sweeps is None else part.of(sweeps)
         swept = run(chunk, problem.n_iters, record=True, stops=stops)
-        copy(at.batch_first(chunk.W), grad_plan[part.where])
+        copy(at.batch_first(chunk.W), part.of(grad_plan))
         if not chunk.tame:
             chunk.W.masked_fill_(chunk.S.isneginf(), 0.0)
         d_logits, lines = _adjoint(chunk, swept, stops, gradients.f0 is not None)
         tau = problem.temperature
         if isinstance(tau, Tensor):
-            d_logits.div_(at.whole(tau[part.where]))
+            d_logits.div_(at.whole(part.of(tau)))
         elif tau != 1.0:
             d_logits.div_(tau)
         part.write(gradients.logits, at.batch_first(d_logits))
@@ -81,9 +80,9 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
     df and -dg are carried, which spares the signs.
     """
     at = chunk.layout
-    chunk = replace(chunk, vectors=chunk.in_hand)
     W = chunk.W.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
-    df, dg = chunk.vectors[0].take(), chunk.vectors[1].take()
+    rows, cols = chunk.vectors.in_hand
+    df, dg = rows.take(), cols.take()
     at.product_sums(W, chunk.K, chunk.scratch, df, dg)
     less_dg: Tensor | None = dg.neg_()
     d_row, less_d_col = (df.new_zeros(x.shape if lines else ()) for x in (df, dg))
@@ -96,28 +95,35 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
             earlier = W.mul_(chunk.K) if earlier is None else earlier.add_(W.mul_(chunk.K))
             W = torch.zeros_like(earlier)
             chunk.set_kernel(segment.f, segment.g)
-        low_rank = at.LowRank(W, chunk.terms)
-        for k in reversed(range(len(segment.u) - 1)):
-            before, u = segment.u[k], segment.u[k + 1]
-            v = segment.v[k] if segment.v else chunk.col_factor(chunk.col_sums(before))
+        low_rank = at.LowRank(W, chunk.vectors.waiting, chunk.vectors.history)
+        vs = reversed(segment.v) if segment.v else chunk.forgotten_v(segment.u[:-1])
+        for before, u, v in zip(reversed(segment.u[:-1]), reversed(segment.u[1:]), vs, strict=True):
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
             if lines:
                 d_row += _where(active, df)
-            a = _where(active, torch.mul(u, chunk.over_r(df), out=chunk.vectors[0].take()))
-            image = chunk.col_sums(a).mul_(v)
+            a, less_b = low_rank.next()
+            _only(active, torch.mul(u, chunk.over_r(df), out=a))
+            out = cols.take()
+            image = torch.mul(chunk.col_sums(a, out), v, out=out)
             less_dg = image if less_dg is None else less_dg + image
             if lines:
                 less_d_col += _where(active, less_dg)
-            less_b = _where(active, torch.mul(v, chunk.over_c(less_dg), out=chunk.vectors[1].take()))
-            low_rank.take(a, v)
-            low_rank.take(before, less_b, times=-1.0)
-            df_before = chunk.row_sums(less_b).mul_(before)
+            _only(active, torch.mul(v, chunk.over_c(less_dg), out=less_b))
+            low_rank.take(a, v, before, less_b)
+            out = rows.take()
+            df_before = torch.mul(chunk.row_sums(less_b, out), before, out=out)
             df = df_before if active is None else torch.where(active, df_before, df)
             less_dg = None if active is None else torch.where(active, 0.0, less_dg)
         W = low_rank.rest()
     W.mul_(chunk.K)
     return W if earlier is None else earlier.add_(W), (df, d_row, -less_d_col)
+
+
+def _only(active: Tensor | None, x: Tensor) -> None:
+    """Set to 0 what is not active."""
+    if active is not None:
+        x.masked_fill_(~active, 0.0)
 
 
 def _where(active: Tensor | None, x: Tensor) -> Tensor:

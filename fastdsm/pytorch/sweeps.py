@@ -20,6 +20,7 @@ then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from .layout import Layout, Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0
-KEEP_V_ABOVE = 8
+AT_ONCE = 3  # sweeps whose v a backward computes again in one go, where it is not kept
 
 
 @dataclass
@@ -57,13 +58,25 @@ class Tame:
 
 
 @dataclass
+class Vectors:
+    """Where row and column vectors come from: those in hand, those of a history, those of the adjoint's rank-one terms.
+
+    ``history`` is ``in_hand`` where none is kept. ``weights``: what contractions take for each of these vectors, by its id.
+    """
+
+    in_hand: tuple[Ring, Ring]
+    history: tuple[Ring, Ring]
+    waiting: tuple[Ring, Ring]
+    weights: dict[int, Any]
+
+
+@dataclass
 class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``terms``: flat ones where
-    rank-one terms of the adjoint wait; ``operands`` are K as contractions want it; ``in_hand`` and ``vectors`` hand out row
-    and column vectors, the latter as many as a history takes where one is kept; ``tame``: whether this is a pass for those.
+    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``operands`` are K as
+    contractions want it; ``tame``: whether this is a pass for those.
     """
 
     layout: Layout
@@ -71,10 +84,8 @@ class Chunk:
     K: Tensor
     W: Tensor
     scratch: Tensor
-    terms: tuple[Tensor, Tensor]
     operands: tuple[Any, Any]
-    in_hand: tuple[Ring, Ring]
-    vectors: tuple[Ring, Ring]
+    vectors: Vectors
     r: Tensor
     c: Tensor
     excluded_rows: Tensor | None
@@ -85,8 +96,8 @@ class Chunk:
 
     @property
     def keeps_v(self) -> bool:
-        """Whether a history holds v too; in small matrices vectors weigh so much that v is rather computed again."""
-        return max(self.matrix_shape) > KEEP_V_ABOVE
+        """Whether a history holds v too."""
+        return self.layout.keeps_v
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -99,25 +110,39 @@ class Chunk:
         torch.add(self.S, at.down(f), out=self.K).add_(at.across(g)).exp_()
         at.refresh(self.K, self.scratch)
 
-    def col_sums(self, u: Tensor) -> Tensor:
-        """K^T u."""
-        return self.layout.contract(self.operands[0], u, self.scratch, self.vectors[1].take())
+    def col_sums(self, u: Tensor, out: Tensor) -> Tensor:
+        """K^T u, perhaps in ``out``."""
+        return self._contract(self.operands[0], u, out)
 
-    def row_sums(self, v: Tensor) -> Tensor:
-        """K v."""
-        return self.layout.contract(self.operands[1], v, self.scratch, self.vectors[0].take())
+    def row_sums(self, v: Tensor, out: Tensor) -> Tensor:
+        """K v, likewise."""
+        return self._contract(self.operands[1], v, out)
 
-    def row_factor(self, sums: Tensor) -> Tensor:
-        """r / sums, 0 on excluded rows; uses up ``sums``."""
+    def _contract(self, operand: Any, x: Tensor, out: Tensor) -> Tensor:
+        weights = self.vectors.weights.get(id(x))
+        return self.layout.contract(operand, self.layout.weights(x) if weights is None else weights, self.scratch, out)
+
+    def next_v(self, u: Tensor) -> Tensor:
+        """v = c / (K^T u)."""
+        out = self.vectors.history[1].take()
+        return self.col_factor(self.col_sums(u, out), out)
+
+    def next_u(self, v: Tensor) -> Tensor:
+        """u = r / (K v)."""
+        out = self.vectors.history[0].take()
+        return self.row_factor(self.row_sums(v, out), out)
+
+    def row_factor(self, sums: Tensor, out: Tensor) -> Tensor:
+        """out = r / sums, 0 on excluded rows."""
         if self.tame:
-            return _times(sums.reciprocal_(), self.tame.r)
-        return self.r / (sums if self.excluded_rows is None else sums + self.excluded_rows)
+            return _times(torch.reciprocal(sums, out=out), self.tame.r)
+        return torch.div(self.r, sums if self.excluded_rows is None else sums + self.excluded_rows, out=out)
 
-    def col_factor(self, sums: Tensor) -> Tensor:
-        """c / sums, 0 on excluded columns; uses up ``sums``."""
+    def col_factor(self, sums: Tensor, out: Tensor) -> Tensor:
+        """out = c / sums, 0 on excluded columns."""
         if self.tame:
-            return _times(sums.reciprocal_(), self.tame.c)
-        return self.c / (sums if self.excluded_cols is None else sums + self.excluded_cols)
+            return _times(torch.reciprocal(sums, out=out), self.tame.c)
+        return torch.div(self.c, sums if self.excluded_cols is None else sums + self.excluded_cols, out=out)
 
     def over_r(self, x: Tensor) -> Tensor:
         """x / r, 0 / 0 = 0 on excluded rows."""
@@ -130,6 +155,14 @@ class Chunk:
         if self.tame:
             return x if self.tame.c == 1.0 else x / self.tame.c
         return x / (self.c if self.excluded_cols is None else self.c + self.excluded_cols)
+
+    def forgotten_v(self, u: list[Tensor]) -> Iterator[Tensor]:
+        """The v of each u, the last first, where no history holds them; overwritten when others are asked for."""
+        rows, cols = self.vectors.history
+        for end in range(len(u), 0, -AT_ONCE):
+            some = rows.together(u[max(end - AT_ONCE, 0) : end])
+            out = cols.last(len(some))
+            yield from reversed(self.col_factor(self.col_sums(some, out), out).unbind(0))
 
     def column_error(self, v: Tensor, sums: Tensor) -> Tensor:
         """Residual (B,): largest |v_j sums_j / c_j - 1| over the columns that take part, sums = K^T u."""
@@ -181,17 +214,18 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     top = _shifted_exp(shifted, at.cols, chunk.K)
     sums = chunk.K.sum(at.cols)
     f = torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top)
-    chunk.K.mul_(at.down(chunk.row_factor(sums)))
+    chunk.K.mul_(at.down(chunk.row_factor(sums, sums)))
     return f, top
 
 
 def _tame_sweep(chunk: Chunk, top: Tensor, potentials: bool) -> tuple[Segment, Tensor]:
     """The first sweep of tame matrices, with one exponential per entry: sets K; its segment (f, g: 0 if unwanted), and v."""
-    at, K, (rows, cols) = chunk.layout, chunk.K, chunk.vectors
+    at, K, (rows, cols) = chunk.layout, chunk.K, chunk.vectors.history
     torch.sub(chunk.S, at.across(top), out=K).exp_()
-    v = chunk.col_factor(torch.sum(K, at.rows, out=cols.take()))
+    sums = torch.sum(K, at.rows, out=cols.take())
+    v = chunk.col_factor(sums, sums)
     before = torch.sum(K.mul_(at.across(v)), at.cols, out=rows.take())
-    u = chunk.row_factor(rows.take().copy_(before))
+    u = chunk.row_factor(before, rows.take())
     K.mul_(at.down(u))
     at.refresh(K, chunk.scratch)
     f, g = (u.log(), v.log() - top) if potentials else (u.new_zeros(()), u.new_zeros(()))
@@ -210,8 +244,8 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     f_new, _ = _row_step(chunk, torch.add(chunk.S, at.across(g), out=K))
     chunk.set_kernel(f_new, g)
     before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
-    v = chunk.col_factor(chunk.col_sums(before))
-    return Segment(f_new, g, [before, chunk.row_factor(chunk.row_sums(v))], [v] * chunk.keeps_v), v, top
+    v = chunk.next_v(before)
+    return Segment(f_new, g, [before, chunk.next_u(v)], [v] * chunk.keeps_v), v, top
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -244,7 +278,7 @@ def run(
     at = chunk.layout
     freezing = tol >= 0.0 or stops is not None
     sure = min(n_iters, 1) if freezing else n_iters
-    counts = torch.full((chunk.r.shape[1 + at.line],), sure, dtype=torch.int32, device=chunk.r.device)
+    counts = torch.full(chunk.r.select(at.line, 0).shape, sure, dtype=torch.int32, device=chunk.r.device)
     if n_iters == 0:
         f, top = _row_step(chunk, chunk.S)
         one_u, one_v = torch.ones_like(chunk.r), torch.ones_like(chunk.c)
@@ -252,12 +286,12 @@ def run(
     poison = None
     if chunk.tame:
         segment, v = _tame_sweep(chunk, chunk.tame.top, potentials)
-        if freezing:  # a ring hands this vector out again for the residual, and those that stop here still need it
-            v = v.clone()
-            segment.v[:] = [v] * len(segment.v)
     else:
         segment, v, top = _log_sweep(chunk, torch.zeros_like(chunk.r) if chunk.f0 is None else chunk.f0)
         poison = _poison(top, at)
+    if freezing:  # a ring hands this vector out again for the residual, and those that stop here still need it
+        v = v.clone()
+        segment.v[:] = [v] * len(segment.v)
     segments = [segment]
     active = torch.ones_like(counts, dtype=torch.bool)
     left = budget = _sweeps_per_kernel(chunk, n_iters)
@@ -266,7 +300,7 @@ def run(
         u, sums = segment.u[-1], None
         if freezing:
             if stops is None:
-                sums = chunk.col_sums(u)
+                sums = chunk.col_sums(u, chunk.vectors.history[1].take())
                 active = active & ~(chunk.column_error(v, sums) <= tol)
             else:
                 active = stops > done
@@ -286,8 +320,8 @@ def run(
             segments.append(segment)
             u = segment.u[-1]
         if budget > 0:
-            new_v = chunk.col_factor(chunk.col_sums(u) if sums is None else sums)
-            new_u = chunk.row_factor(chunk.row_sums(new_v))
+            new_v = chunk.next_v(u) if sums is None else chunk.col_factor(sums, sums)
+            new_u = chunk.next_u(new_v)
             if freezing:
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
             v, left = new_v, left - 1

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,23 +114,12 @@ def pieces(problem: Problem, dtype: torch.dtype) -> Iterator[tuple[slice, System
     size = math.ceil(batch / max(count, 1))
     for start in range(0, batch, max(size, 1)):
         where = slice(start, min(start + size, batch))
-        yield where, _system(_part(problem, where, dtype), at)
-
-
-def _part(problem: Problem, where: slice, dtype: torch.dtype) -> Problem:
-    """The problem of a slice, its floating tensors in ``dtype``; narrower logits stay as they are where they may."""
-    inside: dict[str, Any] = {
-        name: x[where].to(dtype) if x.is_floating_point() else x[where]
-        for name, x in vars(problem).items()
-        if isinstance(x, Tensor)
-    }
-    return replace(problem, **inside)
+        yield where, _system(problem.part(where).map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x), at)
 
 
 def _system(problem: Problem, at: Layout) -> System:
-    everything = slice(0, problem.logits.shape[0])
-    S = load(problem, at, everything, lambda shape: at.buffer(problem.logits.new_empty(shape.numel()), shape))
-    r, c, spare_rows, spare_cols = marginals(S, problem, at, everything)
+    S = load(problem, at, lambda shape: at.buffer(problem.logits.new_empty(shape.numel()), shape))
+    r, c, spare_rows, spare_cols = marginals(S, problem, at)
     poisoned = ~(S.amax((at.rows, at.cols)) < torch.inf)
     S = S.masked_fill(at.whole(poisoned), 0.0)
     unit = r.amax(at.line, keepdim=True)
