@@ -59,9 +59,15 @@ class _Memory:
         kept, waiting = (problem.n_iters + 1, layout.waiting) if backward else (0, 0)
         kept_v = kept if layout.keeps_v else min(kept, AT_ONCE)
         self._vectors: dict[torch.Size, Vectors] = {}
+        self._terms = self._like.new_empty(waiting * (n + m) * size)
         self._lines = [
-            [(count, self._like.new_empty(count * side * size)) for count in counts]
-            for side, counts in ((n, (_IN_HAND, kept, waiting)), (m, (_IN_HAND, kept_v, waiting)))
+            [(count, self._like.new_empty(count * side * size)) for count in counts] + [(waiting, terms)]
+            for side, counts, terms in zip(
+                (n, m),
+                ((_IN_HAND, kept), (_IN_HAND, kept_v)),
+                self._terms.split([waiting * n * size, waiting * m * size]),
+                strict=True,
+            )
         ]
 
     def matrix(self, use: str, shape: torch.Size) -> Tensor:
@@ -69,6 +75,11 @@ class _Memory:
         if use not in self._matrices:
             self._matrices[use] = self._like.new_empty(self._entries)
         return self._layout.buffer(self._matrices[use], shape)
+
+    def room(self, shape: torch.Size) -> Tensor:
+        """A matrix in the place of terms that do not wait yet, empty if it does not fit."""
+        fits = shape.numel() <= self._terms.numel()
+        return self._layout.buffer(self._terms, shape) if fits else self._like
 
     def vectors(self, row: torch.Size, col: torch.Size) -> Vectors:
         """Row and column vectors of these shapes, none handed out."""
@@ -132,7 +143,7 @@ def _chunk(problem: Problem, layout: Layout, S: Tensor, memory: _Memory, backwar
     W = S.new_empty(0)
     if backward:
         W = S if top is not None and S.data_ptr() != problem.logits.data_ptr() else memory.matrix("W", shape)
-    store = (layout, S, K, W, scratch, layout.operands(K, scratch), memory.vectors(row, col))
+    store = (layout, S, K, W, scratch, memory.room(shape), layout.operands(K, scratch), memory.vectors(row, col))
     uniform = problem.row_marginal is None and problem.col_marginal is None
     if top is not None:
         r, c = (1.0, n / m) if problem.unit_rows else (m / n, 1.0)

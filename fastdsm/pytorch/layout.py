@@ -145,9 +145,9 @@ class BatchFirst:
         return torch.bmm(weights, operand, out=out.unsqueeze(1)).squeeze(1)
 
     @staticmethod
-    def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
-        """Row and column sums of x * y."""
-        product = x * y
+    def product_sums(x: Tensor, y: Tensor, room: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Row and column sums of x * y, which may be formed in ``room`` unless that is empty."""
+        product = torch.mul(x, y, out=room) if room.numel() else x * y
         torch.sum(product, -1, out=rows)
         torch.sum(product, -2, out=cols)
 
@@ -320,8 +320,8 @@ class BatchLast:
         return out
 
     @staticmethod
-    def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
-        """Row and column sums of x * y."""
+    def product_sums(x: Tensor, y: Tensor, room: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Row and column sums of x * y, which may be formed in ``room`` unless that is empty."""
         for sums, dim in ((rows, -2), (cols, -3)):
             (first, other), *rest = zip(x.unbind(dim), y.unbind(dim), strict=True)
             torch.mul(first, other, out=sums)
@@ -375,9 +375,9 @@ class Products(BatchLast):
         return torch.sum(torch.mul(operand, weights, out=scratch.view_as(operand)), -3, out=out)
 
     @staticmethod
-    def product_sums(x: Tensor, y: Tensor, scratch: Tensor, rows: Tensor, cols: Tensor) -> None:
-        """Row and column sums of x * y."""
-        product = torch.mul(x, y, out=scratch)
+    def product_sums(x: Tensor, y: Tensor, room: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Row and column sums of x * y, which may be formed in ``room`` unless that is empty."""
+        product = torch.mul(x, y, out=room) if room.numel() else x * y
         torch.sum(product, -2, out=rows)
         torch.sum(product, -3, out=cols)
 

@@ -83,7 +83,7 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
     W = chunk.W.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
     rows, cols = chunk.vectors.in_hand
     df, dg = rows.take(), cols.take()
-    at.product_sums(W, chunk.K, chunk.scratch, df, dg)
+    at.product_sums(W, chunk.K, chunk.room, df, dg)
     less_dg: Tensor | None = dg.neg_()
     d_row, less_d_col = (df.new_zeros(x.shape if lines else ()) for x in (df, dg))
     if not swept.segments:

@@ -75,8 +75,8 @@ class Chunk:
     """Some matrices of a problem, in one layout.
 
     S is -inf on excluded entries; r, c are 0 on excluded lines, where the ``excluded`` indicators are 1; None: no line is.
-    ``K``, ``W`` (backward) and ``scratch`` (some layouts) are buffers of S's shape, else empty; ``operands`` are K as
-    contractions want it; ``tame``: whether this is a pass for those.
+    ``K``, ``W`` (backward), ``scratch`` (some layouts) and ``room`` (a while) are buffers of S's shape, else empty;
+    ``operands`` are K as contractions want it; ``tame``: whether this is a pass for those.
     """
 
     layout: Layout
@@ -84,6 +84,7 @@ class Chunk:
     K: Tensor
     W: Tensor
     scratch: Tensor
+    room: Tensor
     operands: tuple[Any, Any]
     vectors: Vectors
     r: Tensor
