@@ -6,6 +6,10 @@ column-vector product of the same matrices reaches 2. Matrices that fit one vect
 that torch has in one pass (7 entries/ns; a product and a sum over the batch as the lane make three passes, 3 entries/ns,
 and half of that where two processors share one core's ports). ``BatchLast`` (n, m, B) makes the batch the vector lane,
 which wins for the smallest, and for doubles, which embedding bags do one by one.
+
+torch shares an operation between threads by its outermost dimension. Were that a line, each thread would read at the next
+contraction what the others have just written; between cores without a common cache this doubled the time of 4x4. So with
+several threads lanes come in blocks, outermost, and a thread has the same matrices in every operation.
 """
 
 from __future__ import annotations
