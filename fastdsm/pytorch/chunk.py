@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, part_of
-from .layout import BatchLast, Layout, Ring, choose_layout, copy
+from .layout import BatchFirst, BatchLast, Layout, Ring, choose_layout, copy
 from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 16,
 # vectors are so long that torch shares an operation on them between threads, each with the matrices it had before.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 209_716), (16, 540_672), (math.inf, 1 << 19))
-_IN_HAND = 2  # vectors of a kind that are in use at once
+_BACKWARD_ENTRIES = ((8, 209_716), (16, 700_000), (math.inf, 1 << 19))
+_AT_HAND = 2  # vectors of a kind that sweeps use at once
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Part:
         """Copy ``value`` (batch first) to this slice of ``target``, where chosen."""
         kept = self.of(target)
         if self.chosen is None:
-            copy(kept, value)
+            if kept.data_ptr() != value.data_ptr():  # else it was made there
+                copy(kept, value)
         else:
             chosen = self.chosen.view(*self.chosen.shape, *(1,) * (value.dim() - self.chosen.dim()))
             kept.copy_(torch.where(chosen, value, kept))
@@ -56,18 +57,16 @@ class _Memory:
         self._layout, self._entries = layout, size * n * m
         self._like = problem.logits.new_empty(0, dtype=problem.compute_dtype)
         self._matrices: dict[str, Tensor] = {}
-        kept, waiting = (problem.n_iters + 1, layout.waiting) if backward else (0, 0)
-        kept_v = kept if layout.keeps_v else min(kept, AT_ONCE)
+        waiting = layout.waiting if backward else 0
+        u, v = _AT_HAND, _AT_HAND
+        if backward:
+            u, v = problem.n_iters + 1, problem.n_iters if layout.keeps_v else min(problem.n_iters, AT_ONCE)
         self._vectors: dict[torch.Size, Vectors] = {}
         self._terms = self._like.new_empty(waiting * (n + m) * size)
+        row_terms, col_terms = self._terms.split([waiting * n * size, waiting * m * size])
         self._lines = [
-            [(count, self._like.new_empty(count * side * size)) for count in counts] + [(waiting, terms)]
-            for side, counts, terms in zip(
-                (n, m),
-                ((_IN_HAND, kept), (_IN_HAND, kept_v)),
-                self._terms.split([waiting * n * size, waiting * m * size]),
-                strict=True,
-            )
+            [(u, self._like.new_empty(u * n * size)), (waiting, row_terms)],
+            [(v, self._like.new_empty(v * m * size)), (waiting, col_terms)],
         ]
 
     def matrix(self, use: str, shape: torch.Size) -> Tensor:
@@ -86,20 +85,21 @@ class _Memory:
         if row not in self._vectors:
             shapes = (row, col)
             rows, cols = ([Ring(flat, count, x) for count, flat in lines] for lines, x in zip(self._lines, shapes, strict=True))
-            in_hand, history, waiting = zip(rows, cols, strict=True)
+            history, waiting = zip(rows, cols, strict=True)
             every = [vector for ring in (*rows, *cols) for vector in ring]
             weights = {id(vector): self._layout.weights(vector) for vector in every}
-            self._vectors[row] = Vectors(in_hand, history if history[0].count else in_hand, waiting, weights)
+            self._vectors[row] = Vectors(history, waiting, weights)
         vectors = self._vectors[row]
-        for ring in (*vectors.in_hand, *vectors.history, *vectors.waiting):
+        for ring in (*vectors.history, *vectors.waiting):
             ring.rewind()
         return vectors
 
 
-def parts(problem: Problem, backward: bool) -> Iterator[Part]:
+def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Iterator[Part]:
     """The batch in pieces; a piece with tame and wild matrices comes twice, once for each kind.
 
-    On an accelerator the batch is one piece, and wild: looking at values would stall the host.
+    K, of a backward W, is the piece of ``target`` (B, n, m), where that can serve. On an accelerator the batch is one piece,
+    and wild: looking at values would stall the host.
     """
     batch, n, m = problem.logits.shape
     layout, on_cpu = choose_layout(problem.logits, problem.compute_dtype), problem.logits.device.type == "cpu"
@@ -120,9 +120,15 @@ def parts(problem: Problem, backward: bool) -> Iterator[Part]:
             tame = top - S.amin(dims) <= TAME_RANGE
             found = ((False, not bool(tame.all())), (True, bool(tame.any())))
             kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
+        home = None if target is None or len(kinds) > 1 else _home(layout, target[where], problem.compute_dtype)
         for kind in kinds:
             chosen = None if tame is None or len(kinds) == 1 else tame == kind
-            yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top if kind else None), chosen)
+            yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top if kind else None, home), chosen)
+
+
+def _home(layout: Layout, piece: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A piece of what is to be computed, if it can be computed right there."""
+    return piece if issubclass(layout, BatchFirst) and piece.dtype == dtype and piece.is_contiguous() else None
 
 
 def _size(batch: int, most: int, multiple: int) -> int:
@@ -133,16 +139,26 @@ def _size(batch: int, most: int, multiple: int) -> int:
     return min(size, batch)
 
 
-def _chunk(problem: Problem, layout: Layout, S: Tensor, memory: _Memory, backward: bool, top: Tensor | None) -> Chunk:
+def _chunk(
+    problem: Problem,
+    layout: Layout,
+    S: Tensor,
+    memory: _Memory,
+    backward: bool,
+    top: Tensor | None,
+    home: Tensor | None,
+) -> Chunk:
     """The chunk of a piece, for its tame matrices where ``top`` (B,), their largest logits, is given."""
     shape = problem.logits.shape
     n, m = shape[-2:]
     row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
-    K = memory.matrix("K", shape)
+    K = memory.matrix("K", shape) if home is None or backward else home
     scratch = memory.matrix("scratch", shape) if layout.needs_scratch else S.new_empty(0)
     W = S.new_empty(0)
-    if backward:
-        W = S if top is not None and S.data_ptr() != problem.logits.data_ptr() else memory.matrix("W", shape)
+    if backward and top is not None and S.data_ptr() != problem.logits.data_ptr():
+        W = S
+    elif backward:
+        W = memory.matrix("W", shape) if home is None else home
     store = (layout, S, K, W, scratch, memory.room(shape), layout.operands(K, scratch), memory.vectors(row, col))
     uniform = problem.row_marginal is None and problem.col_marginal is None
     if top is not None:

@@ -26,11 +26,11 @@ from .sweeps import Chunk, Swept, log_of, run
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Fill ``outputs`` for ``problem``."""
-    for part in parts(problem, backward=False):
+    for part in parts(problem, backward=False, target=outputs.plan):
         chunk, at = part.chunk, part.chunk.layout
         swept = run(chunk, problem.n_iters, problem.tol, potentials=outputs.f is not None)
         if outputs.residual is not None and outputs.sweeps is not None:
-            residual = chunk.column_error(swept.v, chunk.col_sums(swept.u, chunk.vectors.in_hand[1].take()))
+            residual = chunk.column_error(swept.v, chunk.col_sums(swept.u, chunk.vectors.history[1].take()))
             part.write(outputs.residual, residual if swept.poison is None else residual + swept.poison)
             part.write(outputs.sweeps, swept.sweeps)
         if outputs.f is not None and outputs.g is not None:
@@ -55,7 +55,7 @@ def _plan(chunk: Chunk, swept: Swept) -> Tensor:
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
     """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
-    for part in parts(problem, backward=True):
+    for part in parts(problem, backward=True, target=gradients.logits):
         chunk, at = part.chunk, part.chunk.layout
         stops = None if sweeps is None else part.of(sweeps)
         swept = run(chunk, problem.n_iters, record=True, stops=stops)
@@ -81,8 +81,7 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
     """
     at = chunk.layout
     W = chunk.W.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
-    rows, cols = chunk.vectors.in_hand
-    df, dg = rows.take(), cols.take()
+    df, dg = (torch.empty_like(x) for x in (swept.u, swept.v))
     at.product_sums(W, chunk.K, chunk.room, df, dg)
     less_dg: Tensor | None = dg.neg_()
     d_row, less_d_col = (df.new_zeros(x.shape if lines else ()) for x in (df, dg))
@@ -97,22 +96,21 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
             chunk.set_kernel(segment.f, segment.g)
         low_rank = at.LowRank(W, chunk.vectors.waiting, chunk.vectors.history)
         vs = reversed(segment.v) if segment.v else chunk.forgotten_v(segment.u[:-1])
+        a, less_b = low_rank.next()
         for before, u, v in zip(reversed(segment.u[:-1]), reversed(segment.u[1:]), vs, strict=True):
             active = None if stops is None else at.scalar(stops >= done)
             done -= 1
             if lines:
                 d_row += _where(active, df)
-            a, less_b = low_rank.next()
             _only(active, torch.mul(u, chunk.over_r(df), out=a))
-            out = cols.take()
-            image = torch.mul(chunk.col_sums(a, out), v, out=out)
+            image = torch.mul(chunk.col_sums(a, less_b), v, out=less_b)
             less_dg = image if less_dg is None else less_dg + image
             if lines:
                 less_d_col += _where(active, less_dg)
             _only(active, torch.mul(v, chunk.over_c(less_dg), out=less_b))
             low_rank.take(a, v, before, less_b)
-            out = rows.take()
-            df_before = torch.mul(chunk.row_sums(less_b, out), before, out=out)
+            taken, (a, less_b) = less_b, low_rank.next()
+            df_before = torch.mul(chunk.row_sums(taken, a), before, out=a)
             df = df_before if active is None else torch.where(active, df_before, df)
             less_dg = None if active is None else torch.where(active, 0.0, less_dg)
         W = low_rank.rest()

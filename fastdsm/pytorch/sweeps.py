@@ -31,7 +31,7 @@ from .layout import Layout, Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0
-AT_ONCE = 3  # sweeps whose v a backward computes again in one go, where it is not kept
+AT_ONCE = 4  # sweeps whose v a backward computes again in one go, where it is not kept
 
 
 @dataclass
@@ -59,12 +59,11 @@ class Tame:
 
 @dataclass
 class Vectors:
-    """Where row and column vectors come from: those in hand, those of a history, those of the adjoint's rank-one terms.
+    """Where row and column vectors come from: those of a history, or two where none is kept; those of the adjoint's terms.
 
-    ``history`` is ``in_hand`` where none is kept. ``weights``: what contractions take for each of these vectors, by its id.
+    ``weights``: what contractions take for each of these vectors, by its id.
     """
 
-    in_hand: tuple[Ring, Ring]
     history: tuple[Ring, Ring]
     waiting: tuple[Ring, Ring]
     weights: dict[int, Any]
@@ -94,11 +93,6 @@ class Chunk:
     f0: Tensor | None
     uniform: bool
     tame: Tame | None = None
-
-    @property
-    def keeps_v(self) -> bool:
-        """Whether a history holds v too."""
-        return self.layout.keeps_v
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -230,7 +224,7 @@ def _tame_sweep(chunk: Chunk, top: Tensor, potentials: bool) -> tuple[Segment, T
     K.mul_(at.down(u))
     at.refresh(K, chunk.scratch)
     f, g = (u.log(), v.log() - top) if potentials else (u.new_zeros(()), u.new_zeros(()))
-    return Segment(f, g, [chunk.over_r(before), u.fill_(1.0)], [v] * chunk.keeps_v), v.fill_(1.0)
+    return Segment(f, g, [chunk.over_r(before), u.fill_(1.0)], [v] * at.keeps_v), v.fill_(1.0)
 
 
 def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
@@ -246,7 +240,7 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     chunk.set_kernel(f_new, g)
     before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
     v = chunk.next_v(before)
-    return Segment(f_new, g, [before, chunk.next_u(v)], [v] * chunk.keeps_v), v, top
+    return Segment(f_new, g, [before, chunk.next_u(v)], [v] * at.keeps_v), v, top
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -327,7 +321,7 @@ def run(
                 new_u, new_v = (torch.where(at.scalar(active), new, old) for new, old in ((new_u, u), (new_v, v)))
             v, left = new_v, left - 1
             segment.u.append(new_u)
-            if chunk.keeps_v:
+            if at.keeps_v:
                 segment.v.append(new_v)
         if not record:
             del segment.u[:-1], segment.v[:-1], segments[:-1]
