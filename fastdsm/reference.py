@@ -264,11 +264,15 @@ def sigma2(
     return norm.masked_fill(broken, torch.nan)
 
 
+def marginals_of_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The marginals (r, c) that :func:`sigma2` takes a plan for."""
+    return _marginals(valid_entries(mask, plan, row, col), row, col, torch.promote_types(plan.dtype, torch.float32))
+
+
 def deflated_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
     """:func:`deflated` with the default marginals of what the mask leaves."""
-    dtype = torch.promote_types(plan.dtype, torch.float32)
-    valid = valid_entries(mask, plan, row, col)
-    return deflated(plan.masked_fill(~valid, 0.0).to(dtype), *_marginals(valid, row, col, dtype))
+    r, c = marginals_of_plan(plan, row, col, mask)
+    return deflated(plan.masked_fill(~valid_entries(mask, plan, row, col), 0.0).to(r.dtype), r, c)
 
 
 def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 ``registers``: n, m <= 4, a matrix per thread; ``registers_converged``: those by Newton's method, and the implicit gradient.
 ``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines, and the temperature of a sigma2.
 ``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``:
-sigma2 of given plans. Nothing here validates or differentiates.
+sigma2 of given plans, ``stream_spectrum``: that of larger ones. Nothing here validates or differentiates.
 """
 
 from __future__ import annotations
@@ -11,7 +11,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Gradients, Outputs, Problem
-from . import attention, panel, registers, registers_converged, registers_sigma2, spectrum, stream, tile, tile_converged
+from . import (
+    attention,
+    panel,
+    registers,
+    registers_converged,
+    registers_sigma2,
+    spectrum,
+    stream,
+    stream_spectrum,
+    tile,
+    tile_converged,
+)
 from .configuration import Configuration
 
 __all__ = [
@@ -99,6 +110,8 @@ def sigma2(
         registers_sigma2.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2)
     elif spectrum.supports(plan):
         spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
+    elif stream_spectrum.supports(plan):
+        stream_spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
     else:
         return False
     return True

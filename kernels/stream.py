@@ -100,16 +100,23 @@ class Work:
         configuration.launch(self.logits.shape[0] * self.chunks, **self.given(configuration, **more))
 
 
-def prepare(problem: Problem, keep: bool) -> Work:
-    """Buffers for ``problem``; ``keep`` every sweep's potentials, else the last."""
-    logits, device = used_logits(problem), problem.logits.device
-    batch, n, m = logits.shape
+def programs_of(matrices: Tensor) -> tuple[int, int, int]:
+    """For (B, n, m): the columns that rows are padded to (0: any number), the rows of a program, the programs of a matrix."""
+    (batch, n, m), device = matrices.shape, matrices.device
     block_m = next((block for block in ROWS if m <= block), 0)
     rows = ROWS[block_m][0] if block_m else WIDE_ROWS
     # Interpreted, as many programs as may be: adding up what they leave is to be tested, too.
     programs = PROGRAMS.get(block_m, 2) * (multiprocessors(device) if device.type == "cuda" else MAX_PARTS)
     lines = -(-max(FEWEST_LINES, -(-n // MAX_PARTS), min(n, -(-batch * n // programs))) // rows) * rows
-    blocks, chunks = -(-n // lines), -(-m // CHUNK)
+    return block_m, lines, -(-n // lines)
+
+
+def prepare(problem: Problem, keep: bool) -> Work:
+    """Buffers for ``problem``; ``keep`` every sweep's potentials, else the last."""
+    logits, device = used_logits(problem), problem.logits.device
+    batch, n, m = logits.shape
+    block_m, lines, blocks = programs_of(logits)
+    chunks = -(-m // CHUNK)
     width, slots = chunks * CHUNK, problem.n_iters + 2 if keep else 2
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ from .configuration import Configuration
 from .stream_adjoint import _sinkhorn_stream_adjoint_bwd_kernel, _sinkhorn_stream_reduce_bwd_kernel
 from .stream_apply import _sinkhorn_stream_plan_fwd_kernel
 from .stream_gradient import _sinkhorn_stream_gradient_bwd_kernel
+from .stream_gram import _sigma2_stream_gram_fwd_kernel, _sigma2_stream_reduce_fwd_kernel
 from .stream_start import (
     _sinkhorn_stream_columns_fwd_kernel,
     _sinkhorn_stream_masses_fwd_kernel,
@@ -33,6 +34,8 @@ WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
 # Of aligned rows only these, on sm_90: kernel, element, columns.
 SPILLING = {(_sinkhorn_stream_sweep_fwd_kernel, element, 4096) for element in ("fp16", "bf16")}
+# Two vectors and two sums for each column: of the longest rows a program takes the registers of a whole SM, pipelined or not.
+ALONE = {(_sigma2_stream_gram_fwd_kernel, 8192)}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
@@ -50,18 +53,24 @@ def _configuration(kernel: Any, element: str, num_warps: int, maxnreg: int, labe
     return Configuration(kernel, pointers, constants, num_warps, matrices=1, maxnreg=maxnreg, label=label)
 
 
-def _lines(kernel: Any, share: int = 1, **constants: Any) -> dict[tuple[torch.dtype, int, bool], Configuration]:
-    """``kernel`` on whole rows, 1 / ``share`` as many at once, by dtype, padded columns (0: any number) and alignment."""
+def _lines(
+    kernel: Any, share: int = 1, beside: str = "", **constants: Any
+) -> dict[tuple[torch.dtype, int, bool], Configuration]:
+    """``kernel`` on whole rows by dtype, padded columns (0: any number) and alignment; 1 / ``share`` as many rows at once,
+    ``beside`` something else."""
     found = {}
     for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False)):
         for block_m, (rows, warps) in {**ROWS, **(PIPELINED if aligned else {}), 0: (WIDE_ROWS, WIDE_WARPS)}.items():
             pipelined = aligned and block_m in PIPELINED
+            alone = pipelined or (kernel, block_m) in ALONE
+            if alone:
+                warps = PIPELINED[block_m][1]
             found[dtype, block_m, aligned] = _configuration(
                 kernel,
                 element,
                 warps,
-                255 if warps == 4 or pipelined or (not aligned and block_m == 4096) else 128,
-                f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{' cotangent' * (share > 1)}",
+                255 if warps == 4 or alone or (not aligned and block_m == 4096) else 128,
+                f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{beside}",
                 ROWS=_rows(kernel, element, share, block_m, rows, aligned),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
@@ -115,14 +124,16 @@ MASSES = _configuration(_sinkhorn_stream_masses_fwd_kernel, "fp32", 4, 255, "", 
 SWEEP = _lines(_sinkhorn_stream_sweep_fwd_kernel)
 REDUCE = _configuration(_sinkhorn_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
 PLAN = _tiles(_sinkhorn_stream_plan_fwd_kernel, PLAN_BLOCK_0)
-# Beside the cotangent there is room for half as many logits.
-COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, COTANGENT=True)
+# Beside the cotangent, or a second vector, there is room for half as many entries.
+COTANGENT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, 2, " cotangent", COTANGENT=True)
 ADJOINT = _lines(_sinkhorn_stream_adjoint_bwd_kernel, COTANGENT=False)
 REDUCE_ADJOINT = _configuration(_sinkhorn_stream_reduce_bwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
+GRAM = _lines(_sigma2_stream_gram_fwd_kernel, 2)
+REDUCE_GRAM = _configuration(_sigma2_stream_reduce_fwd_kernel, "fp32", 4, 255, "", PARTS=PARTS, CHUNK=CHUNK)
 GRADIENT = _tiles(_sinkhorn_stream_gradient_bwd_kernel, GRADIENT_BLOCK_0)
 
 
 def configurations() -> list[Configuration]:
     """Every kernel of this family that can be launched."""
-    tables = (START, SWEEP, PLAN, COTANGENT, ADJOINT, GRADIENT)
-    return [COLUMNS, MASSES, REDUCE, REDUCE_ADJOINT, *(x for table in tables for x in table.values())]
+    tables = (START, SWEEP, PLAN, COTANGENT, ADJOINT, GRADIENT, GRAM)
+    return [COLUMNS, MASSES, REDUCE, REDUCE_ADJOINT, REDUCE_GRAM, *(x for table in tables for x in table.values())]

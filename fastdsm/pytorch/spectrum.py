@@ -163,6 +163,54 @@ def lanczos_of(
     return Krylov(image.norm(dim=-1), _unit(image), v, diagonal, off)
 
 
+def krylov_vector(product: Callable[[Tensor], Tensor], start: Tensor, tol: float, max_passes: int) -> Tensor:
+    """v (B, m), the unit vector of a block Krylov space where ||M v|| is largest, to a residual of 2 tol ||M||^2.
+
+    product: (B, k, m) to the same, M^T M times k vectors at once; start: (B, k, m), as for :func:`lanczos_of`. k vectors see
+    an eigenvalue of multiplicity k, and take fewer passes where a pass costs as much as with one.
+    """
+    eps = torch.finfo(start.dtype).eps
+    enough = max(2 * tol, 16 * eps)
+    block = _orthonormal(start, 0.0)
+    basis, images = block[:, :0], block[:, :0]
+    passes = max(min(max_passes, start.shape[2] // start.shape[1]), 1)
+    for step in range(passes):
+        image = product(block)
+        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        last = step == passes - 1
+        if last or (step % 4 == 3 and not image.is_cuda):
+            weights = _top(basis @ images.mT)
+            v, moved = (_times(x.mT, weights) for x in (basis, images))
+            ritz = (v * moved).sum(-1)
+            residual = (moved - ritz.unsqueeze(-1) * v).norm(dim=-1)
+            if last or _stop(~((residual > enough * ritz) & (ritz > 0)).any()):
+                break
+        rest = image - (image @ basis.mT) @ basis
+        block = _orthonormal(rest, 8 * eps * images.norm(dim=-1).amax(-1, keepdim=True))
+        # What was rounding in part is not orthogonal to the basis at length 1; what loses half of it was rounding.
+        block = _orthonormal(block - (block @ basis.mT) @ basis, 0.5)
+    return _unit(v)
+
+
+def _top(H: Tensor) -> Tensor:
+    """The eigenvector (B, k) of the largest eigenvalue of a positive semi-definite H (B, k, k), symmetric up to rounding."""
+    H = ((H + H.mT) / 2).nan_to_num(posinf=0.0, neginf=0.0)
+    return _top_on_device(H)[0] if H.is_cuda else torch.linalg.eigh(H)[1][..., -1]
+
+
+def _orthonormal(vectors: Tensor, least: Tensor | float) -> Tensor:
+    """Vectors (B, k, m), each made orthogonal to those before it, of length 1, or 0 where no more than ``least`` is left."""
+    found: list[Tensor] = []
+    for vector in vectors.unbind(1):
+        for _ in range(2):
+            for other in found:
+                vector = vector - other * (other * vector).sum(-1, keepdim=True)
+        length = vector.norm(dim=-1, keepdim=True)
+        spent = length <= least
+        found.append((vector / length.masked_fill(spent, 1.0)).masked_fill(spent, 0.0))
+    return torch.stack(found, 1)
+
+
 def _tridiagonal(diagonal: list[Tensor], off: list[Tensor]) -> Tensor:
     """The symmetric matrix with this diagonal and these entries beside it."""
     T = torch.diag_embed(torch.stack(diagonal, -1))
