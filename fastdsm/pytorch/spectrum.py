@@ -179,7 +179,8 @@ def krylov_vector(product: Callable[[Tensor], Tensor], start: Tensor, tol: float
         basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
         last = step == passes - 1
         if last or (step % 4 == 3 and not image.is_cuda):
-            weights = _top(basis @ images.mT)
+            H = basis @ images.mT
+            weights, _ = _top_on_device(((H + H.mT) / 2).nan_to_num())
             v, moved = (_times(x.mT, weights) for x in (basis, images))
             ritz = (v * moved).sum(-1)
             residual = (moved - ritz.unsqueeze(-1) * v).norm(dim=-1)
@@ -190,12 +191,6 @@ def krylov_vector(product: Callable[[Tensor], Tensor], start: Tensor, tol: float
         # What was rounding in part is not orthogonal to the basis at length 1; what loses half of it was rounding.
         block = _orthonormal(block - (block @ basis.mT) @ basis, 0.5)
     return _unit(v)
-
-
-def _top(H: Tensor) -> Tensor:
-    """The eigenvector (B, k) of the largest eigenvalue of a positive semi-definite H (B, k, k), symmetric up to rounding."""
-    H = ((H + H.mT) / 2).nan_to_num(posinf=0.0, neginf=0.0)
-    return _top_on_device(H)[0] if H.is_cuda else torch.linalg.eigh(H)[1][..., -1]
 
 
 def _orthonormal(vectors: Tensor, least: Tensor | float) -> Tensor:
