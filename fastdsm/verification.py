@@ -187,7 +187,9 @@ def cases(target: Target, quick: bool = False) -> list[Case]:
     stds: tuple[float, ...]
     counts: tuple[int, ...]
     if target.interpreted:
-        shapes = [(2, 1, 1), (3, 2, 2), (5, 4, 4), (3, 8, 8)] + ([] if quick else [(2, 3, 3), (2, 7, 5), (1, 16, 16)])
+        shapes = [(2, 1, 1), (3, 2, 2), (5, 4, 4), (3, 8, 8)] + (
+            [] if quick else [(2, 3, 3), (2, 7, 5), (1, 16, 16), (1, 6, 264)]
+        )
         stds, counts, sweeps, option_shapes = (1.0, 30.0), (0, 1, 5), 3, [(3, 4, 4), (2, 5, 3)]
         dtypes = DTYPES[:1] if quick else DTYPES
     elif quick:
@@ -196,12 +198,12 @@ def cases(target: Target, quick: bool = False) -> list[Case]:
         dtypes = DTYPES
     else:
         square = [(3, 1), (64, 2), (64, 3), (64, 4), (32, 5), (32, 7), (32, 8), (8, 16), (4, 31), (2, 64), (2, 100)]
-        shapes = [(b, n, n) for b, n in square] + [(1, 256, 256), (16, 3, 5), (16, 6, 1), (4, 40, 17)]
+        shapes = [(b, n, n) for b, n in square] + [(1, 256, 256), (1, 264, 300), (16, 3, 5), (16, 6, 1), (4, 40, 17)]
         stds, counts, sweeps, option_shapes = (
             LOGIT_STDS,
             (0, 1, 3, 100),
             20,
-            [(16, 4, 4), (8, 8, 8), (4, 7, 12), (2, 33, 33)],
+            [(16, 4, 4), (8, 8, 8), (4, 7, 12), (2, 33, 33), (1, 40, 301)],
         )
         dtypes = DTYPES
     scales = [Case(shape, dtype, std, sweeps) for shape in shapes for dtype in dtypes for std in stds]

@@ -145,6 +145,29 @@ def plan_and_gradient(
     return plan.detach(), torch.autograd.grad(plan, logits, cotangent)[0]
 
 
+def sigma2_and_gradient(plan: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = fastdsm.sigma2(plan)
+    return value.detach(), torch.autograd.grad(value.sum(), plan)[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 2700, 2700), (1, 3000, 2500), (300, 400, 390), (1, 1500, 9000)])
+def test_sigma2_of_large_plans(shape: tuple[int, ...]) -> None:
+    """From passes over the plan: within its tolerance of the float64 value, the same bits in a second run, in a graph too."""
+    plan = fastdsm.sinkhorn(torch.randn(shape, device="cuda")).requires_grad_()
+    value, gradient = sigma2_and_gradient(plan)
+    M = reference.deflated_plan(plan.detach()[:4].double(), None, None, None)
+    size = torch.linalg.svdvals(M)
+    torch.testing.assert_close(value[:4].double(), size[:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close((gradient * plan.detach()).sum((-2, -1)), value, rtol=1e-3, atol=0)  # it is homogeneous
+    assert all(torch.equal(x, y) for x, y in zip(sigma2_and_gradient(plan), (value, gradient), strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = fastdsm.sigma2(plan.detach())
+    again.zero_()
+    graph.replay()
+    torch.testing.assert_close(again, value, rtol=1e-4, atol=0)
+
+
 def test_a_large_matrix_in_a_graph() -> None:
     logits = torch.randn(2, 600, 400, device="cuda", requires_grad=True)
     (expected,) = torch.autograd.grad(fastdsm.sinkhorn(logits).square().sum(), logits)
