@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastdsm
 from fastdsm import reference
+from fastdsm.pytorch import spectrum
 from fastdsm.pytorch.spectrum import METHODS, _top_on_device
 
 SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 12), (64, 64), (100, 100))
@@ -45,6 +46,17 @@ def test_methods_agree(method: str, size: tuple[int, int]) -> None:
     plan = plans(*size, torch.float64)[:3]
     truth = reference.sigma2(plan)
     torch.testing.assert_close(fastdsm.sigma2(plan, method=method, tol=1e-8), truth, rtol=1e-5, atol=0)
+
+
+def test_bounds_hold_whatever_lanczos_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = torch.cat([plans(50, 40), torch.full((1, 50, 40), 1 / 40)])
+    truth = reference.sigma2(plan.double())
+    found = fastdsm.sigma2(plan, return_vectors=True)
+    misled = [torch.linalg.svd(reference.deflated_plan(plan.double(), None, None, None))[2][:, 2].float()] * 3
+    monkeypatch.setattr(spectrum, "lanczos", lambda *_: misled)
+    lower, upper = fastdsm.sigma2_bounds(plan)
+    assert bool((lower <= truth + 1e-13).all() & (upper >= truth - 1e-13).all() & (upper <= 1.001 * lower + 1e-7).all())
+    torch.testing.assert_close(lower, found[0], rtol=1e-3, atol=1e-7)
 
 
 def test_multiplicity() -> None:
