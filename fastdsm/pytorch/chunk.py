@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, part_of
-from .layout import BatchFirst, BatchLast, Layout, Ring, choose_layout, copy
+from .layout import BatchLast, Layout, Ring, choose_layout, copy
 from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 16,
 # vectors are so long that torch shares an operation on them between threads, each with the matrices it had before.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
-_BACKWARD_ENTRIES = ((8, 209_716), (16, 700_000), (math.inf, 1 << 19))
+_BACKWARD_ENTRIES = ((8, 1 << 18), (16, 700_000), (math.inf, 1 << 19))
 _AT_HAND = 2  # vectors of a kind that sweeps use at once
 
 
@@ -98,7 +98,7 @@ class _Memory:
 def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Iterator[Part]:
     """The batch in pieces; a piece with tame and wild matrices comes twice, once for each kind.
 
-    K, of a backward W, is the piece of ``target`` (B, n, m), where that can serve. On an accelerator the batch is one piece,
+    K or W is where the piece of ``target`` (B, n, m) is to be, where that can serve. On an accelerator the batch is one piece,
     and wild: looking at values would stall the host.
     """
     batch, n, m = problem.logits.shape
@@ -120,15 +120,15 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
             tame = top - S.amin(dims) <= TAME_RANGE
             found = ((False, not bool(tame.all())), (True, bool(tame.any())))
             kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
-        home = None if target is None or len(kinds) > 1 else _home(layout, target[where], problem.compute_dtype)
+        home = None if target is None or len(kinds) > 1 else _home(target[where], problem.compute_dtype)
         for kind in kinds:
             chosen = None if tame is None or len(kinds) == 1 else tame == kind
             yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top if kind else None, home), chosen)
 
 
-def _home(layout: Layout, piece: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A piece of what is to be computed, if it can be computed right there."""
-    return piece if issubclass(layout, BatchFirst) and piece.dtype == dtype and piece.is_contiguous() else None
+def _home(piece: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The flat memory of a piece of what is to be computed, if it can hold a matrix."""
+    return piece.view(-1) if piece.dtype == dtype and piece.is_contiguous() else None
 
 
 def _size(batch: int, most: int, multiple: int) -> int:
@@ -152,13 +152,15 @@ def _chunk(
     shape = problem.logits.shape
     n, m = shape[-2:]
     row, col = S.select(layout.cols, 0).shape, S.select(layout.rows, 0).shape
-    K = memory.matrix("K", shape) if home is None or backward else home
+    place = None if home is None else layout.buffer(home, shape)
+    lanes = issubclass(layout, BatchLast)  # what is made there has to be copied; K of a backward is of no more use by then
+    K = place if place is not None and lanes == backward else memory.matrix("K", shape)
     scratch = memory.matrix("scratch", shape) if layout.needs_scratch else S.new_empty(0)
     W = S.new_empty(0)
     if backward and top is not None and S.data_ptr() != problem.logits.data_ptr():
         W = S
     elif backward:
-        W = memory.matrix("W", shape) if home is None else home
+        W = place if place is not None and not lanes else memory.matrix("W", shape)
     store = (layout, S, K, W, scratch, memory.room(shape), layout.operands(K, scratch), memory.vectors(row, col))
     uniform = problem.row_marginal is None and problem.col_marginal is None
     if top is not None:

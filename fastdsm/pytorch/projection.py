@@ -104,7 +104,7 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
                 d_row += _where(active, df)
             _only(active, torch.mul(u, chunk.over_r(df), out=a))
             image = torch.mul(chunk.col_sums(a, less_b), v, out=less_b)
-            less_dg = image if less_dg is None else less_dg + image
+            less_dg = image if less_dg is None else less_dg.add_(image)
             if lines:
                 less_d_col += _where(active, less_dg)
             _only(active, torch.mul(v, chunk.over_c(less_dg), out=less_b))

@@ -31,7 +31,7 @@ from .layout import Layout, Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0
-AT_ONCE = 4  # sweeps whose v a backward computes again in one go, where it is not kept
+AT_ONCE = 2  # sweeps whose v a backward computes again in one go, where it is not kept
 
 
 @dataclass
