@@ -188,7 +188,7 @@ def cases(target: Target, quick: bool = False) -> list[Case]:
     counts: tuple[int, ...]
     if target.interpreted:
         shapes = [(2, 1, 1), (3, 2, 2), (5, 4, 4), (3, 8, 8)] + (
-            [] if quick else [(2, 3, 3), (2, 7, 5), (1, 16, 16), (1, 2, 260)]
+            [] if quick else [(2, 3, 3), (2, 7, 5), (1, 16, 16), (1, 6, 264)]
         )
         stds, counts, sweeps, option_shapes = (1.0, 30.0), (0, 1, 5), 3, [(3, 4, 4), (2, 5, 3)]
         dtypes = DTYPES[:1] if quick else DTYPES

