@@ -271,8 +271,9 @@ def marginals_of_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask
 
 def deflated_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
     """:func:`deflated` with the default marginals of what the mask leaves."""
-    r, c = marginals_of_plan(plan, row, col, mask)
-    return deflated(plan.masked_fill(~valid_entries(mask, plan, row, col), 0.0).to(r.dtype), r, c)
+    dtype = torch.promote_types(plan.dtype, torch.float32)
+    valid = valid_entries(mask, plan, row, col)
+    return deflated(plan.masked_fill(~valid, 0.0).to(dtype), *_marginals(valid, row, col, dtype))
 
 
 def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ def sigma2(
         return beside(gram(weight.unsqueeze(1) * beside(v)) * weight.unsqueeze(1))
 
     start = noise(_VECTORS * plan.shape[2], c).view(1, _VECTORS, -1) * (c > 0).unsqueeze(1)
-    v2.copy_(krylov_vector(product, beside(start), tol, _PASSES))
-    v2.copy_(beside(v2.unsqueeze(1)).squeeze(1))
+    v2.copy_(beside(krylov_vector(product, beside(start), tol, _PASSES).unsqueeze(1)).squeeze(1))
     left = torch.empty_like(r)
     gram(torch.stack([weight * v2, torch.zeros_like(v2)], 1), left)
     left -= q * (q * left).sum(-1, keepdim=True)

@@ -35,7 +35,7 @@ PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
 # Of aligned rows only these, on sm_90: kernel, element, columns.
 SPILLING = {(_sinkhorn_stream_sweep_fwd_kernel, element, 4096) for element in ("fp16", "bf16")}
 # Two vectors and two sums for each column: of the longest rows a program takes the registers of a whole SM, pipelined or not.
-ALONE = {(_sigma2_stream_gram_fwd_kernel, 8192)}
+ALONE = {_sigma2_stream_gram_fwd_kernel}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
@@ -60,22 +60,19 @@ def _lines(
     ``beside`` something else."""
     found = {}
     for (dtype, element), aligned in itertools.product(ELEMENTS.items(), (True, False)):
-        for block_m, (rows, warps) in {**ROWS, **(PIPELINED if aligned else {}), 0: (WIDE_ROWS, WIDE_WARPS)}.items():
-            pipelined = aligned and block_m in PIPELINED
-            alone = pipelined or (kernel, block_m) in ALONE
-            if alone:
-                warps = PIPELINED[block_m][1]
+        alone = PIPELINED if aligned or kernel in ALONE else {}
+        for block_m, (rows, warps) in {**ROWS, **alone, 0: (WIDE_ROWS, WIDE_WARPS)}.items():
             found[dtype, block_m, aligned] = _configuration(
                 kernel,
                 element,
                 warps,
-                255 if warps == 4 or alone or (not aligned and block_m == 4096) else 128,
+                255 if warps == 4 or block_m in alone or (not aligned and block_m == 4096) else 128,
                 f"{element} {block_m or 'wide'} {'aligned' if aligned else 'plain'}{beside}",
                 ROWS=_rows(kernel, element, share, block_m, rows, aligned),
                 BLOCK_M=block_m or WIDE_BLOCK_M,
                 WIDE=block_m == 0,
                 ALIGNED=aligned,
-                STAGES=STAGES if pipelined else 1,
+                STAGES=STAGES if aligned and block_m in alone else 1,
                 **constants,
             )
     return found

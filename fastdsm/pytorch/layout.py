@@ -172,7 +172,7 @@ class BatchFirst:
 
         def next(self) -> tuple[Tensor, Tensor]:
             """Where to put the next a and b; history is gone through backwards, hence so is the store."""
-            if len(self._u) == BatchFirst.waiting:
+            if len(self._u) == self._store[0].count:
                 self.rest()
             a, b = (ring.from_end(len(self._u)) for ring in self._store)
             return a, b
