@@ -23,11 +23,12 @@ from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
 from .newton_rules import PURE_BELOW
 from .registers_forward import load_logits
-from .registers_newton import direction, edges, grounds, missing, plan_at, scaled_plan, shares, solve
+from .registers_newton import direction, edges, kernel_at, missing, scaled_plan, shares, solve, ties
 from .registers_sweeps import (
     load_packed,
     load_strided,
     max4,
+    ones,
     store_packed,
     store_strided,
     valid_lines,
@@ -108,16 +109,18 @@ def _implicit_bwd_kernel(
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows)
     share = shares(c, spare_col)
+    tie = ties(spare_col)
 
     start = g_ptr + matrix * g_stride_b
     g = [tl.load(start + j * g_stride_m, mask=live & (j < m), other=0.0) for j in (0, 1, 2, 3)]
     base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
-    P, _ = plan_at(x, k, base, spare_row)
+    K, _top = kernel_at(x, k, base, spare_row)
+    P, _t = scaled_plan(K, ones(x[0]), spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c
-    d = direction(P, b, residual, share, spare_col)
+    d = direction(P, b, residual, share, rows, tie)
     length = tl.where(residual < PURE_BELOW, LOG2_E, 0.0)
-    P, _ = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
+    P, _t = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
         D = load_packed(grad_plan_ptr, matrix, live, BLOCK)
@@ -127,8 +130,8 @@ def _implicit_bwd_kernel(
         tl.where(x[e] == float("-inf"), 0.0, D[e].to(tl.float32))
         for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     ]
-    beta = solve(edges(P), _flows(P, D), grounds(share, _ROUNDING, spare_col))
-    Y = [D[e] - beta[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    beta = solve(edges(P, share, _ROUNDING, rows), _flows(P, D), tie)
+    Y = [D[e] if e % 4 == 3 else D[e] - beta[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     dS = _row_gradient(P, Y, 0) + _row_gradient(P, Y, 1) + _row_gradient(P, Y, 2) + _row_gradient(P, Y, 3)
     factor *= tl.where(unit_rows != 0, 1.0, inverse_c)
     dS = [factor * value for value in dS]

@@ -2,19 +2,20 @@
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``; here marginals are uniform, R valid
 rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). Potentials are in base 2,
-without log2 c. A column potential is a base and the logarithm of a factor v, 1 at first:
+without log2 c. A column potential is a base and the logarithm of a factor v, 1 at first and always 1 in the last column:
 
-    K_ij = 2^(k x_ij + base_j) / (sum over j),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
+    K_ij = 2^(k x_ij + base_j) / (max over j),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
 
-A step multiplies v, and takes four exponentials, not sixteen; what K was rounded by is the same in every step, as if the
-logits were others close by. Where a factor goes beyond 2^12, K is made anew; as their logarithms add up to nearly 0, none is
-then below 2^-36 and the next step. What Newton's method descends on is, but for a constant,
+A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
+logits were others close by. Where the factors may have travelled 2^24, K is made anew, so that none is beyond that and one
+step. What Newton's method descends on is, but for a constant,
 
     h / ln 2 = sum_i log2 t_i - c sum_j log2 v_j,
 
-and is looked at while the residual is large. The step solves (H + diag(ground)) d = c - P^T 1, H the Laplacian with edges
-w_jk = sum_i P_ij P_ik: six edges and a ground, columns taken out one after another by sums, products and quotients of positive
-numbers (``fastdsm/pytorch/laplacian.py``).
+and is looked at while the residual is large. The step solves H d = c - P^T 1 for d_3 = 0, H the Laplacian with edges w_jk =
+sum_i P_ij P_ik. A ground of rho c on each of C columns, the solution of which has mean 0 as the right side has, is the same
+but for a constant as edges of rho c / C between all of them. Columns are taken out one after another by sums, products and
+quotients of positive numbers (``fastdsm/pytorch/laplacian.py``).
 
 A matrix that is done keeps its state, whatever the others of its program go on to do; a program ends when all are done. With
 the potentials b of the loop, the true ones are, with l = log2(C / R) and s sweeps or steps,
@@ -30,29 +31,29 @@ from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from .registers_forward import load_logits, log2_count
-from .registers_sweeps import log_sweep, max4, ones, store_packed, store_strided, sums_over_rows, valid_lines, zeros
+from .registers_sweeps import log_kernel, max4, ones, store_packed, store_strided, sums_over_rows, valid_lines, zeros
 
-_FAR = tl.constexpr(2.0**12)
-# How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first a new K.
-_DONE, _PURE, _WATCHED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_FAR = tl.constexpr(24.0)
+# How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first P again,
+# as the last one was refused; first a new K.
+_DONE, _PURE, _WATCHED, _REFUSED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+_SHORTEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def plan_at(x, k, base, spare_row):
-    """K, the plan with row sums 1 of a finite column potential, and its L."""
+def kernel_at(x, k, base, spare_row):
+    """K of a finite column potential, and the row maxima it was divided by."""
     s = [tl.fma(x[e], k, base[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     top = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     top = [tl.where(spare_row[i] == 0.0, top[i], 0.0) for i in (0, 1, 2, 3)]
-    E = [exp2(s[e] - top[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    K, total = scaled_plan(E, ones(x[0]), spare_row)
-    return K, [top[i] + log2(total[i]) for i in (0, 1, 2, 3)]
+    return [exp2(s[e] - top[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)], top
 
 
 @triton.jit
 def scaled_plan(K, v, spare_row):
-    """P of column factors v, and its t, 1 on excluded rows."""
-    E = [K[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    t = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
+    """P of the factors of all columns but the last, and its t, 1 on excluded rows."""
+    E = [K[e] if e % 4 == 3 else K[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    t = [spare_row[i] + E[4 * i + 3] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] for i in (0, 1, 2, 3)]
     s0, s1 = reciprocals(t[0], t[1])
     s2, s3 = reciprocals(t[2], t[3])
     scale = [s0, s1, s2, s3]
@@ -76,82 +77,73 @@ def shares(c, spare_col):
 @triton.jit
 def _objective(t, v, c):
     """h / ln 2 but for a constant."""
-    return log2(t[0] * t[1]) + log2(t[2] * t[3]) - c * (log2(v[0] * v[1]) + log2(v[2] * v[3]))
+    return log2(t[0] * t[1]) + log2(t[2] * t[3]) - c * (log2(v[0] * v[1]) + log2(v[2]))
 
 
 @triton.jit
-def _edge(P, j: tl.constexpr, k: tl.constexpr):
-    return P[j] * P[k] + P[4 + j] * P[4 + k] + P[8 + j] * P[8 + k] + P[12 + j] * P[12 + k]
+def _edge(P, ground, share, j: tl.constexpr, k: tl.constexpr):
+    return ground[j] * share[k] + P[j] * P[k] + P[4 + j] * P[4 + k] + P[8 + j] * P[8 + k] + P[12 + j] * P[12 + k]
 
 
 @triton.jit
-def edges(P):
-    """w_jk = sum_i P_ij P_ik for jk = 01, 02, 03, 12, 13, 23."""
-    return _edge(P, 0, 1), _edge(P, 0, 2), _edge(P, 0, 3), _edge(P, 1, 2), _edge(P, 1, 3), _edge(P, 2, 3)
+def edges(P, share, rough, rows):
+    """w_jk = sum_i P_ij P_ik for jk = 01, 02, 03, 12, 13, 23, and what a ground of ``rough`` times each column's mass adds."""
+    ground = [share[j] * (rough * reciprocal(rows)) for j in (0, 1, 2)]
+    return (
+        _edge(P, ground, share, 0, 1), _edge(P, ground, share, 0, 2), _edge(P, ground, share, 0, 3),
+        _edge(P, ground, share, 1, 2), _edge(P, ground, share, 1, 3), _edge(P, ground, share, 2, 3),
+    )  # fmt: skip
 
 
 @triton.jit
-def solve(w, b, ground):
-    """The d with (H + diag(ground)) d = b of the Laplacian with the edges w; every ground is positive."""
+def ties(spare_col):
+    """Edges of 1 to the last column: of excluded columns, which have no other; if it is one itself, of the first valid one."""
+    s0, s1, s2, s3 = spare_col
+    return [s0 + s3 * (1.0 - s0), s1 + s3 * s0 * (1.0 - s1), s2 + s3 * s0 * s1 * (1.0 - s2)]
+
+
+@triton.jit
+def solve(w, b, tie):
+    """The d, 0 in the last column, with H d = b of the Laplacian with the edges w and ``tie``."""
     w01, w02, w03, w12, w13, w23 = w
-    b0, b1, b2, b3 = b
-    g0, g1, g2, g3 = ground
-    inverse0 = reciprocal(w01 + w02 + w03 + g0)
+    b0, b1, b2, _b3 = b
+    w03 += tie[0]
+    w13 += tie[1]
+    w23 += tie[2]
+    inverse0 = reciprocal(w01 + w02 + w03)
     s01 = w01 * inverse0
     s02 = w02 * inverse0
-    s03 = w03 * inverse0
     b1 += s01 * b0
     b2 += s02 * b0
-    b3 += s03 * b0
     w12 += s01 * w02
     w13 += s01 * w03
     w23 += s02 * w03
-    g1 += s01 * g0
-    g2 += s02 * g0
-    g3 += s03 * g0
-    inverse1 = reciprocal(w12 + w13 + g1)
+    inverse1 = reciprocal(w12 + w13)
     s12 = w12 * inverse1
-    s13 = w13 * inverse1
     b2 += s12 * b1
-    b3 += s13 * b1
     w23 += s12 * w13
-    g2 += s12 * g1
-    g3 += s13 * g1
-    inverse2 = reciprocal(w23 + g2)
-    s23 = w23 * inverse2
-    b3 += s23 * b2
-    g3 += s23 * g2
-    d3 = b3 * reciprocal(g3)
-    d2 = b2 * inverse2 + s23 * d3
-    d1 = b1 * inverse1 + s12 * d2 + s13 * d3
-    d0 = b0 * inverse0 + s01 * d1 + s02 * d2 + s03 * d3
-    return [d0, d1, d2, d3]
+    d2 = b2 * reciprocal(w23)
+    d1 = b1 * inverse1 + s12 * d2
+    d0 = b0 * inverse0 + s01 * d1 + s02 * d2
+    return [d0, d1, d2]
 
 
 @triton.jit
-def grounds(share, rough, spare_col):
-    """A share of each column's mass; anything positive on excluded columns, which have no edge."""
-    return [tl.fma(share[j], rough, spare_col[j]) for j in (0, 1, 2, 3)]
-
-
-@triton.jit
-def direction(P, b, residual, share, spare_col):
-    """Newton's direction, in natural units, around 0 but for rounding; 0 in excluded columns."""
-    return solve(edges(P), b, grounds(share, roughness(residual), spare_col))
+def direction(P, b, residual, share, rows, tie):
+    """Newton's direction, in natural units, 0 in the last column and in excluded ones."""
+    return solve(edges(P, share, roughness(residual), rows), b, tie)
 
 
 @triton.jit
 def _spread(d):
-    return max4(d[0], d[1], d[2], d[3]) + max4(-d[0], -d[1], -d[2], -d[3])
+    return max4(d[0], d[1], d[2], 0.0) + max4(-d[0], -d[1], -d[2], 0.0)
 
 
 @triton.jit
-def _care(going, residual, damped, d, v):
+def _care(going, residual, damped, travelled):
     """_DONE to _REBASED."""
-    watched = (residual >= PURE_BELOW) | damped | (_spread(d) > LONGEST_STEP)
-    far = max4(v[0], v[1], v[2], v[3]) > _FAR
-    care = tl.where(far, _REBASED, tl.where(watched, _WATCHED, _PURE))
-    return tl.where(going, care, _DONE)
+    care = tl.where(damped, _REFUSED, tl.where(residual >= PURE_BELOW, _WATCHED, _PURE))
+    return tl.where(going, tl.where(travelled > _FAR, _REBASED, care), _DONE)
 
 
 @triton.jit
@@ -184,65 +176,76 @@ def _newton_fwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, BLOCK,
     )  # fmt: skip
-    K, f, base, total, spare_row, spare_col = log_sweep(x, k, x, n_iters, True)
-    poison = 0.0 * (total[0] + total[1] + total[2] + total[3])
+    K, lift, base, spare_row, spare_col = log_kernel(x, k, x, n_iters, True)
+    poison = 0.0 * (K[0] + K[1] + K[2] + K[3])
+    for i in tl.static_range(1, 4):
+        poison += 0.0 * (K[4 * i] + K[4 * i + 1] + K[4 * i + 2] + K[4 * i + 3])
     sound = poison == 0.0
     K = [tl.where(sound, value, 1.0) for value in K]
     k = tl.where(sound, k, 0.0)
     x = [tl.where(sound, value, 0.0) for value in x]
     base = [tl.where(sound, value, 0.0) for value in base]
-    lift = [tl.where(sound, -value, 0.0) for value in f]  # L of the base
+    lift = [tl.where(sound, value, 0.0) for value in lift]
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows)
     share = shares(c, spare_col)
+    tie = ties(spare_col)
     first_mean = _mean(base, spare_col, cols)
 
-    v = ones(x[0])
-    b, residual = missing(K, share)
+    v = [tl.full(x[0].shape, 1.0, tl.float32) for _ in (0, 1, 2)]
+    P, t = scaled_plan(K, v, spare_row)
+    b, residual = missing(P, share)
     residual *= inverse_c
-    objective = tl.zeros_like(residual)
-    d = direction(K, b, residual, share, spare_col)
+    objective = _objective(t, v, c)
+    travelled = tl.zeros_like(residual)
     steps = tl.zeros_like(matrix).to(tl.int32) + tl.minimum(n_iters, 1)
     damped = residual < 0.0
-    care = _care(live & ~(residual <= tol), residual, damped, d, v)
+    care = _care(live & ~(residual <= tol), residual, damped, travelled)
     most = tl.max(care, 0)
     count = 1
     while (count < n_iters) & (most > _DONE):
         count += 1
         going = care > _DONE
         steps += going.to(tl.int32)
-        if most == _REBASED:
-            new = care == _REBASED
-            base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2, 3)]
-            new_K, new_lift = plan_at(x, k, base, spare_row)
-            K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-            lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
-            v = [tl.where(new, 1.0, value) for value in v]
-            objective = tl.where(new, 0.0, objective)
-        length = tl.where(going, LOG2_E, 0.0)
+        if most > _WATCHED:
+            if most == _REBASED:
+                new = care == _REBASED
+                base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2)] + [base[3]]
+                new_K, new_lift = kernel_at(x, k, base, spare_row)
+                K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+                lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
+                v = [tl.where(new, 1.0, value) for value in v]
+                travelled = tl.where(new, 0.0, travelled)
+            P, t = scaled_plan(K, v, spare_row)
+            b, _residual = missing(P, share)
+            objective = tl.where(care == _REBASED, _objective(t, v, c), objective)
+        d = direction(P, b, residual, share, rows, tie)
+        reach = tl.maximum(tl.maximum(tl.abs(d[0]), tl.abs(d[1])), tl.abs(d[2]))
+        length = tl.minimum(reciprocal(tl.maximum(reach, _SHORTEST)) * (0.5 * LONGEST_STEP), 1.0) * LOG2_E
         if most > _PURE:
             length = tl.where(care > _PURE, LOG2_E * step_share(_spread(d), damped), length)
-        new_v = [v[j] * exp2(length * d[j]) for j in (0, 1, 2, 3)]
+        length = tl.where(going, length, 0.0)
+        new_v = [v[j] * exp2(length * d[j]) for j in (0, 1, 2)]
+        travelled = tl.fma(length, reach, travelled)
         P, t = scaled_plan(K, new_v, spare_row)
         b, new_residual = missing(P, share)
         new_residual *= inverse_c
-        new_d = direction(P, b, new_residual, share, spare_col)
         damped_before, damped = damped, residual < 0.0
         if most > _PURE:
             new_objective = _objective(t, new_v, c)
             risen = ~(new_objective <= objective) & ~(new_residual <= tol)
             damped = (care > _PURE) & (residual >= PURE_BELOW) & ~damped_before & risen
             objective = tl.where((care > _PURE) & ~damped, new_objective, objective)
-            new_v = [tl.where(damped, v[j], new_v[j]) for j in (0, 1, 2, 3)]
-            new_d = [tl.where(damped, d[j], new_d[j]) for j in (0, 1, 2, 3)]
+            new_v = [tl.where(damped, v[j], new_v[j]) for j in (0, 1, 2)]
             new_residual = tl.where(damped, residual, new_residual)
-        v, d, residual = new_v, new_d, new_residual
-        care = _care(going & ~(residual <= tol), residual, damped, d, v)
+        v, residual = new_v, new_residual
+        care = _care(going & ~(residual <= tol), residual, damped, travelled)
         most = tl.max(care, 0)
 
-    P, t = scaled_plan(K, v, spare_row)
+    if most > _WATCHED:
+        P, t = scaled_plan(K, v, spare_row)
     r = tl.where(unit_rows != 0, 1.0, inverse_c) + poison
     P = [r * value for value in P]
     if PACKED:
@@ -250,9 +253,11 @@ def _newton_fwd_kernel(
     else:
         store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)
     if WITH_INFO:
+        t = scaled_plan(K, v, spare_row)[1]
+        end = [base[0] + log2(v[0]), base[1] + log2(v[1]), base[2] + log2(v[2]), base[3]]
         tl.store(residual_ptr + matrix, residual + poison, mask=live)
         tl.store(sweeps_ptr + matrix, steps, mask=live)
-        shift = first_mean - _mean([base[j] + log2(v[j]) for j in (0, 1, 2, 3)], spare_col, cols)
+        shift = first_mean - _mean(end, spare_col, cols)
         col_halves, col_rest = log2_count(cols)
         row_halves, row_rest = log2_count(rows)
         drift = (col_halves - row_halves) + (col_rest - row_rest)
@@ -261,7 +266,7 @@ def _newton_fwd_kernel(
         for i in tl.static_range(4):
             potential = tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)
             tl.store(f_ptr + matrix * n + i, potential, mask=live & (i < n))
-            potential = tl.where(spare_col[i] == 0.0, LN_2 * (base[i] + (log2(v[i]) + (first_g + shift))), 0.0)
+            potential = tl.where(spare_col[i] == 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)
             tl.store(g_ptr + matrix * m + i, potential, mask=live & (i < m))
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]

@@ -179,12 +179,12 @@ def scaling_sweeps(K, spare_row, spare_col, count):
 
 
 @triton.jit
-def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
-    """One sweep in the log domain, base 2, S = k x, from the row potential f (FIRST: 0 in place of it).
+def log_kernel(x, k, f, n_iters, FIRST: tl.constexpr):
+    """g = -LSE_i(S + f) in the log domain, base 2, S = k x, of the row potential f (FIRST: 0 in place of it).
 
-    Returns K with row sums 1; g = -LSE_i(S + f) (0 if n_iters is 0); f = -LSE_j(S + g); the row sums behind f; and the
-    row and column indicators of exclusion. The first sweep takes the maximum of x and rounds it in the two places where
-    it enters alike, so that this error cancels.
+    Returns K = 2^(S + g - high), its row maxima ``high``, g (0 if n_iters is 0), and the row and column indicators of
+    exclusion. The first sweep takes the maximum of x and rounds it in the two places where it enters alike, so that this
+    error cancels.
     """
     if FIRST:
         high = [max4(x[j], x[4 + j], x[8 + j], x[12 + j]) * k for j in (0, 1, 2, 3)]
@@ -205,7 +205,17 @@ def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
     high = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     spare_row = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
-    E = [exp2(s[e] - high[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    K = [exp2(s[e] - high[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    return K, high, g, spare_row, spare_col
+
+
+@triton.jit
+def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
+    """One sweep in the log domain from the row potential f, as :func:`log_kernel` starts it.
+
+    Returns K with row sums 1; f = -LSE_j(S + g); g; the row sums behind f; and the indicators of exclusion.
+    """
+    E, high, g, spare_row, spare_col = log_kernel(x, k, f, n_iters, FIRST)
     total = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
     f = [-high[i] - log2(total[i]) for i in (0, 1, 2, 3)]
     scale = [reciprocal(value) for value in total]
