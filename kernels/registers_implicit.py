@@ -23,10 +23,11 @@ from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
 from .newton_rules import PURE_BELOW
 from .registers_forward import load_logits
-from .registers_newton import direction, edges, kernel_at, missing, scaled_plan, shares, solve, ties
+from .registers_newton import direction, edges, missing, scaled_plan, shares, solve, ties
 from .registers_sweeps import (
     load_packed,
     load_strided,
+    log_kernel,
     max4,
     ones,
     store_packed,
@@ -100,10 +101,12 @@ def _implicit_bwd_kernel(
     factor = tl.where(sound, LN_2 * k, float("nan"))
     k = tl.where(sound, k, 0.0)
     x = [tl.where(sound, value, 0.0) for value in x]
-    spare_row = [
-        tl.where(max4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]) == float("-inf"), 1.0, 0.0) for i in (0, 1, 2, 3)
-    ]
     spare_col = [tl.where(max4(x[j], x[4 + j], x[8 + j], x[12 + j]) == float("-inf"), 1.0, 0.0) for j in (0, 1, 2, 3)]
+
+    start = g_ptr + matrix * g_stride_b
+    g = [tl.load(start + j * g_stride_m, mask=live & (j < m), other=0.0) for j in (0, 1, 2, 3)]
+    base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
+    K, _high, spare_row = log_kernel(x, k, base)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
@@ -111,10 +114,6 @@ def _implicit_bwd_kernel(
     share = shares(c, spare_col)
     tie = ties(spare_col)
 
-    start = g_ptr + matrix * g_stride_b
-    g = [tl.load(start + j * g_stride_m, mask=live & (j < m), other=0.0) for j in (0, 1, 2, 3)]
-    base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
-    K, _top = kernel_at(x, k, base, spare_row)
     P, _t = scaled_plan(K, ones(x[0]), spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c

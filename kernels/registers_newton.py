@@ -1,14 +1,21 @@
 """Newton's method in the register family: one thread brings one matrix of up to 4x4 to its tolerance.
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``; here marginals are uniform, R valid
-rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). Potentials are in base 2,
-without log2 c. A column potential is a base and the logarithm of a factor v, 1 at first and always 1 in the last column:
+rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). The first step, unless it
+is the last, is three scaling sweeps instead of one: each takes 43 instructions, a step of Newton's 185 to 227, and of 4.4
+of those (logits of standard deviation 2, 32 matrices in step) two sweeps save one.
 
-    K_ij = 2^(k x_ij + base_j) / (max over j),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
+Potentials are in base 2, without log2 c. A column potential is a base and the logarithm of a factor v:
+
+    K_ij = 2^(k x_ij + base_j - lift_i),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
+
+The first K is divided by its column maxima, as the first sweep leaves it, and lift is 0. Where a row sum of its plan is below
+2^-16 it is made again, as every later one is: lift the row maxima, v = 1. In steps the last column's factor is 1: with four
+per sweep, no t is below 2^-24 or v above 2^10 at the start.
 
 A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
-logits were others close by. Where the factors may have travelled 2^24, K is made anew, so that none is beyond that and one
-step. What Newton's method descends on is, but for a constant,
+logits were others close by. Where the factors may have travelled 2^24, K is made anew: none is beyond that and one step, and
+the product of two t is within float32. What Newton's method descends on is, but for a constant,
 
     h / ln 2 = sum_i log2 t_i - c sum_j log2 v_j,
 
@@ -31,22 +38,27 @@ from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from .registers_forward import load_logits, log2_count
-from .registers_sweeps import log_kernel, max4, ones, store_packed, store_strided, sums_over_rows, valid_lines, zeros
+from .registers_sweeps import (
+    log_columns,
+    log_kernel,
+    max4,
+    ones,
+    scaling_sweep,
+    store_packed,
+    store_strided,
+    sums_over_cols,
+    sums_over_rows,
+    valid_lines,
+    zeros,
+)
 
 _FAR = tl.constexpr(24.0)
+_LARGEST = tl.constexpr(2.0**16)
+_FIRST_SWEEPS = tl.constexpr(3)
 # How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first P again,
 # as the last one was refused; first a new K.
 _DONE, _PURE, _WATCHED, _REFUSED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _SHORTEST = tl.constexpr(1e-30)
-
-
-@triton.jit
-def kernel_at(x, k, base, spare_row):
-    """K of a finite column potential, and the row maxima it was divided by."""
-    s = [tl.fma(x[e], k, base[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    top = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
-    top = [tl.where(spare_row[i] == 0.0, top[i], 0.0) for i in (0, 1, 2, 3)]
-    return [exp2(s[e] - top[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)], top
 
 
 @triton.jit
@@ -176,25 +188,39 @@ def _newton_fwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, BLOCK,
     )  # fmt: skip
-    K, lift, base, spare_row, spare_col = log_kernel(x, k, x, n_iters, True)
-    poison = 0.0 * (K[0] + K[1] + K[2] + K[3])
-    for i in tl.static_range(1, 4):
-        poison += 0.0 * (K[4 * i] + K[4 * i + 1] + K[4 * i + 2] + K[4 * i + 3])
-    sound = poison == 0.0
-    K = [tl.where(sound, value, 1.0) for value in K]
-    k = tl.where(sound, k, 0.0)
-    x = [tl.where(sound, value, 0.0) for value in x]
-    base = [tl.where(sound, value, 0.0) for value in base]
-    lift = [tl.where(sound, value, 0.0) for value in lift]
+    K, high, total, spare_col = log_columns(x, k, x, True)
+    base = [-value for value in high]
+    lift = zeros(K[0])
+    v = [reciprocal(value) for value in total]
+    if PACKED:
+        spare_row = zeros(K[0])
+    else:
+        spare_row = [tl.where(i < n, 0.0, tl.full([BLOCK], 1.0, tl.float32)) for i in (0, 1, 2, 3)]
+    u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
+    anew = ~(max4(u[0], u[1], u[2], u[3]) <= _LARGEST) | (n_iters == 0)
+    if tl.max(anew.to(tl.int32), 0) > 0:
+        g = [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j])) for j in (0, 1, 2, 3)]
+        new_K, new_lift, new_spare_row = log_kernel(x, k, g)
+        new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(u[0]), new_spare_row)]
+        K = [tl.where(anew, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+        lift = [tl.where(anew, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
+        base = [tl.where(anew, g[j], base[j]) for j in (0, 1, 2, 3)]
+        v = [tl.where(anew, 1.0, value) for value in v]
+        u = [tl.where(anew, new_u[i], u[i]) for i in (0, 1, 2, 3)]
+        spare_row = [tl.where(anew, new_spare_row[i], spare_row[i]) for i in (0, 1, 2, 3)]
+    poison = 0.0 * (u[0] + u[1] + u[2] + u[3])
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows)
     share = shares(c, spare_col)
     tie = ties(spare_col)
-    first_mean = _mean(base, spare_col, cols)
-
-    v = [tl.full(x[0].shape, 1.0, tl.float32) for _ in (0, 1, 2)]
+    first_mean = _mean([tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)], spare_col, cols)
+    if n_iters > 1:
+        for _ in tl.static_range(_FIRST_SWEEPS - 1):
+            u, v = scaling_sweep(K, u, spare_row, spare_col, False)
+    last = reciprocal(v[3])
+    v = [v[j] * last for j in (0, 1, 2)]
     P, t = scaled_plan(K, v, spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c
@@ -202,7 +228,7 @@ def _newton_fwd_kernel(
     travelled = tl.zeros_like(residual)
     steps = tl.zeros_like(matrix).to(tl.int32) + tl.minimum(n_iters, 1)
     damped = residual < 0.0
-    care = _care(live & ~(residual <= tol), residual, damped, travelled)
+    care = _care(live & (poison == 0.0) & ~(residual <= tol), residual, damped, travelled)
     most = tl.max(care, 0)
     count = 1
     while (count < n_iters) & (most > _DONE):
@@ -213,7 +239,7 @@ def _newton_fwd_kernel(
             if most == _REBASED:
                 new = care == _REBASED
                 base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2)] + [base[3]]
-                new_K, new_lift = kernel_at(x, k, base, spare_row)
+                new_K, new_lift, _spare_row = log_kernel(x, k, base)
                 K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
                 lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
                 v = [tl.where(new, 1.0, value) for value in v]

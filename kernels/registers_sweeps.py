@@ -179,11 +179,11 @@ def scaling_sweeps(K, spare_row, spare_col, count):
 
 
 @triton.jit
-def log_kernel(x, k, f, n_iters, FIRST: tl.constexpr):
-    """g = -LSE_i(S + f) in the log domain, base 2, S = k x, of the row potential f (FIRST: 0 in place of it).
+def log_columns(x, k, f, FIRST: tl.constexpr):
+    """The first half of a sweep in the log domain, base 2, S = k x, of the row potential f (FIRST: 0 in place of it).
 
-    Returns K = 2^(S + g - high), its row maxima ``high``, g (0 if n_iters is 0), and the row and column indicators of
-    exclusion. The first sweep takes the maximum of x and rounds it in the two places where it enters alike, so that this
+    Returns E = 2^(S + f - high), its column maxima ``high``, its column sums, and the indicators of excluded columns, whose
+    sums are 1. The first sweep takes the maximum of x and rounds it in the two places where it enters alike, so that this
     error cancels.
     """
     if FIRST:
@@ -198,15 +198,18 @@ def log_kernel(x, k, f, n_iters, FIRST: tl.constexpr):
     else:
         s = [s[e] - high[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     E = [exp2(value) for value in s]
-    total = [spare_col[j] + E[j] + E[4 + j] + E[8 + j] + E[12 + j] for j in (0, 1, 2, 3)]
-    g = [tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)]
+    return E, high, [spare_col[j] + E[j] + E[4 + j] + E[8 + j] + E[12 + j] for j in (0, 1, 2, 3)], spare_col
 
+
+@triton.jit
+def log_kernel(x, k, g):
+    """K = 2^(S + g - high) of a column potential, its row maxima ``high``, 0 on excluded rows, and the indicators of those."""
     s = [tl.fma(x[e], k, g[e % 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     high = [max4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]) for i in (0, 1, 2, 3)]
     spare_row = [tl.where(value == float("-inf"), 1.0, 0.0) for value in high]
     high = [tl.where(value == float("-inf"), 0.0, value) for value in high]
     K = [exp2(s[e] - high[e // 4]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    return K, high, g, spare_row, spare_col
+    return K, high, spare_row
 
 
 @triton.jit
@@ -215,7 +218,9 @@ def log_sweep(x, k, f, n_iters, FIRST: tl.constexpr):
 
     Returns K with row sums 1; f = -LSE_j(S + g); g; the row sums behind f; and the indicators of exclusion.
     """
-    E, high, g, spare_row, spare_col = log_kernel(x, k, f, n_iters, FIRST)
+    _E, high, total, spare_col = log_columns(x, k, f, FIRST)
+    g = [tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)]
+    E, high, spare_row = log_kernel(x, k, g)
     total = [spare_row[i] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] + E[4 * i + 3] for i in (0, 1, 2, 3)]
     f = [-high[i] - log2(total[i]) for i in (0, 1, 2, 3)]
     scale = [reciprocal(value) for value in total]

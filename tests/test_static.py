@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from benchmarks.static import command
+from benchmarks.static import command, newton
 from benchmarks.static import record as record_file
 from benchmarks.static.compilation import Resources, describe, kernel_name, read_resources
 from benchmarks.static.execution import execute, parameter_words
@@ -115,6 +115,16 @@ def test_a_loop_that_data_may_leave_early_is_counted_in_full() -> None:
     assert run is not None
     assert run.counts["MUFU"] == 21
     assert run.assumed == 20, "19 decisions to go on and the comparison of a float"
+
+
+def test_reductions_decide_where_they_are_given() -> None:
+    decided = NESTED.replace(
+        "ISETP.GT.AND P1, PT, R7, RZ, PT",
+        "REDUX.MAX.S32 UR9, R7 ;\n        /*00b8*/                   ISETP.GT.AND P1, PT, UR9, RZ, PT",
+    )
+    run = execute(parse(decided), _parameters(20, 22), [2, 1, 1, 0])
+    assert run is not None
+    assert run.counts["MUFU"] == 1 + 4
 
 
 def test_a_loop_on_data_alone_has_no_count() -> None:
@@ -230,6 +240,17 @@ def _analyse() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     return rows_of("test_static", "_analyse")
+
+
+def _newton() -> list[dict[str, Any]]:
+    """Instructions of Newton's method at logit std 2 and of 20 sweeps. In a process of its own."""
+    return newton.rows((2.0,), 12)
+
+
+def test_newton_takes_fewer_instructions_than_20_sweeps() -> None:
+    (row,) = rows_of("test_static", "_newton")
+    assert 600 < row["instructions"] < row["sweeps_instructions"]
+    assert row["predicted_ns"] < row["sweeps_predicted_ns"]
 
 
 def _small(rows: list[dict[str, Any]], operation: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .integers import INTEGER_OPERATIONS, Machine
@@ -55,15 +55,18 @@ def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float]
     return {base + 4 * index: word for index, (word,) in enumerate(struct.iter_unpack("I", data))}
 
 
-def execute(program: Program, parameters: Mapping[int, int]) -> Execution | None:
-    """Run the control flow; None when it does not end soon: a loop depends on data alone, or there is too much to step."""
-    return _Run(program, parameters).finish()
+def execute(program: Program, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> Execution | None:
+    """Run the control flow; None when it does not end soon: a loop depends on data alone, or there is too much to step.
+
+    reductions: what the warp's integer reductions find, in order; more than these are unknown.
+    """
+    return _Run(program, parameters, reductions).finish()
 
 
 class _Run:
-    def __init__(self, program: Program, parameters: Mapping[int, int]) -> None:
+    def __init__(self, program: Program, parameters: Mapping[int, int], reductions: Iterable[int]) -> None:
         self.program = program
-        self.machine = Machine(parameters)
+        self.machine = Machine(parameters, reductions)
         deciding = _deciding(program)
         self.steps = [[_step(i) for i in block.instructions if deciding & set(_destinations(i))] for block in program.blocks]
         self.index = {block.instructions[0].address: number for number, block in enumerate(program.blocks)}

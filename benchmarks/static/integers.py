@@ -20,8 +20,9 @@ Logical = bool | None
 class Machine:
     """Registers, predicates and the constant bank of thread 0 in program 0."""
 
-    def __init__(self, parameters: Mapping[int, int]) -> None:
+    def __init__(self, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> None:
         self.parameters = parameters
+        self.reductions = iter(reductions)
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, Logical] = {}
 
@@ -336,6 +337,11 @@ def _granted(machine: Machine, suffixes: list[str], operands: list[str]) -> bool
     return True
 
 
+def _reduction(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
+    machine.write(operands[0], next(machine.reductions, None))
+    return True
+
+
 def _extend(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
     """SGXT Rd, Ra, width: the low bits, sign-extended."""
     value, width = machine.read(operands[1]), machine.read(operands[2])
@@ -375,5 +381,6 @@ INTEGER_OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("SGXT", "USGXT"), _extend),
     **dict.fromkeys(("P2R", "UP2UR"), _from_predicates),
     "R2P": _to_predicates,
+    "REDUX": _reduction,
     "HFMA2": _half_constant,
 }
