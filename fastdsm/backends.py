@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import pytorch, streamed, streamed_spectrum
+from . import newton, pytorch, streamed, streamed_spectrum
 from .problem import Attention, Dropout, Gradients, Outputs, Problem
 from .pytorch.spectrum import DEFAULT_TOL
 
@@ -70,7 +71,7 @@ def newton_forward(problem: Problem, outputs: Outputs, backend: str) -> None:
     """Fill ``outputs``."""
     kernels = _kernels(backend)
     if kernels is None or not _by_kernels(kernels.newton_forward, problem, outputs):
-        pytorch.newton_forward(problem, outputs)
+        newton.newton_forward(problem, outputs, partial(sinkhorn_forward, backend=backend))
 
 
 def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients, backend: str) -> None:

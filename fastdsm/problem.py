@@ -79,6 +79,11 @@ class Outputs:
     g: Tensor | None = None
     sigma2: Tensor | None = None
 
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """Every output that is wanted, changed."""
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if x is not None}
+        return replace(self, **changed)
+
 
 @dataclass(frozen=True)
 class Gradients:

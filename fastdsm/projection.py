@@ -39,8 +39,8 @@ def sinkhorn(
         logits: (..., n, m), float16, bfloat16, float32 or float64; any batch shape, strides, n >= 1 and m >= 1. The
             arithmetic is float32 (float64 for float64). -inf entries take no part. NaN or +inf make their matrix NaN.
         n_iters: sweeps, >= 0. 0 is one normalisation of the side that is exact at the end (a row softmax for "col"). With
-            "newton" a cap on the steps, of which the first is a sweep: 20 serve logits up to a standard deviation of 16,
-            60 up to 100.
+            "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20 serve logits
+            up to a standard deviation of 16, 60 up to 100.
         temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with

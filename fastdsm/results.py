@@ -19,7 +19,7 @@ class SinkhornInfo(NamedTuple):
     residual: largest relative error of a column sum (first="col") or row sum (first="row"), the side not exact by
         construction: max over valid j of abs(colsum_j / c_j - 1).
     converged: bool, residual <= tol (1e-6, or 1e-12 in float64, where no tol was given).
-    sweeps: int32, sweeps done; steps of solver="newton", the first of which is a sweep.
+    sweeps: int32, sweeps done; steps of solver="newton", the first of which is one sweep or several.
     f, g: row potential (..., n) and column potential (..., m), plan = exp(logits / temperature + f + g); 0 on lines that
         take no part.
     """

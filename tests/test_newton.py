@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastdsm
+from fastdsm import newton as first_step
 from fastdsm import pytorch, reference
 from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.pytorch import laplacian, newton, system
@@ -258,6 +259,30 @@ def test_conjugate_gradients_serve_as_factors_do(size: int, monkeypatch: pytest.
     monkeypatch.setattr(laplacian, "DIRECT_MAX_SIDE", 6)
     for std in (1.0, 4.0):
         check(torch.randn(4, size, size) * std)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_sweeps_serve_where_they_arrive(first: str, dtype: torch.dtype) -> None:
+    """And Newton's steps the others, each from where its sweeps led: the batch comes back in its order."""
+    std = torch.tensor([0.2, 6.0, 0.3, 0.1, 8.0, 6.0], dtype=dtype)[:, None, None]
+    logits = torch.randn(6, 20, 20, dtype=dtype) * std
+    logits[3, 4, 5] = torch.nan
+    hard = std.flatten() > 1
+    tol = 1e-6 if dtype == torch.float32 else 1e-12
+    plan, info = fastdsm.sinkhorn(logits, solver="newton", first=first, return_info=True)
+    swept, known = fastdsm.sinkhorn(logits, n_iters=first_step.SWEEPS, tol=tol, first=first, return_info=True)
+    sound = torch.arange(6) != 3
+    easy = sound & ~hard
+    assert known.converged.tolist() == easy.tolist()
+    assert info.converged.tolist() == sound.tolist()
+    assert (info.sweeps > 1).tolist() == hard.tolist()
+    for found, expected in zip((plan, info.f, info.g), (swept, known.f, known.g), strict=True):
+        assert torch.equal(found[easy], expected[easy])
+    assert bool(plan[3].isnan().all())
+    check(logits[hard], first=first)
+    alone = fastdsm.sinkhorn(logits[hard], solver="newton", first=first)
+    torch.testing.assert_close(plan[hard], alone, rtol=1e-3, atol=1e-5)
 
 
 def test_layouts_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..problem import Outputs, Problem
 from ..reference import deflated
+from .host import may_look
 from .laplacian import solve
 from .layout import copy
 from .spectrum import largest_singular_value
@@ -69,7 +70,7 @@ def newton_forward(problem: Problem, outputs: Outputs) -> None:
 def run(system: System, f0: Tensor, n_iters: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """Column potential, as base and fine part, and the steps done (B,) int32.
 
-    What happens to a matrix depends on that matrix alone. On a CPU those that are done leave the piece.
+    What happens to a matrix depends on that matrix alone. Those that are done leave the piece, if the host may look.
     """
     at = system.at
     base, fine = system.column_step(torch.where(system.r == 0, 0.0, f0)), torch.zeros_like(system.c)
@@ -83,7 +84,7 @@ def run(system: System, f0: Tensor, n_iters: int, tol: float) -> tuple[Tensor, T
     residual, objective = point.residual, point.objective
     for _ in range(1, n_iters):
         going = ~(residual <= tol)
-        if going.device.type == "cpu":
+        if may_look(going):
             count = int(going.sum())
             if count < _DROP_BELOW * len(going):
                 _put_back(whole, (base, fine, steps), index, at.batch)

@@ -1,0 +1,56 @@
+"""solver="newton" where no kernel takes its steps: sweeps first, then Newton's method for the matrices that these leave.
+
+Beyond the few lines that are eliminated on lanes a step takes as long as ten to thirty sweeps, and most matrices that people
+project are done after as many, where sigma2 is not close to 1. So the first step is up to ``SWEEPS`` of them, by whoever
+sweeps fastest, each matrix to its tolerance; it counts as one step, and Newton's method starts from where it leads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import pytorch
+from .problem import Outputs, Problem
+from .pytorch import system
+from .pytorch.host import may_look
+
+SWEEPS = 16
+
+
+def newton_forward(problem: Problem, outputs: Outputs, sweep: Callable[[Problem, Outputs], None]) -> None:
+    """Fill ``outputs``; ``sweep`` does so for a problem of sweeps, by the same backend.
+
+    The host looks once which matrices are left, on an accelerator too, except while a graph of its work is captured.
+    """
+    if problem.n_iters < 2 or max(problem.logits.shape[1:]) <= system.LANES_MAX_SIDE or not may_look(problem.logits):
+        pytorch.newton_forward(problem, outputs)
+        return
+    f, left = _sweep(problem, outputs, sweep)
+    if len(left) == len(f):
+        pytorch.newton_forward(replace(problem, f0=f), outputs)
+    elif len(left):
+        rest = outputs.map_tensors(lambda x: x.new_empty(len(left), *x.shape[1:]))
+        pytorch.newton_forward(replace(problem.map_tensors(lambda x: x[left]), f0=f[left]), rest)
+        for name, x in vars(rest).items():
+            if x is not None:
+                getattr(outputs, name)[left] = x
+
+
+def _sweep(problem: Problem, outputs: Outputs, sweep: Callable[[Problem, Outputs], None]) -> tuple[Tensor, Tensor]:
+    """Make the first step; the row potentials it leads to, and which matrices it does not bring to their tolerance."""
+    if outputs.residual is None:
+        batch, n, m = problem.logits.shape
+        new = partial(problem.logits.new_empty, dtype=problem.compute_dtype)
+        sweeps = new((batch,), dtype=torch.int32)
+        outputs = replace(outputs, residual=new((batch,)), sweeps=sweeps, f=new((batch, n)), g=new((batch, m)))
+    sweep(replace(problem, n_iters=SWEEPS), outputs)
+    assert outputs.residual is not None
+    assert outputs.sweeps is not None
+    assert outputs.f is not None
+    outputs.sweeps.fill_(1)
+    return outputs.f, (outputs.residual > problem.tol).nonzero().squeeze(1)
