@@ -54,13 +54,13 @@ class Problem:
         changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **changed)
 
-    def part(self, where: slice, blocks: int | None = None) -> Problem:
-        """The problem of a slice of the batch, as :func:`part_of`."""
+    def part(self, where: slice | Tensor, blocks: int | None = None) -> Problem:
+        """The problem of some of the batch, as :func:`part_of`."""
         return self.map_tensors(lambda x: part_of(x, where, blocks))
 
 
-def part_of(whole: Tensor, where: slice, blocks: int | None) -> Tensor:
-    """View a slice of (B, ...), as (blocks, B / blocks, ...) where ``blocks`` are given."""
+def part_of(whole: Tensor, where: slice | Tensor, blocks: int | None) -> Tensor:
+    """A slice of (B, ...), then a view, or what an index takes, as (blocks, B / blocks, ...) where ``blocks`` are given."""
     part = whole[where]
     return part if blocks is None else part.unflatten(0, (blocks, -1))
 

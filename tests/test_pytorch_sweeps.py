@@ -57,6 +57,41 @@ def test_no_piece_is_too_small_for_its_calls() -> None:
             assert sizes[-1] >= sizes[0] / 2 - 64 * len(sizes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 4, 7, 8, 9, 12, 16, 17, 24, 33])
+def test_what_neighbours_are_changes_no_bit(n: int, dtype: torch.dtype) -> None:
+    """Tame or wild, or not finite: those that are fewer of a piece come by themselves."""
+    batch = 32 * n + 8 if n <= 16 else 40
+    tame, wild, cotangent = torch.randn(3, batch, n, n, dtype=dtype).unbind(0)
+    wild = wild.sign() * (wild.abs() + 30.0)
+    found = []
+    for count in (1, 2, 7, batch // 2, batch - 1):
+        for value in (0.0, torch.nan):
+            logits = torch.cat([wild[:count], tame[count:]])
+            logits[max(count // 2, 1), 0, 0] += value
+            leaf = logits.requires_grad_()
+            plan = fastdsm.sinkhorn(leaf)
+            (slope,) = torch.autograd.grad(plan, leaf, cotangent)
+            assert bool(plan[[0, -1]].isfinite().all())
+            found.append(torch.stack([plan.detach(), slope])[:, [0, -1]])
+    assert all(torch.equal(some, found[0]) for some in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wild", [3, 47])
+def test_the_fewer_of_a_piece_are_put_back(wild: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(50, 5, 6)
+    logits[torch.randperm(50)[:wild]] *= 30.0
+    logits = logits.to(dtype)
+    for tol in (None, 1e-3):
+        plan, info = fastdsm.sinkhorn(logits, tol=tol, return_info=True)
+        for k in range(50):
+            alone, known = fastdsm.sinkhorn(logits[k : k + 1], tol=tol, return_info=True)
+            torch.testing.assert_close(plan[k], alone[0])
+            assert info.sweeps[k] == known.sweeps[0]
+            torch.testing.assert_close(info.f[k] + info.g[k, 0], known.f[0] + known.g[0, 0])
+
+
 @pytest.fixture
 def _two_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -109,12 +144,17 @@ def test_info_of_pieces_in_blocks() -> None:
 
 
 @pytest.mark.parametrize(("batch", "n", "m"), [(700, 4, 4), (600, 12, 12), (5, 24, 24), (40, 3, 13), (40, 13, 3)])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize(("temperature", "hardest"), [(1.0, 10.0), (0.5, 10.0), (1.0, 4.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_of_a_piece_with_tame_and_wild_matrices(
-    batch: int, n: int, m: int, temperature: float, dtype: torch.dtype
+    batch: int, n: int, m: int, temperature: float, hardest: float, dtype: torch.dtype
 ) -> None:
-    logits = torch.randn(batch, n, m, dtype=dtype) * torch.linspace(0.1, 10.0, batch, dtype=dtype)[:, None, None]
+    logits = torch.randn(batch, n, m, dtype=dtype) * torch.linspace(0.1, hardest, batch, dtype=dtype)[:, None, None]
+    logits[-1, 0, 0] = 60.0
+    fewer, others = parts(Problem(logits, 20, temperature), backward=True)
+    assert isinstance(fewer.where, torch.Tensor) == fewer.chunk.layout.movable(logits[0])
+    assert not isinstance(fewer.where, torch.Tensor) or 0 < 2 * len(fewer.where) <= batch
+    assert (fewer.chunk.tame is None) == (others.chunk.tame is not None)
     cotangent = torch.randn_like(logits)
     gradients = []
     for call in (fastdsm.sinkhorn, fastdsm.reference.sinkhorn):

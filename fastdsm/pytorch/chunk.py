@@ -24,22 +24,25 @@ _AT_HAND = 2  # vectors of a kind that sweeps use at once
 
 @dataclass(frozen=True)
 class Part:
-    """A slice of the batch, loaded; ``chosen`` (B,): the matrices this pass is for, None for all.
+    """Some matrices of the batch, loaded: those at an index, or a slice, all of it or those ``chosen`` (B,).
 
     With ``blocks``, every B of it is (blocks, B / blocks).
     """
 
-    where: slice
+    where: slice | Tensor
     blocks: int | None
     chunk: Chunk
-    chosen: Tensor | None
+    chosen: Tensor | None = None
 
     def of(self, whole: Tensor) -> Tensor:
-        """This slice of a tensor with a line for every matrix of the batch."""
+        """These matrices' lines of a tensor with one for every matrix of the batch: a view of a slice."""
         return part_of(whole, self.where, self.blocks)
 
     def write(self, target: Tensor, value: Tensor) -> None:
-        """Copy ``value`` (batch first) to this slice of ``target``, where chosen."""
+        """Copy ``value`` (batch first) to these lines of ``target``."""
+        if isinstance(self.where, Tensor):
+            target[self.where] = value.to(target.dtype)
+            return
         kept = self.of(target)
         if self.chosen is None:
             if kept.data_ptr() != value.data_ptr():  # else it was made there
@@ -96,7 +99,7 @@ class _Memory:
 
 
 def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Iterator[Part]:
-    """The batch in pieces; a piece with tame and wild matrices comes twice, once for each kind.
+    """The batch in pieces. One with tame and wild matrices comes twice, or those that are fewer by themselves, then the others.
 
     K or W is where the piece of ``target`` (B, n, m) is to be, where that can serve. On an accelerator the batch is one piece,
     and wild: looking at values would stall the host.
@@ -112,18 +115,26 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
         blocks = layout.blocks(where.stop - where.start, max(n, m)) if on_cpu else None
         piece = problem.part(where, blocks)
         S = load(piece, layout, partial(memory.matrix, "S"))
-        top = tame = None
-        kinds = [False]
+        top = chosen = None
         if on_cpu and uniform and problem.f0 is None:
             dims = (layout.rows, layout.cols)
-            top = S.amax(dims)
-            tame = top - S.amin(dims) <= TAME_RANGE
-            found = ((False, not bool(tame.all())), (True, bool(tame.any())))
-            kinds = [kind for kind, there in found if there]  # the wild first: the backward of the tame overwrites S
-        home = None if target is None or len(kinds) > 1 else _home(target[where], problem.compute_dtype)
-        for kind in kinds:
-            chosen = None if tame is None or len(kinds) == 1 else tame == kind
-            yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top if kind else None, home), chosen)
+            largest = S.amax(dims)
+            tame = largest - S.amin(dims) <= TAME_RANGE
+            count = int(tame.sum())
+            mixed, movable = 0 < count < tame.numel(), layout.movable(problem.logits[0])
+            top = largest if 2 * count >= tame.numel() or (mixed and not movable) else None
+            if mixed and movable:
+                few = tame if top is None else ~tame
+                chosen, index = ~few, few.flatten().nonzero().squeeze(1)
+                some = problem.part(index + start)
+                S_some = load(some, layout, partial(memory.matrix, "S of some"))
+                top_some = largest.flatten()[index] if top is None else None
+                yield Part(index + start, None, _chunk(some, layout, S_some, memory, backward, top_some, None))
+            elif mixed:  # the wild first: a backward of the tame overwrites S
+                yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, None, None), ~tame)
+                chosen = tame
+        home = None if target is None or chosen is not None else _home(target[where], problem.compute_dtype)
+        yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top, home), chosen)
 
 
 def _home(piece: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 _BATCH_LAST_MAX_SIDE = 16  # beyond, row-vector products read a matrix faster than lanes of matrices do
 _BATCH_LAST_MIN_BATCH = 32  # times max(n, m): fewer lanes do not pay for the larger number of calls
 _BAGS_SIDES = range(9, 17)  # below, lanes of matrices win; beyond, row-vector products do without a transpose
+_CACHE_LINE = 64
 _LANES = 16  # of a cache line
 _SHARED_ABOVE = 32768  # elements from which torch shares an operation between threads
 _ADDCMUL_MAX_SIDE = 8
@@ -119,9 +120,14 @@ class BatchFirst:
         return x.view(-1, 1, 1)
 
     @staticmethod
-    def sums(x: Tensor, dim: int) -> Tensor:
+    def sums(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
         """Sum over lines, each matrix's in an order of its own."""
-        return x.sum(dim)
+        return torch.sum(x, dim, out=out)
+
+    @classmethod
+    def movable(cls, matrix: Tensor) -> bool:
+        """Whether results of a matrix (n, m) are the same to the last bit wherever in whatever batch it is."""
+        return matrix.numel() * matrix.element_size() % _CACHE_LINE == 0  # products look at where a matrix begins
 
     @staticmethod
     def down(x: Tensor) -> Tensor:
@@ -240,6 +246,11 @@ class BatchLast:
     keeps_v = False  # vectors weigh so much that v is rather computed again
     waiting = 1
 
+    @classmethod
+    def movable(cls, matrix: Tensor) -> bool:
+        """Whether results of a matrix (n, m) are the same to the last bit wherever in whatever batch it is."""
+        return not cls.needs_scratch  # which is summed in an order of torch's choice
+
     @staticmethod
     def multiple() -> int:
         """What the number of matrices of a piece is best a multiple of: lines on cache lines were 1.2 times faster."""
@@ -283,17 +294,15 @@ class BatchLast:
         return x.unsqueeze(-2).unsqueeze(-2)
 
     @staticmethod
-    def sums(x: Tensor, dim: int) -> Tensor:
-        """Sum over lines by halves: torch.sum's order, and with it the last bit, depends on how many lanes there are."""
-        if x.shape[dim] == 1:
-            return x.sum(dim)
-        while x.shape[dim] > 1:
-            half, odd = divmod(x.shape[dim], 2)
-            halves = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
-            if odd:
-                halves.narrow(dim, 0, 1).add_(x.narrow(dim, 2 * half, 1))
-            x = halves
-        return x.squeeze(dim)
+    def sums(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+        """Sum over lines, one after another: torch.sum's order, and so the last bit, depends on how many lanes there are."""
+        first, *rest = x.unbind(dim)
+        if not rest:
+            return torch.sum(x, dim, out=out)
+        total = torch.add(first, rest[0], out=out)
+        for line in rest[1:]:
+            total.add_(line)
+        return total
 
     @staticmethod
     def down(x: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def _row_step(chunk: Chunk, shifted: Tensor) -> tuple[Tensor, Tensor]:
     """From S + g: K with row sums r; returned are its row potential and the largest entry of S + g per row."""
     at = chunk.layout
     top = _shifted_exp(shifted, at.cols, chunk.K)
-    sums = chunk.K.sum(at.cols)
+    sums = at.sums(chunk.K, at.cols)
     f = torch.where(chunk.r == 0, 0.0, log_of(chunk.r) - sums.log() - top)
     chunk.K.mul_(at.down(chunk.row_factor(sums, sums)))
     return f, top
@@ -217,9 +217,9 @@ def _tame_sweep(chunk: Chunk, top: Tensor, potentials: bool) -> tuple[Segment, T
     """The first sweep of tame matrices, with one exponential per entry: sets K; its segment (f, g: 0 if unwanted), and v."""
     at, K, (rows, cols) = chunk.layout, chunk.K, chunk.vectors.history
     torch.sub(chunk.S, at.across(top), out=K).exp_()
-    sums = torch.sum(K, at.rows, out=cols.take())
+    sums = at.sums(K, at.rows, cols.take())
     v = chunk.col_factor(sums, sums)
-    before = torch.sum(K.mul_(at.across(v)), at.cols, out=rows.take())
+    before = at.sums(K.mul_(at.across(v)), at.cols, rows.take())
     u = chunk.row_factor(before, rows.take())
     K.mul_(at.down(u))
     at.refresh(K, chunk.scratch)
@@ -235,7 +235,7 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     """
     at, c, K = chunk.layout, chunk.c, chunk.K
     top = _shifted_exp(torch.add(chunk.S, at.down(f), out=K), at.rows, K)
-    g = torch.where(c == 0, 0.0, log_of(c) - K.sum(at.rows).log() - top)
+    g = torch.where(c == 0, 0.0, log_of(c) - at.sums(K, at.rows).log() - top)
     f_new, _ = _row_step(chunk, torch.add(chunk.S, at.across(g), out=K))
     chunk.set_kernel(f_new, g)
     before = torch.where(chunk.r == 0, 0.0, (f - f_new).exp())
