@@ -21,26 +21,22 @@ from .tile_newton import _newton_tile_fwd_kernel
 from .tile_temperature import _temperature_tile_fwd_kernel
 
 # As in ``tile.py``: matrices of a program, rows and columns dealt out to lanes and warps, warps. Few matrices to a program, as
-# it steps until its slowest one is done.
+# it steps until its slowest one is done; one warp of 32 lines spills.
 _BLOCKS = {
     4: (8, 1, 1, 1),
     8: (4, 2, 4, 1),
     16: (1, 4, 8, 1),
-    32: (1, 4, 8, 1),
+    32: (1, 8, 8, 2),
     64: (1, 16, 16, 8),
 }
-# For a temperature, whose sigma2 takes more registers: one warp of 32 lines spills.
-_BLOCKS_TEMPERATURE = _BLOCKS | {32: (1, 8, 8, 2)}
 # What Blackwell has instead, where those spill.
 _BLACKWELL = {64: (1, 16, 32, 16)}
 # Segments of scaling sweeps at most: those that take about as long as three of Newton's steps.
 _SEGMENTS = {4: 2, 8: 8, 16: 16, 32: 24, 64: 24}
 
 
-def _configuration(
-    kernel: Any, dtype: torch.dtype, size: int, blocks: dict[int, tuple[int, int, int, int]] = _BLOCKS, **constants: Any
-) -> Configuration:
-    return configuration_with_own(kernel, dtype, size, blocks, "sm_100", blocks | _BLACKWELL, **constants)
+def _configuration(kernel: Any, dtype: torch.dtype, size: int, **constants: Any) -> Configuration:
+    return configuration_with_own(kernel, dtype, size, _BLOCKS, "sm_100", _BLOCKS | _BLACKWELL, **constants)
 
 
 _FORWARD = {
@@ -54,7 +50,6 @@ _TEMPERATURE = {
         _temperature_tile_fwd_kernel,
         torch.float32,
         size,
-        _BLOCKS_TEMPERATURE,
         SEGMENTS=_SEGMENTS[size],
         SQUARINGS=SQUARINGS[size],
     )

@@ -5,7 +5,7 @@ As ``fastdsm/pytorch/implicit.py``, in float32: one Newton step first, then, wit
     dS = P * (D - alpha 1^T - 1 beta^T),   alpha = diag(1/r) ((P * D) 1 - P beta),
     (diag(c) - P^T diag(1/r) P) beta = P^T * (D - diag(1/r) (P * D) 1 1^T)^T 1,
 
-the last solved by the elimination of ``tile_newton``. Close to a permutation dS is small beside D, and alpha_i + beta_j is near
+the last solved as ``tile_laplacian`` says. Close to a permutation dS is small beside D, and alpha_i + beta_j is near
 D_ij where P_ij is large: in each row D and beta are therefore taken relative to their values at the row's largest entry.
 """
 
@@ -15,7 +15,8 @@ from .arithmetic import narrow, reciprocal
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .newton_rules import PURE_BELOW, ROUNDING
-from .tile_newton import direction, folded, judged, plan_at, solved, system
+from .tile_laplacian import solved
+from .tile_newton import direction, folded, judged, plan_at, system
 from .tile_sweeps import (
     col_sums,
     inverse_temperatures,
@@ -28,9 +29,12 @@ from .tile_sweeps import (
     row_maxima,
     row_sums,
     tile_offsets,
+    vector_max,
     vector_offsets,
     vector_sum,
 )
+
+_ACCURACY = tl.constexpr(2.0**-21)  # to which conjugate gradients are taken: a few units
 
 
 @finite_jit
@@ -124,7 +128,7 @@ def _implicit_tile_bwd_kernel(
     D -= over_rows(origin)
     alpha = row_sums(plan * D) * inverse_r
     D -= over_rows(alpha)
-    beta = solved(plan, col_sums(plan * D), c * ROUNDING, r, c, m, COLS)
+    beta = solved(plan, col_sums(plan * D), c * ROUNDING, r, c, m, vector_max(c) * 0.0 + _ACCURACY, COLS)
     beta -= over_matrices(quotient(vector_sum(c * beta), vector_sum(c)))
     own = row_maxima(tl.where(largest, over_cols(beta), -float("inf")))
     apart = over_cols(beta) - over_rows(own)

@@ -6,27 +6,17 @@ makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so th
 
 On a tile one direction takes as long as fifty sweeps or more. So the first step is not one sweep but scaling sweeps, as long
 as the rate at which their residual falls promises that they arrive; where sigma2 is not close to 1 they do so by themselves.
-
-The direction solves (H + diag(ground)) d = b, H the Laplacian with edges w_jk = sum_i P_ij P_ik / r_i. Columns are taken out
-one after another. With deg_k = sum of w_kl over the columns l left, and the ground of k,
-
-    d_k = b_k / deg_k + sum_l (w_kl / deg_k) d_l,
-
-put into every other line of the system, those already taken out included: none is left to substitute back. Like elimination
-(``fastdsm/pytorch/laplacian.py``) it is sums, products and quotients of positive numbers, and no weight loses digits.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import log2, narrow, reciprocal, rsqrt
+from .arithmetic import log2, narrow, reciprocal
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .newton_rules import PURE_BELOW, roughness, step_share
-from .squaring import gram
+from .tile_laplacian import solved
 from .tile_sweeps import (
-    as_lines,
-    as_matrices,
     col_sums,
     exp,
     fused,
@@ -50,6 +40,7 @@ from .tile_sweeps import (
 
 _FINE_MAX = tl.constexpr(0.5)
 _LONGEST_SEGMENT = tl.constexpr(8)  # sweeps on one K, if its marginals allow as many
+_MOST_ACCURATE, _LEAST_ACCURATE = tl.constexpr(1e-3), tl.constexpr(1e-1)  # of a direction; between them it is the residual
 
 
 @triton.jit
@@ -94,42 +85,10 @@ def judged(P, L, base, fine, r, c, aim):
 
 
 @triton.jit
-def as_cols(lines, COLS: tl.constexpr):
-    """(BLOCK_B, P) as a vector over columns."""
-    return tl.permute(tl.reshape(lines, (lines.shape[0], lines.shape[1] // COLS, COLS)), (1, 0, 2))
-
-
-@triton.jit
-def laplacian_solve(w, b, ground, m):
-    """The d (BLOCK_B, P) of the module's docstring for edges w (BLOCK_B, P, P), whose diagonal is never looked at."""
-    P: tl.constexpr = w.shape[1]
-    index = tl.arange(0, P)
-    for k in range(0, m):
-        this, later = (index == k)[None, :], (index > k)[None, :]
-        edges = tl.where(later, tl.sum(tl.where(this[:, :, None], w, 0.0), axis=1), 0.0)
-        weights = tl.where(this, 0.0, tl.sum(tl.where(this[:, None, :], w, 0.0), axis=2))
-        own_ground = tl.sum(tl.where(this, ground, 0.0), axis=1)
-        inverse = reciprocal(tl.sum(edges, axis=1) + own_ground)
-        share = edges * inverse[:, None]
-        moved = (tl.sum(tl.where(this, b, 0.0), axis=1) * inverse)[:, None]
-        w = tl.where(this[:, :, None], share[:, None, :], w + weights[:, :, None] * share[:, None, :])
-        b = tl.where(this, moved, b + weights * moved)
-        ground += weights * (own_ground * inverse)[:, None]
-    return b
-
-
-@triton.jit
-def solved(P, b, ground, r, c, m, COLS: tl.constexpr):
-    """d, a vector over columns, with (H + diag(ground)) d = b of the plan P; 0 on excluded columns, where b is 0."""
-    scale = tl.where(r != 0, rsqrt(tl.where(r != 0, r, 1.0)), 0.0)
-    w = gram(as_matrices(P * over_rows(scale)))
-    return as_cols(laplacian_solve(w, as_lines(b), as_lines(tl.where(c != 0, ground, 1.0)), m), COLS)
-
-
-@triton.jit
 def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
     """Newton's direction around 0, and 0 on excluded columns."""
-    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, COLS)
+    accuracy = tl.minimum(tl.maximum(residual, _MOST_ACCURATE), _LEAST_ACCURATE)
+    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
     valid = (c != 0).to(d.dtype)
     return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 import fastdsm
 from fastdsm import pytorch
-from fastdsm.kernels import tile_converged
+from fastdsm.kernels import tile_converged, tile_laplacian
 from fastdsm.newton_verification import NewtonCase, verify_newton_case
 from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.verification import SIGMA2_TOL, Target
@@ -95,6 +96,30 @@ def test_sweeps_alone_where_they_arrive() -> None:
     assert (hard.sweeps > 1).all()
     truth = fastdsm.reference.sinkhorn(random_logits(16, 16, 1.0).double(), n_iters=200)
     torch.testing.assert_close(easy.plan.double(), truth, atol=TOL, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (20, 30), (40, 64)])
+def test_conjugate_gradients_serve_where_they_are_quick(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is eliminated then; where a column has next to no edges, elimination does."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("eliminated")
+
+    cotangent = random_logits(n, m, 1.0)
+    for std, quick in ((0.5, True), (2.0, True), (30.0, False)):
+        problem = Problem(random_logits(n, m, std), 60, tol=TOL)
+        g = newton(problem, pytorch).g
+        assert g is not None
+        gradients, exact = (implicit(problem, cotangent, g, solver) for solver in (tile_converged, pytorch))
+        with monkeypatch.context() as patched:
+            patched.setattr(tile_laplacian, "_eliminated_tile", unreachable)
+            if quick:
+                assert torch.equal(implicit(problem, cotangent, g).logits, gradients.logits)
+                allowed = 32 * EPS * (1 + std)
+                torch.testing.assert_close(gradients.logits, exact.logits, atol=allowed, rtol=0)
+            else:
+                with pytest.raises(InterpreterError, match="eliminated"):
+                    implicit(problem, cotangent, g)
 
 
 def test_masks_and_excluded_lines() -> None:
