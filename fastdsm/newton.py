@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from . import pytorch
@@ -43,11 +41,7 @@ def newton_forward(problem: Problem, outputs: Outputs, sweep: Callable[[Problem,
 
 def _sweep(problem: Problem, outputs: Outputs, sweep: Callable[[Problem, Outputs], None]) -> tuple[Tensor, Tensor]:
     """Make the first step; the row potentials it leads to, and which matrices it does not bring to their tolerance."""
-    if outputs.residual is None:
-        batch, n, m = problem.logits.shape
-        new = partial(problem.logits.new_empty, dtype=problem.compute_dtype)
-        sweeps = new((batch,), dtype=torch.int32)
-        outputs = replace(outputs, residual=new((batch,)), sweeps=sweeps, f=new((batch, n)), g=new((batch, m)))
+    outputs = outputs.with_info(problem)
     watched = max(problem.logits.shape[1:]) > _WATCHED_ABOVE
     sweep(replace(problem, n_iters=SWEEPS, tol=problem.tol if watched else -1.0), outputs)
     assert outputs.residual is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,15 @@ class Outputs:
     f: Tensor | None = None
     g: Tensor | None = None
     sigma2: Tensor | None = None
+
+    def with_info(self, problem: Problem) -> Outputs:
+        """The same, with room for residual, sweeps, f and g where they are not wanted."""
+        if self.residual is not None:
+            return self
+        batch, n, m = problem.logits.shape
+        new = partial(problem.logits.new_empty, dtype=problem.compute_dtype)
+        sweeps = new((batch,), dtype=torch.int32)
+        return replace(self, residual=new((batch,)), sweeps=sweeps, f=new((batch, n)), g=new((batch, m)))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Every output that is wanted, changed."""

@@ -74,7 +74,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 
 def newton_forward(problem: Problem, outputs: Outputs) -> bool:
-    """Fill ``outputs`` by Newton's method, in one launch, up to 64; false where no kernel serves the problem."""
+    """Fill ``outputs`` by Newton's method, in one or two launches, up to 64; false where no kernel serves the problem."""
     if registers_converged.supports_forward(problem):
         registers_converged.newton_forward(problem, outputs)
     elif tile_converged.supports_forward(problem, outputs.sigma2 is not None):

@@ -5,6 +5,7 @@ Up to 64 lines, every option, but no float64; sigma2 takes a launch of its own, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastdsm.problem import Gradients, Outputs, Problem
 
 from .configuration import Configuration
 from .squaring import SQUARINGS
-from .tile import ELEMENTS, configuration_with_own, inputs, size_of, strides, uniform_scalings
+from .tile import ELEMENTS, configuration_with_own, inputs, sinkhorn_forward, size_of, strides, uniform_scalings
 from .tile_implicit import _implicit_tile_bwd_kernel
 from .tile_newton import _newton_tile_fwd_kernel
 from .tile_temperature import _temperature_tile_fwd_kernel
@@ -31,6 +32,7 @@ _BLOCKS = {
 }
 # What Blackwell has instead, where those spill.
 _BLACKWELL = {64: (1, 16, 32, 16)}
+_SWEEPS = 32  # at most, in a launch of their own, before a step of Newton's
 # Segments of scaling sweeps at most: those that take about as long as three of Newton's steps.
 _SEGMENTS = {4: 2, 8: 8, 16: 16, 32: 24, 64: 24}
 
@@ -81,18 +83,25 @@ def _launch(configuration: Configuration, problem: Problem, **arguments: Any) ->
 
 def newton_forward(problem: Problem, outputs: Outputs) -> None:
     """Write every given tensor of ``outputs``; see :func:`supports_forward`."""
-    has_info = outputs.residual is not None
+    continues = problem.n_iters > 1
+    full = outputs
+    if continues:
+        full = outputs.with_info(problem)
+        sinkhorn_forward(replace(problem, n_iters=_SWEEPS), full)
+        problem = replace(problem, f0=full.f)
+    has_info = full.residual is not None
     absent = torch.empty(1, dtype=problem.compute_dtype, device=problem.logits.device)
     _launch(
         _FORWARD[problem.logits.dtype, size_of(problem)],
         problem,
-        plan_ptr=outputs.plan,
-        **strides("plan_", outputs.plan),
-        residual_ptr=outputs.residual if has_info else absent,
-        sweeps_ptr=outputs.sweeps if has_info else absent.view(torch.int32),
-        f_ptr=outputs.f if has_info else absent,
-        g_ptr=outputs.g if has_info else absent,
+        plan_ptr=full.plan,
+        **strides("plan_", full.plan),
+        residual_ptr=full.residual if has_info else absent,
+        sweeps_ptr=full.sweeps if has_info else absent.view(torch.int32),
+        f_ptr=full.f if has_info else absent,
+        g_ptr=full.g if has_info else absent,
         has_info=int(has_info),
+        continues=int(continues),
         tol=problem.tol,
     )
 

@@ -4,8 +4,9 @@ The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newto
 ``fastdsm/pytorch/system.py``; tiles and vectors are those of ``tile_sweeps``. Marginals are in units of the largest r. A step
 makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
 
-On a tile one direction takes as long as fifty sweeps or more. So the first step is not one sweep but scaling sweeps, as long
-as the rate at which their residual falls promises that they arrive; where sigma2 is not close to 1 they do so by themselves.
+On a tile one direction takes as long as a dozen sweeps or a hundred. So the first step is not one sweep but several, launched
+as sweeps are, with their own layout; and for the matrices that these leave scaling sweeps here, as long as the rate at which
+their residual falls promises that they arrive.
 """
 
 import triton
@@ -192,6 +193,7 @@ def _newton_tile_fwd_kernel(
     has_f0: tl.int32,
     has_temperature: tl.int32,
     has_info: tl.int32,
+    continues: tl.int32,
     unit_rows: tl.int32,
     inverse_temperature: tl.float64,
     tol: tl.float64,
@@ -201,10 +203,20 @@ def _newton_tile_fwd_kernel(
     COLS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """BLOCK_B matrices; at most ``n_iters`` steps, the first of sweeps, of one if it is the last; 0 is a row step at g = 0."""
+    """BLOCK_B matrices; at most ``n_iters`` steps, the first of sweeps, of one if it is the last; 0 is a row step at g = 0.
+
+    continues: every output holds what sweeps have led to, f0 their f; a matrix whose residual is within ``tol`` keeps it.
+    """
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    left = ~(tl.load(residual_ptr + b, mask=inside & (continues != 0), other=float("inf")) <= tol)
+    tl.store(sweeps_ptr + b, 1, mask=inside & ~left)
+    if tl.max((inside & left).to(tl.int32), axis=0) == 0:
+        return
+    inside = inside & left
+    inside_row = inside_row & over_matrices(left)
+    inside_col = inside_col & over_matrices(left)
     r = load_entries(row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n), inside_row & (has_row != 0), 1.0)
     c = load_entries(col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m), inside_col & (has_col != 0), 1.0)
     f = load_entries(f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n), inside_row & (has_f0 != 0), 0.0)
@@ -237,6 +249,9 @@ def _newton_tile_fwd_kernel(
     plan, L = plan_at(x, k, base, fine, r)
     plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    inside = inside & left
+    inside_row = inside_row & over_matrices(left)
+    inside_col = inside_col & over_matrices(left)
     out_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
     store_entries(out_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
     if has_info != 0:

@@ -15,7 +15,7 @@ from triton.runtime.errors import InterpreterError
 
 import fastdsm
 from fastdsm import pytorch
-from fastdsm.kernels import tile_converged, tile_laplacian
+from fastdsm.kernels import tile, tile_converged, tile_laplacian
 from fastdsm.newton_verification import NewtonCase, verify_newton_case
 from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.verification import SIGMA2_TOL, Target
@@ -85,6 +85,26 @@ def test_a_row_step_and_one_sweep(n_iters: int) -> None:
         assert torch.equal(found.sweeps, known.sweeps)
         for name in ("plan", "residual", "f", "g"):
             torch.testing.assert_close(getattr(found, name), getattr(known, name), atol=8 * EPS, rtol=8 * EPS)
+
+
+@pytest.mark.parametrize("size", [6, 20])
+def test_matrices_that_sweeps_bring_there_keep_what_these_found(size: int) -> None:
+    """Whatever the others of their program go on to do, asked for or not."""
+    std = torch.tensor([1.0, 9.0, 0.5, 12.0, 1.0])[:, None, None]
+    problem = Problem(random_logits(size, size, 1.0, 5) * std, 40, tol=TOL)
+    swept = replace(empty_outputs(problem), sigma2=None)
+    tile.sinkhorn_forward(replace(problem, n_iters=32), swept)
+    found, alone = newton(problem), torch.full_like(problem.logits, torch.nan)
+    assert swept.residual is not None
+    assert found.sweeps is not None
+    arrived = swept.residual <= TOL
+    assert arrived.tolist() == [True, False, True, False, True]
+    assert ((found.sweeps == 1) == arrived).all()
+    assert (found.residual <= TOL).all()
+    for name in ("plan", "residual", "f", "g"):
+        assert torch.equal(getattr(found, name)[arrived], getattr(swept, name)[arrived]), name
+    tile_converged.newton_forward(problem, Outputs(alone))
+    assert torch.equal(alone, found.plan)
 
 
 def test_sweeps_alone_where_they_arrive() -> None:
