@@ -1,4 +1,4 @@
-"""Nothing that varies at run time compiles a kernel anew, and a call is one launch: counted without a GPU.
+"""Nothing that varies at run time compiles a kernel anew, and a call is one launch or two: counted without a GPU.
 
 The launchers run in a process of their own, on a driver without a device: under the interpreter of the other tests
 nothing is ever compiled.
@@ -214,7 +214,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_every_call_is_one_launch(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if row["launches"] != 1] == []
+    """But for Newton's method on tiles, which is launched after sweeps unless it is to make one or none."""
+    kernels_of = {row["name"]: [json.loads(key)[0] for key in row["configurations"]] for row in rows if row["launches"] != 1}
+    assert kernels_of
+    assert {name: x for name, x in kernels_of.items() if x != ["_sinkhorn_tile_fwd_kernel", "_newton_tile_fwd_kernel"]} == {}
 
 
 def test_every_launch_is_in_the_finite_table(rows: list[dict[str, Any]]) -> None:
