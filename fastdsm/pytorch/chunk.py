@@ -72,10 +72,10 @@ class _Memory:
             [(v, self._like.new_empty(v * m * size)), (waiting, col_terms)],
         ]
 
-    def matrix(self, use: str, shape: torch.Size) -> Tensor:
-        """The matrix for ``use``, of (B, n, m) ``shape`` in the layout."""
+    def matrix(self, use: str, shape: torch.Size, share: int = 1) -> Tensor:
+        """The matrix for ``use``, of (B, n, m) ``shape`` in the layout, never more than one ``share``-th of a piece."""
         if use not in self._matrices:
-            self._matrices[use] = self._like.new_empty(self._entries)
+            self._matrices[use] = self._like.new_empty(self._entries // share)
         return self._layout.buffer(self._matrices[use], shape)
 
     def room(self, shape: torch.Size) -> Tensor:
@@ -127,7 +127,7 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
                 few = tame if top is None else ~tame
                 chosen, index = ~few, few.flatten().nonzero().squeeze(1)
                 some = problem.part(index + start)
-                S_some = load(some, layout, partial(memory.matrix, "S of some"))
+                S_some = load(some, layout, partial(memory.matrix, "S of some", share=2))
                 top_some = largest.flatten()[index] if top is None else None
                 yield Part(index + start, None, _chunk(some, layout, S_some, memory, backward, top_some, None))
             elif mixed:  # the wild first: a backward of the tame overwrites S
