@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
@@ -120,7 +121,7 @@ def test_sweeps_alone_where_they_arrive() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (20, 30), (40, 64)])
 def test_conjugate_gradients_serve_where_they_are_quick(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is eliminated then; where a column has next to no edges, elimination does."""
+    """In a dozen steps or fewer, and nothing is eliminated then; where a column has next to no edges, elimination does."""
 
     def unreachable(*_: object) -> None:
         raise AssertionError("eliminated")
@@ -133,6 +134,7 @@ def test_conjugate_gradients_serve_where_they_are_quick(n: int, m: int, monkeypa
         gradients, exact = (implicit(problem, cotangent, g, solver) for solver in (tile_converged, pytorch))
         with monkeypatch.context() as patched:
             patched.setattr(tile_laplacian, "_eliminated_tile", unreachable)
+            patched.setattr(tile_laplacian, "_STEPS", tl.constexpr(6 if std < 1 else 12))
             if quick:
                 assert torch.equal(implicit(problem, cotangent, g).logits, gradients.logits)
                 allowed = 32 * EPS * (1 + std)

@@ -30,8 +30,8 @@ from torch import Tensor
 from ..problem import Gradients, Problem
 from .laplacian import solve
 from .layout import copy
-from .newton import PURE_BELOW, direction
-from .system import Point, System, fold, pieces
+from .newton import LONGEST_STEP, PURE_BELOW, direction
+from .system import System, pieces
 
 _ACCURACY = 100.0  # units of rounding to which conjugate gradients are taken
 
@@ -42,7 +42,7 @@ def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients:
     for where, system in pieces(problem, dtype):
         at = system.at
         D = at.matrix(grad_plan[where]).to(dtype)
-        P = _at_fixed_point(system, at.vector(g[where]).to(dtype)).P
+        P = _at_fixed_point(system, at.vector(g[where]).to(dtype))
         d_logits, alpha, beta = _adjoint(system, P, D)
         tau = problem.temperature
         if isinstance(tau, Tensor):
@@ -57,14 +57,13 @@ def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients:
             gradients.log_col[where] = at.vector(system.c * unit * beta)
 
 
-def _at_fixed_point(system: System, g: Tensor) -> Point:
+def _at_fixed_point(system: System, g: Tensor) -> Tensor:
     """The plan a Newton step from g, where that is close enough for one."""
-    zero = torch.zeros_like(g)
-    g = torch.where(g.isfinite(), g, 0.0)
-    point = system.at_potential(g, zero)
-    close = system.at.scalar(point.residual < PURE_BELOW)
-    step = torch.where(close, direction(system, point), 0.0)
-    return system.at_potential(*fold(g, step, system.at))
+    at, g = system.at, torch.where(g.isfinite(), g, 0.0)
+    point = system.at_potential(g, torch.zeros_like(g))
+    step = torch.where(at.scalar(point.residual < PURE_BELOW), direction(system, point), 0.0)
+    P = point.P.mul_(at.across(step.clamp_(-LONGEST_STEP, LONGEST_STEP).exp_()))
+    return P.mul_(at.down(system.r / (at.sums(P, at.cols) + system.spare_rows)))
 
 
 def _adjoint(system: System, P: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
