@@ -87,6 +87,43 @@ def test_no_call_synchronises(size: int) -> None:
     fastdsm.sigma2_bounds(found.plan)
 
 
+@pytest.mark.usefixtures("_no_synchronisation")
+@pytest.mark.parametrize("size", [4, 8, 20, 64])
+def test_newton_does_not_synchronise(size: int) -> None:
+    logits = torch.randn(5, size, size, device="cuda", requires_grad=True)
+    plan, _ = fastdsm.sinkhorn(logits, solver="newton", return_info=True)
+    plan.square().sum().backward()
+
+
+@pytest.mark.parametrize("size", [4, 8, 20, 64, 100, 300])
+def test_newton_of_easy_and_hard_matrices(size: int) -> None:
+    """Some are done by the first sweeps, others by steps; 100 and 300 lines go on in PyTorch. The same bits in a second run."""
+    std = torch.linspace(0.2, 6.0, 60, device="cuda")[:, None, None]
+    logits = (torch.randn(60, size, size, device="cuda") * std).requires_grad_()
+    cotangent = torch.randn(60, size, size, device="cuda")
+    found = []
+    for leaf in (logits, logits, logits.detach().double().cpu().requires_grad_()):
+        plan, info = fastdsm.sinkhorn(leaf, solver="newton", n_iters=40, return_info=True)
+        assert bool(info.converged.all())
+        found.append([plan.detach(), *torch.autograd.grad(plan, leaf, cotangent.to(leaf))])
+    assert all(torch.equal(x, y) for x, y in zip(found[0], found[1], strict=True))
+    gap = 1 - reference.sigma2(found[2][0]).square()[:, None, None].clamp(max=1 - 1e-6)
+    for x, truth, power in zip(found[0], found[2], (1, 2), strict=True):
+        assert bool(((x.cpu().double() - truth).abs() <= 1e-5 * (1 + truth.abs()) / gap**power).all())
+
+
+@pytest.mark.parametrize("size", [4, 8, 20, 64])
+def test_newton_in_a_graph(size: int) -> None:
+    logits = torch.randn(6, size, size, device="cuda") * 3
+    expected = fastdsm.sinkhorn(logits, solver="newton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = fastdsm.sinkhorn(logits, solver="newton")
+    plan.zero_()
+    graph.replay()
+    assert torch.equal(plan, expected)
+
+
 @pytest.mark.parametrize("size", [4, 16, 40, 64])
 def test_a_temperature_is_found_without_synchronising(size: int) -> None:
     """And is that of the search in float64, whose sigma2 and this one's end 3e-6 apart."""
