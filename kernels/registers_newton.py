@@ -15,7 +15,8 @@ per sweep, no t is below 2^-24 or v above 2^10 at the start.
 
 A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
 logits were others close by. Where the factors may have travelled 2^24, K is made anew: none is beyond that and one step, and
-the product of two t is within float32. What Newton's method descends on is, but for a constant,
+the product of two t is within float32. Packed logits are then read again, which takes fewer registers than keeping them. What
+Newton's method descends on is, but for a constant,
 
     h / ln 2 = sum_i log2 t_i - c sum_j log2 v_j,
 
@@ -39,6 +40,7 @@ from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from .registers_forward import load_logits, log2_count
 from .registers_sweeps import (
+    load_packed,
     log_columns,
     log_kernel,
     max4,
@@ -239,6 +241,8 @@ def _newton_fwd_kernel(
             if most == _REBASED:
                 new = care == _REBASED
                 base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2)] + [base[3]]
+                if PACKED:
+                    x = load_packed(logits_ptr, matrix, live, BLOCK)
                 new_K, new_lift, _spare_row = log_kernel(x, k, base)
                 K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
                 lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
