@@ -33,7 +33,7 @@ def newton_forward(problem: Problem, outputs: Outputs, sweep: Callable[[Problem,
         pytorch.newton_forward(replace(problem, f0=f), outputs)
     elif len(left):
         rest = outputs.map_tensors(lambda x: x.new_empty(len(left), *x.shape[1:]))
-        pytorch.newton_forward(replace(problem.map_tensors(lambda x: x[left]), f0=f[left]), rest)
+        pytorch.newton_forward(replace(problem.part(left), f0=f[left]), rest)
         for name, x in vars(rest).items():
             if x is not None:
                 getattr(outputs, name)[left] = x

@@ -42,8 +42,6 @@ def _forward(dtype: torch.dtype, packed: bool, with_info: bool, with_sigma2: boo
         constants={"BLOCK": _NEWTON_BLOCK, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2},
         num_warps=_NEWTON_WARPS,
         matrices=_NEWTON_BLOCK,
-        # With everything asked for ptxas stops at 96 registers on Hopper by itself, and spills.
-        maxnreg=128 if packed and with_info and with_sigma2 else None,
         label=f"newton forward registers {TYPES[dtype]}" + " packed" * packed + " info" * with_info + " sigma2" * with_sigma2,
     )
 

@@ -64,6 +64,14 @@ _SHORTEST = tl.constexpr(1e-30)
 
 
 @triton.jit
+def _replaced(new, K, lift, v, new_K, new_lift):
+    """K, lift and factors, those of a K that was just made where ``new``."""
+    K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
+    return K, lift, [tl.where(new, 1.0, value) for value in v]
+
+
+@triton.jit
 def scaled_plan(K, v, spare_row):
     """P of the factors of all columns but the last, and its t, 1 on excluded rows."""
     E = [K[e] if e % 4 == 3 else K[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
@@ -192,6 +200,7 @@ def _newton_fwd_kernel(
     )  # fmt: skip
     K, high, total, spare_col = log_columns(x, k, x, True)
     base = [-value for value in high]
+    swept = [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j])) for j in (0, 1, 2, 3)]
     lift = zeros(K[0])
     v = [reciprocal(value) for value in total]
     if PACKED:
@@ -201,13 +210,10 @@ def _newton_fwd_kernel(
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
     anew = ~(max4(u[0], u[1], u[2], u[3]) <= _LARGEST) | (n_iters == 0)
     if tl.max(anew.to(tl.int32), 0) > 0:
-        g = [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j])) for j in (0, 1, 2, 3)]
-        new_K, new_lift, new_spare_row = log_kernel(x, k, g)
+        new_K, new_lift, new_spare_row = log_kernel(x, k, swept)
         new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(u[0]), new_spare_row)]
-        K = [tl.where(anew, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-        lift = [tl.where(anew, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
-        base = [tl.where(anew, g[j], base[j]) for j in (0, 1, 2, 3)]
-        v = [tl.where(anew, 1.0, value) for value in v]
+        K, lift, v = _replaced(anew, K, lift, v, new_K, new_lift)
+        base = [tl.where(anew, swept[j], base[j]) for j in (0, 1, 2, 3)]
         u = [tl.where(anew, new_u[i], u[i]) for i in (0, 1, 2, 3)]
         spare_row = [tl.where(anew, new_spare_row[i], spare_row[i]) for i in (0, 1, 2, 3)]
     poison = 0.0 * (u[0] + u[1] + u[2] + u[3])
@@ -217,7 +223,7 @@ def _newton_fwd_kernel(
     inverse_c = quotient(cols, rows)
     share = shares(c, spare_col)
     tie = ties(spare_col)
-    first_mean = _mean([tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j])) for j in (0, 1, 2, 3)], spare_col, cols)
+    first_mean = _mean(swept, spare_col, cols)
     if n_iters > 1:
         for _ in tl.static_range(_FIRST_SWEEPS - 1):
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
@@ -244,9 +250,7 @@ def _newton_fwd_kernel(
                 if PACKED:
                     x = load_packed(logits_ptr, matrix, live, BLOCK)
                 new_K, new_lift, _spare_row = log_kernel(x, k, base)
-                K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-                lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
-                v = [tl.where(new, 1.0, value) for value in v]
+                K, lift, v = _replaced(new, K, lift, v, new_K, new_lift)
                 travelled = tl.where(new, 0.0, travelled)
             P, t = scaled_plan(K, v, spare_row)
             b, _residual = missing(P, share)

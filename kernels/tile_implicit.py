@@ -11,11 +11,11 @@ D_ij where P_ij is large: in each row D and beta are therefore taken relative to
 
 import triton.language as tl
 
-from .arithmetic import narrow, reciprocal
+from .arithmetic import narrow
 from .configuration import finite_jit
 from .memory import load_entries, store_entries
 from .newton_rules import PURE_BELOW, ROUNDING
-from .tile_laplacian import solved
+from .tile_laplacian import inverse_rows, solved
 from .tile_newton import direction, folded, judged, plan_at, system
 from .tile_sweeps import (
     col_sums,
@@ -29,7 +29,6 @@ from .tile_sweeps import (
     row_maxima,
     row_sums,
     tile_offsets,
-    vector_max,
     vector_offsets,
     vector_sum,
 )
@@ -109,7 +108,7 @@ def _implicit_tile_bwd_kernel(
         dtype,
     )
     x, r, c, aim, unit, _, poison = system(x, k, r, c, has_row, has_col, unit_rows, 0)
-    inverse_r = tl.where(r != 0, reciprocal(tl.where(r != 0, r, 1.0)), 0.0)
+    inverse_r = inverse_rows(r)
 
     base = tl.where(tl.abs(g) < float("inf"), g, 0.0)
     fine = tl.zeros_like(base)
@@ -128,7 +127,7 @@ def _implicit_tile_bwd_kernel(
     D -= over_rows(origin)
     alpha = row_sums(plan * D) * inverse_r
     D -= over_rows(alpha)
-    beta = solved(plan, col_sums(plan * D), c * ROUNDING, r, c, m, vector_max(c) * 0.0 + _ACCURACY, COLS)
+    beta = solved(plan, col_sums(plan * D), c * ROUNDING, r, c, m, _ACCURACY, COLS)
     beta -= over_matrices(quotient(vector_sum(c * beta), vector_sum(c)))
     own = row_maxima(tl.where(largest, over_cols(beta), -float("inf")))
     apart = over_cols(beta) - over_rows(own)

@@ -49,8 +49,14 @@ def as_cols(lines, COLS: tl.constexpr):
 
 
 @triton.jit
+def inverse_rows(r):
+    """1 / r, 0 on excluded rows."""
+    return tl.where(r != 0, reciprocal(tl.where(r != 0, r, 1.0)), 0.0)
+
+
+@triton.jit
 def conjugate_gradients(P, b, ground, inverse_r, c, accuracy):
-    """d, and for which matrices (BLOCK_B,) it is one: its error is ``accuracy`` (BLOCK_B,) of that of 0, in the norm of H."""
+    """d, and for which matrices (BLOCK_B,) it is one: its error is ``accuracy`` of that of 0, in the norm of H."""
     degree = col_sums(P * (1.0 - P * over_rows(inverse_r))) + ground
     scale = tl.where(c != 0, quotient(1.0, degree), 0.0)
     quick = vector_max(tl.where(c != 0, _LEAST_DEGREE * c - degree, -1.0)) <= 0.0
@@ -103,12 +109,11 @@ def _eliminated_tile(P, b, ground, r, c, m, COLS: tl.constexpr):
 
 @triton.jit
 def solved(P, b, ground, r, c, m, accuracy, COLS: tl.constexpr):
-    """d, a vector over columns, of the plan P; 0 on excluded columns, where b is 0."""
+    """d, a vector over columns, of the plan P; 0 on excluded columns, where b is 0. ``accuracy``: (BLOCK_B,) or a number."""
     if COLS * P.shape[1] < _QUICK_FROM:
         return _eliminated_tile(P, b, ground, r, c, m, COLS)
     else:
-        inverse_r = tl.where(r != 0, reciprocal(tl.where(r != 0, r, 1.0)), 0.0)
-        d, found = conjugate_gradients(P, b, ground, inverse_r, c, accuracy)
+        d, found = conjugate_gradients(P, b, ground, inverse_rows(r), c, accuracy)
         if tl.min(found.to(tl.int32), axis=0) == 0:
             d = tl.where(over_matrices(found), d, _eliminated_tile(P, b, ground, r, c, m, COLS))
         return d

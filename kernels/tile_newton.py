@@ -153,6 +153,12 @@ def newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
     return base, fine, residual, steps
 
 
+@triton.jit
+def among(left, inside, inside_row, inside_col):
+    """What :func:`places` says exists, of the matrices that are ``left`` (BLOCK_B,)."""
+    return inside & left, inside_row & over_matrices(left), inside_col & over_matrices(left)
+
+
 @finite_jit
 def _newton_tile_fwd_kernel(
     logits_ptr,
@@ -214,9 +220,7 @@ def _newton_tile_fwd_kernel(
     tl.store(sweeps_ptr + b, 1, mask=inside & ~left)
     if tl.max((inside & left).to(tl.int32), axis=0) == 0:
         return
-    inside = inside & left
-    inside_row = inside_row & over_matrices(left)
-    inside_col = inside_col & over_matrices(left)
+    inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)
     r = load_entries(row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n), inside_row & (has_row != 0), 1.0)
     c = load_entries(col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m), inside_col & (has_col != 0), 1.0)
     f = load_entries(f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n), inside_row & (has_f0 != 0), 0.0)
@@ -249,9 +253,7 @@ def _newton_tile_fwd_kernel(
     plan, L = plan_at(x, k, base, fine, r)
     plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
-    inside = inside & left
-    inside_row = inside_row & over_matrices(left)
-    inside_col = inside_col & over_matrices(left)
+    inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)
     out_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
     store_entries(out_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
     if has_info != 0:

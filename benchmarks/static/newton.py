@@ -38,38 +38,35 @@ _BYTES = Call("forward", 4, 4, torch.float32).bytes_per_matrix
 
 
 def rows(stds: tuple[float, ...], warps: int) -> list[Row]:
-    """Per standard deviation of the logits: instructions of a warp, mean over ``warps``, beside those of 20 sweeps."""
-    (sweeps,) = Call("forward", 4, 4, torch.float32).record(SWEEPS)
-    known = _counted(sweeps, Counter([()]))
+    """Instructions of a warp: mean over ``warps`` per standard deviation of the logits; last, those of 20 sweeps."""
     with recorded() as launches:
         _project(torch.empty(WARP, 4, 4))
-    return [_row(std, _counted(launches[0], paths), known) for std, paths in zip(stds, _interpreted(stds, warps), strict=True)]
+    newton, (sweeps,) = _Code(launches[0]), Call("forward", 4, 4, torch.float32).record(SWEEPS)
+    found = [_row(f"newton, logit std {std:g}", newton.mean(x)) for std, x in zip(stds, _interpreted(stds, warps), strict=True)]
+    return [*found, _row(f"{SWEEPS} sweeps", _Code(sweeps).mean(Counter([()])))]
 
 
-def _row(std: float, newton: Counter[str], sweeps: Counter[str]) -> Row:
-    ours, theirs = (predicted_time(counts, WARP, WARP, _BYTES) for counts in (newton, sweeps))
-    return {
-        "std": std,
-        "instructions": newton.total(),
-        "sweeps_instructions": sweeps.total(),
-        "mufu": newton["MUFU"],
-        "sweeps_mufu": sweeps["MUFU"],
-        "predicted_ns": ours["predicted_ns"],
-        "sweeps_predicted_ns": theirs["predicted_ns"],
-    }
+def _row(name: str, counts: Counter[str]) -> Row:
+    predicted = predicted_time(counts, WARP, WARP, _BYTES)["predicted_ns"]
+    return {"name": name, "instructions": counts.total(), "mufu": counts["MUFU"], "predicted_ns": predicted}
 
 
-def _counted(launch: Launch, paths: Counter[tuple[int, ...]]) -> Counter[str]:
-    """Instructions of a warp by class, mean over the paths."""
-    program = parse(disassemble(compile_configuration(launch.configuration, _TARGET).cubin)[1])
-    parameters = parameter_words(launch.configuration.signature(), launch.arguments, _TARGET)
-    total: Counter[str] = Counter()
-    for path, number in paths.items():
-        run = execute(program, parameters, path)
-        assert run is not None
-        for kind, count in run.counts.items():
-            total[kind] += count * number
-    return Counter({kind: round(count / paths.total()) for kind, count in total.items()})
+class _Code:
+    """The machine code of a launch."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.program = parse(disassemble(compile_configuration(launch.configuration, _TARGET).cubin)[1])
+        self.parameters = parameter_words(launch.configuration.signature(), launch.arguments, _TARGET)
+
+    def mean(self, paths: Counter[tuple[int, ...]]) -> Counter[str]:
+        """Instructions of a warp by class, mean over the paths."""
+        total: Counter[str] = Counter()
+        for path, number in paths.items():
+            run = execute(self.program, self.parameters, path)
+            assert run is not None
+            for kind, count in run.counts.items():
+                total[kind] += count * number
+        return Counter({kind: round(count / paths.total()) for kind, count in total.items()})
 
 
 def _project(logits: torch.Tensor) -> None:
@@ -113,12 +110,8 @@ def _maxima() -> Iterator[list[int]]:
 def main(warps: Annotated[int, typer.Option(min=1, help="warps of 32 random matrices")] = 256) -> None:
     """Print what a warp issues, and what the static model predicts, for one H100 or H200, from that."""
     table = Table("4x4 float32", "instructions", "of them MUFU", "predicted ns", title=f"a warp, 32 matrices, {_TARGET}")
-    found = rows((1.0, 2.0, 4.0, 8.0), warps)
-    for row in found:
-        numbers = (f"{row['instructions']:,}", f"{row['mufu']:,}", f"{row['predicted_ns']:.4f}")
-        table.add_row(f"newton, logit std {row['std']:g}", *numbers)
-    numbers = (f"{row['sweeps_instructions']:,}", f"{row['sweeps_mufu']:,}", f"{row['sweeps_predicted_ns']:.4f}")
-    table.add_row(f"{SWEEPS} sweeps", *numbers)
+    for row in rows((1.0, 2.0, 4.0, 8.0), warps):
+        table.add_row(row["name"], f"{row['instructions']:,}", f"{row['mufu']:,}", f"{row['predicted_ns']:.4f}")
     Console().print(table)
 
 

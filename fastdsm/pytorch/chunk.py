@@ -121,7 +121,7 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
             largest = S.amax(dims)
             tame = largest - S.amin(dims) <= TAME_RANGE
             count = int(tame.sum())
-            mixed, movable = 0 < count < tame.numel(), layout.movable(problem.logits[0])
+            mixed, movable = 0 < count < tame.numel(), layout.movable(n * m * problem.compute_dtype.itemsize)
             top = largest if 2 * count >= tame.numel() or (mixed and not movable) else None
             if mixed and movable:
                 few = tame if top is None else ~tame

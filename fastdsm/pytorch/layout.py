@@ -23,8 +23,8 @@ from torch import Tensor
 _BATCH_LAST_MAX_SIDE = 16  # beyond, row-vector products read a matrix faster than lanes of matrices do
 _BATCH_LAST_MIN_BATCH = 32  # times max(n, m): fewer lanes do not pay for the larger number of calls
 _BAGS_SIDES = range(9, 17)  # below, lanes of matrices win; beyond, row-vector products do without a transpose
-_CACHE_LINE = 64
-_LANES = 16  # of a cache line
+_CACHE_LINE = 64  # bytes
+_LANES = _CACHE_LINE // 4
 _SHARED_ABOVE = 32768  # elements from which torch shares an operation between threads
 _ADDCMUL_MAX_SIDE = 8
 
@@ -124,10 +124,10 @@ class BatchFirst:
         """Sum over lines, each matrix's in an order of its own."""
         return torch.sum(x, dim, out=out)
 
-    @classmethod
-    def movable(cls, matrix: Tensor) -> bool:
-        """Whether results of a matrix (n, m) are the same to the last bit wherever in whatever batch it is."""
-        return matrix.numel() * matrix.element_size() % _CACHE_LINE == 0  # products look at where a matrix begins
+    @staticmethod
+    def movable(size: int) -> bool:
+        """Whether results of a matrix of so many bytes are the same to the last bit wherever in whatever batch it is."""
+        return size % _CACHE_LINE == 0  # products look at where a matrix begins
 
     @staticmethod
     def down(x: Tensor) -> Tensor:
@@ -246,11 +246,6 @@ class BatchLast:
     keeps_v = False  # vectors weigh so much that v is rather computed again
     waiting = 1
 
-    @classmethod
-    def movable(cls, matrix: Tensor) -> bool:
-        """Whether results of a matrix (n, m) are the same to the last bit wherever in whatever batch it is."""
-        return not cls.needs_scratch  # which is summed in an order of torch's choice
-
     @staticmethod
     def multiple() -> int:
         """What the number of matrices of a piece is best a multiple of: lines on cache lines were 1.2 times faster."""
@@ -303,6 +298,11 @@ class BatchLast:
         for line in rest[1:]:
             total.add_(line)
         return total
+
+    @staticmethod
+    def movable(size: int) -> bool:
+        """Whether results of a matrix of so many bytes are the same to the last bit wherever in whatever batch it is."""
+        return True
 
     @staticmethod
     def down(x: Tensor) -> Tensor:
@@ -381,6 +381,11 @@ class Products(BatchLast):
     def weights(x: Tensor) -> Any:
         """What ``contract`` takes for a vector."""
         return x.unsqueeze(-2)
+
+    @staticmethod
+    def movable(size: int) -> bool:
+        """Never: one sum over many lanes is taken in an order of torch's choice."""
+        return False
 
     @staticmethod
     def contract(operand: Any, weights: Any, scratch: Tensor, out: Tensor) -> Tensor:
