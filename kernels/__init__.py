@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
-``registers``: n, m <= 4, a matrix per thread; ``registers_converged``: those by Newton's method, and the implicit gradient.
+``registers``: n, m <= 4, and 8x8, a matrix per thread; ``registers_converged``: converged ones, and the implicit gradient.
 ``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines, and the temperature of a sigma2.
 ``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``:
 sigma2 of given plans, ``stream_spectrum``: that of larger ones. Nothing here validates or differentiates.
@@ -45,7 +45,7 @@ def configurations() -> list[Configuration]:
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
     """Fill ``outputs``, in one launch up to 256; false where no kernel serves the problem."""
-    if registers.supports_forward(problem):
+    if registers.supports_forward(problem, outputs):
         registers.sinkhorn_forward(problem, outputs)
     elif tile.supports_forward(problem, outputs.sigma2 is not None):
         tile.sinkhorn_forward(problem, outputs)
@@ -60,7 +60,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> bool:
     """Fill ``gradients``, in one launch up to 256; false where no kernel serves the problem."""
-    if registers.supports_backward(problem, gradients.f0 is not None):
+    if registers.supports_backward(problem, grad_plan, gradients):
         registers.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
     elif tile.supports_backward(problem):
         tile.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
@@ -75,7 +75,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 def newton_forward(problem: Problem, outputs: Outputs) -> bool:
     """Fill ``outputs`` by Newton's method, in one or two launches, up to 64; false where no kernel serves the problem."""
-    if registers_converged.supports_forward(problem):
+    if registers_converged.supports_forward(problem, outputs):
         registers_converged.newton_forward(problem, outputs)
     elif tile_converged.supports_forward(problem, outputs.sigma2 is not None):
         tile_converged.newton_forward(problem, outputs)
@@ -86,7 +86,7 @@ def newton_forward(problem: Problem, outputs: Outputs) -> bool:
 
 def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients) -> bool:
     """Fill ``gradients`` of the fixed point near ``g``, in one launch, up to 64; false where no kernel serves the problem."""
-    if registers_converged.supports_backward(problem, gradients.f0 is not None):
+    if registers_converged.supports_backward(problem, grad_plan, gradients):
         registers_converged.implicit_backward(problem, grad_plan, g, gradients)
     elif tile_converged.supports_backward(problem):
         tile_converged.implicit_backward(problem, grad_plan, g, gradients)

@@ -1,7 +1,7 @@
-"""The register family: projections of up to 4x4, float32 and narrower, one matrix in the registers of each thread.
+"""The register family: projections of up to 4x4 or of 8x8, float32 and narrower, a matrix in the registers of each thread.
 
-Which problems it takes, the finite table of its kernels, and the calls that launch them. Forwards of any number of
-sweeps; backwards of up to MAX_BACKWARD_SWEEPS, whose history has to fit in registers.
+Which problems it takes, the finite table of its kernels, and the calls that launch them. Any number of sweeps, but for
+backwards of up to 4x4: MAX_BACKWARD_SWEEPS, whose history has to fit in registers. That of 8x8 lies in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -16,48 +18,95 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration
+from .configuration import Configuration, multiprocessors
 from .registers_backward import MAX_BACKWARD_SWEEPS, _sinkhorn_bwd_kernel
 from .registers_forward import _sinkhorn_fwd_kernel
+from .registers_history import _sinkhorn_history_bwd_kernel
+from .registers_sweeps import SCALINGS_OF_8
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_HISTORY_BYTES = 1 << 28  # at most, unless that of a single program exceeds it
+_PROGRAMS_PER_SM = 2  # that keep a history: as many as its registers let run
 BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
 
 
-def is_small_and_plain(problem: Problem) -> bool:
-    """Up to 4x4, float32 or narrower, without marginals and without f0: the matrices of this family."""
+def fits(problem: Problem, *others: Tensor) -> bool:
+    """Whether a thread holds a matrix: float32 or narrower, no marginals, no f0; up to 4x4, or 8x8 packed as ``others`` are."""
+    shape = problem.logits.shape[-2:]
     return (
         problem.logits.dtype in TYPES
-        and min(problem.logits.shape[-2:]) >= 1
-        and max(problem.logits.shape[-2:]) <= 4
+        and min(shape) >= 1
+        and (max(shape) <= 4 or (shape == (8, 8) and is_packed(problem, *others)))
         and problem.f0 is None
         and problem.row_marginal is None
         and problem.col_marginal is None
     )
 
 
-def supports_forward(problem: Problem) -> bool:
+def supports_forward(problem: Problem, outputs: Outputs) -> bool:
     """Whether :func:`sinkhorn_forward` takes this problem."""
-    return is_small_and_plain(problem) and problem.tol < 0
+    return fits(problem, outputs.plan) and problem.tol < 0 and serves_sigma2(problem, outputs)
 
 
-def supports_backward(problem: Problem, with_lines: bool) -> bool:
-    """Whether :func:`sinkhorn_backward` takes it; ``with_lines``: if gradients of f0 and the marginals are wanted."""
-    return supports_forward(problem) and problem.n_iters <= MAX_BACKWARD_SWEEPS and not with_lines
+def serves_sigma2(problem: Problem, outputs: Outputs) -> bool:
+    """Whether there is a sigma2 beside such plans, if one is wanted."""
+    return outputs.sigma2 is None or lines(problem) == 4
 
 
-@functools.cache
-def _forward(dtype: torch.dtype, packed: bool, with_info: bool, with_sigma2: bool) -> Configuration:
+def supports_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients) -> bool:
+    """Whether :func:`sinkhorn_backward` takes it."""
+    few = problem.n_iters <= MAX_BACKWARD_SWEEPS or lines(problem) == 8
+    return fits(problem, grad_plan, gradients.logits) and few and problem.tol < 0 and gradients.f0 is None
+
+
+def lines(problem: Problem) -> int:
+    """Lines of the matrix that a thread holds."""
+    return 4 if max(problem.logits.shape[-2:]) <= 4 else 8
+
+
+def is_packed(problem: Problem, *others: Tensor) -> bool:
+    """Whether every matrix is full, unmasked, and 16 aligned values, or 64, on end."""
+    size = lines(problem)
+    return problem.mask is None and all(
+        x.shape[-2:] == (size, size) and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (problem.logits, *others)
+    )
+
+
+def forwards() -> list[tuple[Any, ...]]:
+    """Types, lines, and whether packed, with info and with sigma2, of the forwards there are."""
+    flags = (False, True)
+    four = [(dtype, 4, *rest) for dtype, *rest in itertools.product(TYPES, flags, flags, flags)]
+    return four + [(dtype, 8, True, info, False) for dtype, info in itertools.product(TYPES, flags)]
+
+
+def backwards() -> list[tuple[Any, ...]]:
+    """Types, lines, and whether packed, of the backwards there are."""
+    return [(dtype, *rest) for dtype, rest in itertools.product(TYPES, ((4, False), (4, True), (8, True)))]
+
+
+def forward_configuration(
+    kernel: Any, name: str, block: int, dtype: torch.dtype, lines: int, packed: bool, with_info: bool, with_sigma2: bool
+) -> Configuration:
+    """That of a forward, a matrix a thread."""
     return Configuration(
-        kernel=_sinkhorn_fwd_kernel,
+        kernel=kernel,
         pointers=dict.fromkeys(("logits_ptr", "plan_ptr"), TYPES[dtype])
         | dict.fromkeys(("temperature_ptr", "residual_ptr", "f_ptr", "g_ptr", "sigma2_ptr"), "fp32")
         | {"mask_ptr": "u8", "sweeps_ptr": "i32"},
-        constants={"BLOCK": BLOCK, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2},
-        num_warps=WARPS,
-        matrices=BLOCK,
-        label=f"sinkhorn forward registers {TYPES[dtype]}" + " packed" * packed + " info" * with_info + " sigma2" * with_sigma2,
+        constants={"BLOCK": block, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2, "LINES": lines},
+        num_warps=block // 32,
+        matrices=block,
+        label=f"{name} registers {TYPES[dtype]}"
+        + " 8x8" * (lines == 8)
+        + " packed" * packed
+        + " info" * with_info
+        + " sigma2" * with_sigma2,
     )
+
+
+@functools.cache
+def _forward(*which: Any) -> Configuration:
+    return forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", BLOCK, *which)
 
 
 @functools.cache
@@ -73,19 +122,23 @@ def _backward(dtype: torch.dtype, packed: bool) -> Configuration:
     )
 
 
+@functools.cache
+def _history_backward(dtype: torch.dtype) -> Configuration:
+    return Configuration(
+        kernel=_sinkhorn_history_bwd_kernel,
+        pointers=dict.fromkeys(("logits_ptr", "grad_plan_ptr", "grad_logits_ptr"), TYPES[dtype])
+        | dict.fromkeys(("temperature_ptr", "history_ptr", "aside_ptr"), "fp32"),
+        constants={"BLOCK": BLOCK, "LINES": 8},
+        num_warps=WARPS,
+        matrices=BLOCK,
+        label=f"sinkhorn backward registers {TYPES[dtype]} 8x8 packed",
+    )
+
+
 def configurations() -> list[Configuration]:
     """Every kernel this module can launch."""
-    flags = (False, True)
-    return [_forward(dtype, *rest) for dtype, *rest in itertools.product(TYPES, flags, flags, flags)] + [
-        _backward(dtype, packed) for dtype, packed in itertools.product(TYPES, flags)
-    ]
-
-
-def is_packed(problem: Problem, *others: Tensor) -> bool:
-    """Whether every matrix is 4x4, unmasked, and 16 aligned values on end."""
-    return problem.mask is None and all(
-        x.shape[-2:] == (4, 4) and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (problem.logits, *others)
-    )
+    small = [_backward(dtype, packed) for dtype, packed in itertools.product(TYPES, (False, True))]
+    return [_forward(*which) for which in forwards()] + small + [_history_backward(dtype) for dtype in TYPES]
 
 
 def inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
@@ -118,10 +171,11 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_stride_{axis}": step for axis, step in zip("bnm", x.stride(), strict=True)}
 
 
-def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
-    """Write every given tensor of ``outputs``; for problems that :func:`supports_forward`."""
+def launch_forward(configured: Callable[..., Configuration], problem: Problem, outputs: Outputs, **arguments: Any) -> None:
+    """Write every given tensor of ``outputs`` by the kernel ``configured`` for it."""
     with_info, with_sigma2 = outputs.f is not None, outputs.sigma2 is not None
-    configuration = _forward(problem.logits.dtype, is_packed(problem, outputs.plan), with_info, with_sigma2)
+    packed = is_packed(problem, outputs.plan)
+    configuration = configured(problem.logits.dtype, lines(problem), packed, with_info, with_sigma2)
     spare = torch.empty(1, dtype=torch.float32, device=problem.logits.device)
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
@@ -134,7 +188,13 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
         g_ptr=outputs.g if with_info else spare,
         sigma2_ptr=outputs.sigma2 if with_sigma2 else spare,
         **strides("plan", outputs.plan),
+        **arguments,
     )
+
+
+def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
+    """Write every given tensor of ``outputs``; for problems that :func:`supports_forward`."""
+    launch_forward(_forward, problem, outputs)
 
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None = None) -> None:
@@ -142,6 +202,9 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
     For problems that :func:`supports_backward`; ``sweeps`` is ignored, as without tol each matrix makes n_iters.
     """
+    if lines(problem) == 8:
+        _history_launch(problem, grad_plan, gradients.logits)
+        return
     configuration = _backward(problem.logits.dtype, is_packed(problem, grad_plan, gradients.logits))
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
@@ -151,4 +214,31 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         grad_logits_ptr=gradients.logits,
         **strides("grad_plan", grad_plan),
         **strides("grad_logits", gradients.logits),
+    )
+
+
+def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) -> None:
+    """Peak extra memory: the history of the programs, at most ``_HISTORY_BYTES`` unless that of a single one exceeds it."""
+    logits = problem.logits
+    configuration = _history_backward(logits.dtype)
+    scalings = max(problem.n_iters - 1, 0)
+    segments = triton.cdiv(scalings, SCALINGS_OF_8.value)
+    stride = BLOCK * 8 * (2 * scalings + segments)
+    matrices = BLOCK * 64 if segments > 1 else 0
+    programs = min(
+        triton.cdiv(logits.shape[0], configuration.matrices),
+        _PROGRAMS_PER_SM * multiprocessors(logits.device),
+        max(1, _HISTORY_BYTES // (4 * max(stride + matrices, 1))),
+    )
+    new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
+    known = inputs(problem, new(1))
+    configuration.launch(
+        programs,
+        **{name: value for name, value in known.items() if name in configuration.kernel.arg_names},
+        n_iters=problem.n_iters,
+        grad_plan_ptr=grad_plan,
+        grad_logits_ptr=grad_logits,
+        history_ptr=new(max(programs * stride, 1)),
+        aside_ptr=new(max(programs * matrices, 1)),
+        history_stride=stride,
     )

@@ -18,15 +18,14 @@ import triton.language as tl
 
 from .arithmetic import LN_2, exp2, quotient, reciprocal
 from .configuration import finite_jit
-from .registers_forward import load_logits
+from .registers_memory import load_logits, load_packed, load_strided, store_packed, store_strided
 from .registers_sweeps import (
-    load_packed,
-    load_strided,
-    log_sweep,
+    first_columns,
     ones,
+    poison,
+    row_step,
+    scaled,
     scaling_sweep,
-    store_packed,
-    store_strided,
     sums_over_cols,
     sums_over_rows,
     valid_lines,
@@ -38,12 +37,63 @@ _SLOTS = tl.constexpr(MAX_BACKWARD_SWEEPS - 1)
 
 
 @triton.jit
+def begin(K, W, u):
+    """a and dg of W."""
+    LINES: tl.constexpr = len(u)
+    KW = []
+    for e in tl.static_range(LINES * LINES):
+        KW = KW + [K[e] * W[e]]
+    df = sums_over_cols(KW, ones(K[0], LINES), zeros(K[0], LINES))
+    a = []
+    for i in tl.static_range(LINES):
+        a = a + [-u[i] * df[i]]
+    return a, [-value for value in sums_over_rows(KW, ones(K[0], LINES), zeros(K[0], LINES))]
+
+
+@triton.jit
 def _add_steps(W, a, z, past_u, v):
     """W_ij + v_j (a_i - u_i z_j)."""
-    return [
-        W[e] + v[e % 4] * (a[e // 4] - past_u[e // 4] * z[e % 4])
-        for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-    ]
+    LINES: tl.constexpr = len(v)
+    new = []
+    for e in tl.static_range(LINES * LINES):
+        new = new + [W[e] + v[e % LINES] * (a[e // LINES] - past_u[e // LINES] * z[e % LINES])]
+    return new
+
+
+@triton.jit
+def add_sweep(W, K, a, dg, past_u, v):
+    """W with the terms of a sweep that made v of ``past_u``, and a of the sweep before."""
+    LINES: tl.constexpr = len(v)
+    y = sums_over_rows(K, a, zeros(K[0], LINES))
+    z = []
+    vz = []
+    for j in tl.static_range(LINES):
+        z = z + [v[j] * y[j] - dg[j]]
+        vz = vz + [v[j] * z[j]]
+    W = _add_steps(W, a, z, past_u, v)
+    Kvz = sums_over_cols(K, vz, zeros(K[0], LINES))
+    past_a = []
+    for i in tl.static_range(LINES):
+        past_a = past_a + [past_u[i] * past_u[i] * Kvz[i]]
+    return W, past_a
+
+
+@triton.jit
+def add_first_sweep(W, K, f, a, dg, spare_col, n_iters):
+    """W with the terms of the sweep in the log domain; without sweeps u_0 = 0 leaves its row step alone.
+
+    Its g may be off by the rounding of large logits, which K with its row sums has forgotten but columns of u_0 K have not:
+    w makes them sum to 1.
+    """
+    LINES: tl.constexpr = len(a)
+    u = [tl.where(n_iters == 0, 0.0, exp2(-value)) for value in f]
+    start = [tl.where(n_iters == 0, 1.0, value) for value in spare_col]
+    w = [reciprocal(value) for value in sums_over_rows(K, u, start)]
+    y = sums_over_rows(K, a, zeros(K[0], LINES))
+    z = []
+    for j in tl.static_range(LINES):
+        z = z + [w[j] * (y[j] - dg[j])]
+    return _add_steps(W, a, z, u, ones(K[0], LINES))
 
 
 @finite_jit
@@ -63,59 +113,41 @@ def _sinkhorn_bwd_kernel(
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK,
+        PACKED, BLOCK, 4,
     )  # fmt: skip
-    K, f, _, total, spare_row, spare_col = log_sweep(x, k, x, n_iters, True)
+    g, spare_col = first_columns(x, k, n_iters, 4)
+    K, f, total, spare_row = row_step(x, k, g)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
-    r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows)) + 0.0 * (total[0] + total[1] + total[2] + total[3])
+    r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows)) + poison(total)
 
-    u = ones(K[0])
-    v = ones(K[0])
+    u = ones(k, 4)
+    v = ones(k, 4)
     past_u = []
     past_v = []
     for slot in tl.static_range(_SLOTS):  # the last n_iters - 1 of them run
-        past_u = past_u + u
+        past_u = past_u + [u]
         if slot >= _SLOTS + 1 - n_iters:
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
-        past_v = past_v + v
+        past_v = past_v + [v]
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, matrix, live, BLOCK)
+        D = load_packed(grad_plan_ptr, tl.program_id(0), batch, BLOCK, 4)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
         D = [value.to(tl.float32) for value in D]
-    left = [-r * u[i] for i in (0, 1, 2, 3)]
-    W = [left[e // 4] * D[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    KW = [K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    df = sums_over_cols(KW, ones(K[0]), zeros(K[0]))
-    a = [-u[i] * df[i] for i in (0, 1, 2, 3)]
-    dg = [-value for value in sums_over_rows(KW, ones(K[0]), zeros(K[0]))]
+    W = scaled([-r * value for value in u], D, v)
+    a, dg = begin(K, W, u)
     for slot in tl.static_range(_SLOTS - 1, -1, -1):
         if slot >= _SLOTS + 1 - n_iters:
-            u = [past_u[4 * slot + i] for i in (0, 1, 2, 3)]
-            v = [past_v[4 * slot + j] for j in (0, 1, 2, 3)]
-            y = sums_over_rows(K, a, zeros(K[0]))
-            z = [v[j] * y[j] - dg[j] for j in (0, 1, 2, 3)]
-            W = _add_steps(W, a, z, u, v)
-            Kvz = sums_over_cols(K, [v[j] * z[j] for j in (0, 1, 2, 3)], zeros(K[0]))
-            a = [u[i] * u[i] * Kvz[i] for i in (0, 1, 2, 3)]
-            dg = zeros(K[0])
-
-    # The log-domain sweep; without sweeps u_0 = 0 leaves its row step alone. Its g may be off by the rounding of large
-    # logits, which K with its row sums has forgotten but columns of u_0 K have not: w makes them sum to 1.
-    u = [tl.where(n_iters == 0, 0.0, exp2(-f[i])) for i in (0, 1, 2, 3)]
-    start = [tl.where(n_iters == 0, 1.0, spare_col[j]) for j in (0, 1, 2, 3)]
-    w = [reciprocal(value) for value in sums_over_rows(K, u, start)]
-    y = sums_over_rows(K, a, zeros(K[0]))
-    z = [w[j] * (y[j] - dg[j]) for j in (0, 1, 2, 3)]
-    W = _add_steps(W, a, z, u, ones(K[0]))
-
+            W, a = add_sweep(W, K, a, dg, past_u[slot], past_v[slot])
+            dg = zeros(k, 4)
+    W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
     factor = -LN_2 * k
     dS = [factor * K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     if PACKED:
-        store_packed(grad_logits_ptr, matrix, live, dS, BLOCK)
+        store_packed(grad_logits_ptr, tl.program_id(0), batch, dS, BLOCK, 4)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

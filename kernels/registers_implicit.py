@@ -1,4 +1,4 @@
-"""The implicit gradient in the register family: one thread, one matrix of up to 4x4, from the column potential alone.
+"""The implicit gradient in the register family: one thread, one matrix of up to 4x4 or of 8x8, from the column potential.
 
 As ``fastdsm/pytorch/implicit.py``: a Newton step from g where its residual is below PURE_BELOW, then the adjoint at that
 plan. With row sums 1, c = R / C and the cotangent D (the plan's factor r is put in the end) it reads
@@ -22,55 +22,44 @@ import triton.language as tl
 from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
 from .newton_rules import PURE_BELOW
-from .registers_forward import load_logits
+from .registers_memory import load_line, load_logits, load_packed, load_strided, store_packed, store_strided
 from .registers_newton import direction, edges, missing, scaled_plan, shares, solve, ties
-from .registers_sweeps import (
-    load_packed,
-    load_strided,
-    log_kernel,
-    max4,
-    ones,
-    store_packed,
-    store_strided,
-    valid_lines,
-)
+from .registers_sweeps import column_maxima, log_kernel, ones, valid_lines
 
 _ROUNDING = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def _flow(P, D, j: tl.constexpr, k: tl.constexpr):
-    """sum_i P_ij P_ik (D_ij - D_ik)."""
-    flow = P[j] * P[k] * (D[j] - D[k])
-    for i in tl.static_range(1, 4):
-        flow += P[4 * i + j] * P[4 * i + k] * (D[4 * i + j] - D[4 * i + k])
-    return flow
+def _net(flow):
+    """What each column gains by flow[j][k - j - 1] from k to j, j < k."""
+    LAST: tl.constexpr = len(flow)
+    net = []
+    for j in tl.static_range(LAST):
+        total = flow[j][0]
+        for k in tl.static_range(1, LAST - j):
+            total += flow[j][k]
+        for i in tl.static_range(j):
+            total -= flow[i][j - i - 1]
+        net = net + [total]
+    total = -flow[0][LAST - 1]
+    for i in tl.static_range(1, LAST):
+        total -= flow[i][LAST - i - 1]
+    return net + [total]
 
 
 @triton.jit
-def _flows(P, D):
-    """sum_ik P_ij P_ik (D_ij - D_ik): one value for each column."""
-    f01 = _flow(P, D, 0, 1)
-    f02 = _flow(P, D, 0, 2)
-    f03 = _flow(P, D, 0, 3)
-    f12 = _flow(P, D, 1, 2)
-    f13 = _flow(P, D, 1, 3)
-    f23 = _flow(P, D, 2, 3)
-    return [f01 + f02 + f03, f12 + f13 - f01, f23 - f02 - f12, -f03 - f13 - f23]
-
-
-@triton.jit
-def _row_gradient(P, Y, i: tl.constexpr):
-    """P_ij sum_k P_ik (Y_ij - Y_ik) of row i: four entries."""
-    p0, p1, p2, p3 = P[4 * i], P[4 * i + 1], P[4 * i + 2], P[4 * i + 3]
-    y0, y1, y2, y3 = Y[4 * i], Y[4 * i + 1], Y[4 * i + 2], Y[4 * i + 3]
-    f01 = p0 * p1 * (y0 - y1)
-    f02 = p0 * p2 * (y0 - y2)
-    f03 = p0 * p3 * (y0 - y3)
-    f12 = p1 * p2 * (y1 - y2)
-    f13 = p1 * p3 * (y1 - y3)
-    f23 = p2 * p3 * (y2 - y3)
-    return (f01 + f02 + f03, f12 + f13 - f01, f23 - f02 - f12, -f03 - f13 - f23)
+def _flows(P, D, FIRST: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
+    """sum_k P_ij P_ik (D_ij - D_ik), summed over the rows from FIRST to before LAST: one value for each column."""
+    flow = []
+    for j in tl.static_range(LINES - 1):
+        from_later = []
+        for k in tl.static_range(j + 1, LINES):
+            pair = (D[LINES * FIRST + j] - D[LINES * FIRST + k]) * P[LINES * FIRST + j] * P[LINES * FIRST + k]
+            for i in tl.static_range(FIRST + 1, LAST):
+                pair += (D[LINES * i + j] - D[LINES * i + k]) * P[LINES * i + j] * P[LINES * i + k]
+            from_later = from_later + [pair]
+        flow = flow + [from_later]
+    return _net(flow)
 
 
 @finite_jit
@@ -83,7 +72,7 @@ def _implicit_bwd_kernel(
     grad_logits_stride_b: tl.int64, grad_logits_stride_n: tl.int64, grad_logits_stride_m: tl.int64,
     g_stride_b: tl.int64, g_stride_m: tl.int64,
     temperature_stride: tl.int64, scale: tl.float32, has_mask: tl.int32, has_temperature: tl.int32, unit_rows: tl.int32,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = dS / temperature, at the fixed point near the column potential g."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -91,20 +80,19 @@ def _implicit_bwd_kernel(
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK,
+        PACKED, BLOCK, LINES,
     )  # fmt: skip
     sound = live
-    for e in tl.static_range(16):
+    for e in tl.static_range(LINES * LINES):
         sound &= x[e] * k < float("inf")
     factor = tl.where(sound, LN_2 * k, float("nan"))
     k = tl.where(sound, k, 0.0)
     x = [tl.where(sound, value, 0.0) for value in x]
-    spare_col = [tl.where(max4(x[j], x[4 + j], x[8 + j], x[12 + j]) == float("-inf"), 1.0, 0.0) for j in (0, 1, 2, 3)]
+    spare_col = [tl.where(value == float("-inf"), 1.0, 0.0) for value in column_maxima(x, LINES)]
 
-    start = g_ptr + matrix * g_stride_b
-    g = [tl.load(start + j * g_stride_m, mask=live & (j < m), other=0.0) for j in (0, 1, 2, 3)]
+    g = load_line(g_ptr, matrix, live, m, g_stride_b, g_stride_m, BLOCK, LINES)
     base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
     K, _high, spare_row = log_kernel(x, k, base)
     rows = valid_lines(spare_row)
@@ -114,7 +102,7 @@ def _implicit_bwd_kernel(
     share = shares(c, spare_col)
     tie = ties(spare_col)
 
-    P, _t = scaled_plan(K, ones(x[0]), spare_row)
+    P, _t = scaled_plan(K, ones(k, LINES), spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c
     d = direction(P, b, residual, share, rows, tie)
@@ -122,19 +110,27 @@ def _implicit_bwd_kernel(
     P, _t = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, matrix, live, BLOCK)
+        D = load_packed(grad_plan_ptr, tl.program_id(0), batch, BLOCK, LINES)
+        if LINES == 8:  # read again, as there are no registers to keep it in
+            x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
-    D = [
-        tl.where(x[e] == float("-inf"), 0.0, D[e].to(tl.float32))
-        for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-    ]
-    beta = solve(edges(P, share, _ROUNDING, rows), _flows(P, D), tie)
-    Y = [D[e] if e % 4 == 3 else D[e] - beta[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    dS = _row_gradient(P, Y, 0) + _row_gradient(P, Y, 1) + _row_gradient(P, Y, 2) + _row_gradient(P, Y, 3)
+    used = []
+    for e in tl.static_range(LINES * LINES):
+        used = used + [tl.where(x[e] == float("-inf"), 0.0, D[e].to(tl.float32))]
+    D = used
+    beta = solve(edges(P, share, _ROUNDING, rows), _flows(P, D, 0, LINES, LINES), tie)
+    Y = []
+    for e in tl.static_range(LINES * LINES):
+        if e % LINES == LINES - 1:
+            Y = Y + [D[e]]
+        else:
+            Y = Y + [D[e] - beta[e % LINES]]
     factor *= tl.where(unit_rows != 0, 1.0, inverse_c)
-    dS = [factor * value for value in dS]
+    dS = []
+    for i in tl.static_range(LINES):
+        dS = dS + [factor * value for value in _flows(P, Y, i, i + 1, LINES)]
     if PACKED:
-        store_packed(grad_logits_ptr, matrix, live, dS, BLOCK)
+        store_packed(grad_logits_ptr, tl.program_id(0), batch, dS, BLOCK, LINES)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

@@ -1,17 +1,17 @@
-"""Newton's method in the register family: one thread brings one matrix of up to 4x4 to its tolerance.
+"""Newton's method in the register family: one thread brings one matrix of up to 4x4, or of 8x8, to its tolerance.
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``; here marginals are uniform, R valid
 rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). The first step, unless it
-is the last, is three scaling sweeps instead of one: each takes 43 instructions, a step of Newton's 185 to 227, and of 4.4
-of those (logits of standard deviation 2, 32 matrices in step) two sweeps save one.
+is the last, is three scaling sweeps instead of one: with 4 lines each takes 43 instructions, a step of Newton's 185 to 227,
+and of 4.4 of those (logits of standard deviation 2, 32 matrices in step) two sweeps save one.
 
 Potentials are in base 2, without log2 c. A column potential is a base and the logarithm of a factor v:
 
     K_ij = 2^(k x_ij + base_j - lift_i),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
 
 The first K is divided by its column maxima, as the first sweep leaves it, and lift is 0. Where a row sum of its plan is below
-2^-16 it is made again, as every later one is: lift the row maxima, v = 1. In steps the last column's factor is 1: with four
-per sweep, no t is below 2^-24 or v above 2^10 at the start.
+2^-16 it is made again, as every later one is: lift the row maxima, v = 1. In steps the last column's factor is 1: with a
+factor of 4 or 8 a sweep, no t is below 2^-24 or 2^-28, or v above 2^10 or 2^15, at the start.
 
 A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
 logits were others close by. Where the factors may have travelled 2^24, K is made anew: none is beyond that and one step, and
@@ -38,16 +38,16 @@ from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal, reciproc
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
-from .registers_forward import load_logits, log2_count
+from .registers_forward import log2_count
+from .registers_memory import load_logits, load_packed, store_line, store_packed, store_strided
 from .registers_sweeps import (
-    load_packed,
+    largest,
     log_columns,
     log_kernel,
-    max4,
     ones,
+    poison,
+    scaled,
     scaling_sweep,
-    store_packed,
-    store_strided,
     sums_over_cols,
     sums_over_rows,
     valid_lines,
@@ -64,90 +64,145 @@ _SHORTEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _replaced(new, K, lift, v, new_K, new_lift):
-    """K, lift and factors, those of a K that was just made where ``new``."""
-    K = [tl.where(new, new_K[e], K[e]) for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    lift = [tl.where(new, new_lift[i], lift[i]) for i in (0, 1, 2, 3)]
-    return K, lift, [tl.where(new, 1.0, value) for value in v]
+def chosen(new, x, y):
+    """Of each two values the first where ``new``."""
+    values = []
+    for i in tl.static_range(len(x)):
+        values = values + [tl.where(new, x[i], y[i])]
+    return values
 
 
 @triton.jit
 def scaled_plan(K, v, spare_row):
     """P of the factors of all columns but the last, and its t, 1 on excluded rows."""
-    E = [K[e] if e % 4 == 3 else K[e] * v[e % 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
-    t = [spare_row[i] + E[4 * i + 3] + E[4 * i] + E[4 * i + 1] + E[4 * i + 2] for i in (0, 1, 2, 3)]
-    s0, s1 = reciprocals(t[0], t[1])
-    s2, s3 = reciprocals(t[2], t[3])
-    scale = [s0, s1, s2, s3]
-    return [E[e] * scale[e // 4] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)], t
+    LINES: tl.constexpr = len(spare_row)
+    E = []
+    for e in tl.static_range(LINES * LINES):
+        if e % LINES == LINES - 1:
+            E = E + [K[e]]
+        else:
+            E = E + [K[e] * v[e % LINES]]
+    t = []
+    for i in tl.static_range(LINES):
+        total = spare_row[i] + E[LINES * i + LINES - 1]
+        for j in tl.static_range(LINES - 1):
+            total += E[LINES * i + j]
+        t = t + [total]
+    scale = []
+    for i in tl.static_range(0, LINES, 2):
+        left, right = reciprocals(t[i], t[i + 1])
+        scale = scale + [left, right]
+    return scaled(scale, E, ones(t[0], LINES)), t
 
 
 @triton.jit
 def missing(P, share):
     """What column sums lack of their ``share``, c or, on excluded columns, 0; and the largest of it."""
-    sums = sums_over_rows(P, ones(P[0]), zeros(P[0]))
-    b = [share[j] - sums[j] for j in (0, 1, 2, 3)]
-    return b, max4(tl.abs(b[0]), tl.abs(b[1]), tl.abs(b[2]), tl.abs(b[3]))
+    LINES: tl.constexpr = len(share)
+    sums = sums_over_rows(P, ones(P[0], LINES), zeros(P[0], LINES))
+    b = []
+    for j in tl.static_range(LINES):
+        b = b + [share[j] - sums[j]]
+    return b, largest([tl.abs(value) for value in b])
 
 
 @triton.jit
 def shares(c, spare_col):
     """c on valid columns, 0 on others."""
-    return [tl.where(spare_col[j] == 0.0, c, 0.0) for j in (0, 1, 2, 3)]
+    return [tl.where(spare == 0.0, c, 0.0) for spare in spare_col]
+
+
+@triton.jit
+def _log2_product(values):
+    """log2 of the product, two factors at a time."""
+    COUNT: tl.constexpr = len(values)
+    total = log2(values[0] * values[1])
+    for i in tl.static_range(2, COUNT - COUNT % 2, 2):
+        total += log2(values[i] * values[i + 1])
+    if COUNT % 2 == 1:
+        total += log2(values[COUNT - 1])
+    return total
 
 
 @triton.jit
 def _objective(t, v, c):
     """h / ln 2 but for a constant."""
-    return log2(t[0] * t[1]) + log2(t[2] * t[3]) - c * (log2(v[0] * v[1]) + log2(v[2]))
-
-
-@triton.jit
-def _edge(P, ground, share, j: tl.constexpr, k: tl.constexpr):
-    return ground[j] * share[k] + P[j] * P[k] + P[4 + j] * P[4 + k] + P[8 + j] * P[8 + k] + P[12 + j] * P[12 + k]
+    return _log2_product(t) - c * _log2_product(v)
 
 
 @triton.jit
 def edges(P, share, rough, rows):
-    """w_jk = sum_i P_ij P_ik for jk = 01, 02, 03, 12, 13, 23, and what a ground of ``rough`` times each column's mass adds."""
-    ground = [share[j] * (rough * reciprocal(rows)) for j in (0, 1, 2)]
-    return (
-        _edge(P, ground, share, 0, 1), _edge(P, ground, share, 0, 2), _edge(P, ground, share, 0, 3),
-        _edge(P, ground, share, 1, 2), _edge(P, ground, share, 1, 3), _edge(P, ground, share, 2, 3),
-    )  # fmt: skip
+    """w_jk = sum_i P_ij P_ik and what a ground of ``rough`` times each column's mass adds, as w[j][k - j - 1] for j < k."""
+    LINES: tl.constexpr = len(share)
+    w = []
+    for j in tl.static_range(LINES - 1):
+        ground = share[j] * (rough * reciprocal(rows))
+        to_later = []
+        for k in tl.static_range(j + 1, LINES):
+            edge = ground * share[k]
+            for i in tl.static_range(LINES):
+                edge += P[LINES * i + j] * P[LINES * i + k]
+            to_later = to_later + [edge]
+        w = w + [to_later]
+    return w
 
 
 @triton.jit
 def ties(spare_col):
     """Edges of 1 to the last column: of excluded columns, which have no other; if it is one itself, of the first valid one."""
-    s0, s1, s2, s3 = spare_col
-    return [s0 + s3 * (1.0 - s0), s1 + s3 * s0 * (1.0 - s1), s2 + s3 * s0 * s1 * (1.0 - s2)]
+    LINES: tl.constexpr = len(spare_col)
+    before = spare_col[LINES - 1]  # whether it and all columns so far are excluded
+    tie = []
+    for j in tl.static_range(LINES - 1):
+        tie = tie + [spare_col[j] + before * (1.0 - spare_col[j])]
+        before *= spare_col[j]
+    return tie
+
+
+@triton.jit
+def _eliminated(w, b):
+    """Edges and right side of all columns but the first, its share of each of them, and its own part of d."""
+    LATER: tl.constexpr = len(b) - 1
+    total = w[0][0]
+    for k in tl.static_range(1, LATER):
+        total += w[0][k]
+    inverse = reciprocal(total)
+    s = [edge * inverse for edge in w[0]]
+    rest = []
+    for k in tl.static_range(LATER):
+        rest = rest + [b[k + 1] + s[k] * b[0]]
+    left = []
+    for k in tl.static_range(LATER - 1):
+        to_later = []
+        for m in tl.static_range(k + 1, LATER):
+            to_later = to_later + [w[k + 1][m - k - 1] + s[k] * w[0][m]]
+        left = left + [to_later]
+    return left, rest, s, b[0] * inverse
 
 
 @triton.jit
 def solve(w, b, tie):
     """The d, 0 in the last column, with H d = b of the Laplacian with the edges w and ``tie``."""
-    w01, w02, w03, w12, w13, w23 = w
-    b0, b1, b2, _b3 = b
-    w03 += tie[0]
-    w13 += tie[1]
-    w23 += tie[2]
-    inverse0 = reciprocal(w01 + w02 + w03)
-    s01 = w01 * inverse0
-    s02 = w02 * inverse0
-    b1 += s01 * b0
-    b2 += s02 * b0
-    w12 += s01 * w02
-    w13 += s01 * w03
-    w23 += s02 * w03
-    inverse1 = reciprocal(w12 + w13)
-    s12 = w12 * inverse1
-    b2 += s12 * b1
-    w23 += s12 * w13
-    d2 = b2 * reciprocal(w23)
-    d1 = b1 * inverse1 + s12 * d2
-    d0 = b0 * inverse0 + s01 * d1 + s02 * d2
-    return [d0, d1, d2]
+    COLUMNS: tl.constexpr = len(tie)
+    left = []
+    for j in tl.static_range(COLUMNS):
+        to_later = []
+        for k in tl.static_range(COLUMNS - 1 - j):
+            to_later = to_later + [w[j][k]]
+        left = left + [to_later + [w[j][COLUMNS - 1 - j] + tie[j]]]
+    s = []
+    own = []
+    for _ in tl.static_range(COLUMNS):
+        left, b, s_first, own_first = _eliminated(left, b)
+        s = s + [s_first]
+        own = own + [own_first]
+    d = []
+    for j in tl.static_range(COLUMNS - 1, -1, -1):
+        value = own[j]
+        for k in tl.static_range(COLUMNS - 1 - j):
+            value += s[j][k] * d[k]
+        d = [value] + d
+    return d
 
 
 @triton.jit
@@ -158,7 +213,16 @@ def direction(P, b, residual, share, rows, tie):
 
 @triton.jit
 def _spread(d):
-    return max4(d[0], d[1], d[2], 0.0) + max4(-d[0], -d[1], -d[2], 0.0)
+    return tl.maximum(largest(d), 0.0) + tl.maximum(largest([-value for value in d]), 0.0)
+
+
+@triton.jit
+def _travelled(base, v):
+    """A base and the logarithm of the factors of all columns but the last."""
+    potential = []
+    for j in tl.static_range(len(v)):
+        potential = potential + [base[j] + log2(v[j])]
+    return potential + [base[len(v)]]
 
 
 @triton.jit
@@ -172,7 +236,7 @@ def _care(going, residual, damped, travelled):
 def _mean(potential, spare_col, cols):
     """Mean over valid columns."""
     total = tl.zeros_like(cols)
-    for j in tl.static_range(4):
+    for j in tl.static_range(len(spare_col)):
         total += tl.where(spare_col[j] == 0.0, potential[j], 0.0)
     return total * reciprocal(cols)
 
@@ -186,7 +250,7 @@ def _newton_fwd_kernel(
     plan_stride_b: tl.int64, plan_stride_n: tl.int64, plan_stride_m: tl.int64,
     temperature_stride: tl.int64, scale: tl.float32, has_mask: tl.int32, has_temperature: tl.int32, unit_rows: tl.int32,
     tol: tl.float32,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr, WITH_INFO: tl.constexpr, WITH_SIGMA2: tl.constexpr,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr, WITH_INFO: tl.constexpr, WITH_SIGMA2: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Plan, and on request residual, steps (as sweeps), f, g and sigma2; at most ``n_iters`` steps, the first a sweep."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -194,29 +258,32 @@ def _newton_fwd_kernel(
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK,
+        PACKED, BLOCK, LINES,
     )  # fmt: skip
-    K, high, total, spare_col = log_columns(x, k, x, True)
+    K, high, total, spare_col = log_columns(x, k, LINES)
     base = [-value for value in high]
-    swept = [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j])) for j in (0, 1, 2, 3)]
-    lift = zeros(K[0])
+    swept = []
+    for j in tl.static_range(LINES):
+        swept = swept + [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j]))]
+    lift = zeros(k, LINES)
     v = [reciprocal(value) for value in total]
     if PACKED:
-        spare_row = zeros(K[0])
+        spare_row = zeros(k, LINES)
     else:
         spare_row = [tl.where(i < n, 0.0, tl.full([BLOCK], 1.0, tl.float32)) for i in (0, 1, 2, 3)]
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
-    anew = ~(max4(u[0], u[1], u[2], u[3]) <= _LARGEST) | (n_iters == 0)
+    anew = ~(largest(u) <= _LARGEST) | (n_iters == 0)
     if tl.max(anew.to(tl.int32), 0) > 0:
+        if LINES == 8:
+            x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
         new_K, new_lift, new_spare_row = log_kernel(x, k, swept)
-        new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(u[0]), new_spare_row)]
-        K, lift, v = _replaced(anew, K, lift, v, new_K, new_lift)
-        base = [tl.where(anew, swept[j], base[j]) for j in (0, 1, 2, 3)]
-        u = [tl.where(anew, new_u[i], u[i]) for i in (0, 1, 2, 3)]
-        spare_row = [tl.where(anew, new_spare_row[i], spare_row[i]) for i in (0, 1, 2, 3)]
-    poison = 0.0 * (u[0] + u[1] + u[2] + u[3])
+        new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(k, LINES), new_spare_row)]
+        K, lift, v = chosen(anew, new_K, K), chosen(anew, new_lift, lift), chosen(anew, ones(k, LINES), v)
+        base, u = chosen(anew, swept, base), chosen(anew, new_u, u)
+        spare_row = chosen(anew, new_spare_row, spare_row)
+    broken = poison(u)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
@@ -227,8 +294,11 @@ def _newton_fwd_kernel(
     if n_iters > 1:
         for _ in tl.static_range(_FIRST_SWEEPS - 1):
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
-    last = reciprocal(v[3])
-    v = [v[j] * last for j in (0, 1, 2)]
+    last = reciprocal(v[LINES - 1])
+    factors = []
+    for j in tl.static_range(LINES - 1):
+        factors = factors + [v[j] * last]
+    v = factors
     P, t = scaled_plan(K, v, spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c
@@ -236,7 +306,7 @@ def _newton_fwd_kernel(
     travelled = tl.zeros_like(residual)
     steps = tl.zeros_like(matrix).to(tl.int32) + tl.minimum(n_iters, 1)
     damped = residual < 0.0
-    care = _care(live & (poison == 0.0) & ~(residual <= tol), residual, damped, travelled)
+    care = _care(live & (broken == 0.0) & ~(residual <= tol), residual, damped, travelled)
     most = tl.max(care, 0)
     count = 1
     while (count < n_iters) & (most > _DONE):
@@ -246,22 +316,24 @@ def _newton_fwd_kernel(
         if most > _WATCHED:
             if most == _REBASED:
                 new = care == _REBASED
-                base = [tl.where(new, base[j] + log2(v[j]), base[j]) for j in (0, 1, 2)] + [base[3]]
+                base = chosen(new, _travelled(base, v), base)
                 if PACKED:
-                    x = load_packed(logits_ptr, matrix, live, BLOCK)
+                    x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
                 new_K, new_lift, _spare_row = log_kernel(x, k, base)
-                K, lift, v = _replaced(new, K, lift, v, new_K, new_lift)
+                K, lift, v = chosen(new, new_K, K), chosen(new, new_lift, lift), chosen(new, ones(k, LINES - 1), v)
                 travelled = tl.where(new, 0.0, travelled)
             P, t = scaled_plan(K, v, spare_row)
             b, _residual = missing(P, share)
             objective = tl.where(care == _REBASED, _objective(t, v, c), objective)
         d = direction(P, b, residual, share, rows, tie)
-        reach = tl.maximum(tl.maximum(tl.abs(d[0]), tl.abs(d[1])), tl.abs(d[2]))
+        reach = largest([tl.abs(value) for value in d])
         length = tl.minimum(reciprocal(tl.maximum(reach, _SHORTEST)) * (0.5 * LONGEST_STEP), 1.0) * LOG2_E
         if most > _PURE:
             length = tl.where(care > _PURE, LOG2_E * step_share(_spread(d), damped), length)
         length = tl.where(going, length, 0.0)
-        new_v = [v[j] * exp2(length * d[j]) for j in (0, 1, 2)]
+        new_v = []
+        for j in tl.static_range(LINES - 1):
+            new_v = new_v + [v[j] * exp2(length * d[j])]
         travelled = tl.fma(length, reach, travelled)
         P, t = scaled_plan(K, new_v, spare_row)
         b, new_residual = missing(P, share)
@@ -272,7 +344,7 @@ def _newton_fwd_kernel(
             risen = ~(new_objective <= objective) & ~(new_residual <= tol)
             damped = (care > _PURE) & (residual >= PURE_BELOW) & ~damped_before & risen
             objective = tl.where((care > _PURE) & ~damped, new_objective, objective)
-            new_v = [tl.where(damped, v[j], new_v[j]) for j in (0, 1, 2)]
+            new_v = chosen(damped, v, new_v)
             new_residual = tl.where(damped, residual, new_residual)
         v, residual = new_v, new_residual
         care = _care(going & ~(residual <= tol), residual, damped, travelled)
@@ -280,31 +352,33 @@ def _newton_fwd_kernel(
 
     if most > _WATCHED:
         P, t = scaled_plan(K, v, spare_row)
-    r = tl.where(unit_rows != 0, 1.0, inverse_c) + poison
+    r = tl.where(unit_rows != 0, 1.0, inverse_c) + broken
     P = [r * value for value in P]
-    if PACKED:
-        store_packed(plan_ptr, matrix, live, P, BLOCK)
-    else:
-        store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)
     if WITH_INFO:
-        t = scaled_plan(K, v, spare_row)[1]
-        end = [base[0] + log2(v[0]), base[1] + log2(v[1]), base[2] + log2(v[2]), base[3]]
-        tl.store(residual_ptr + matrix, residual + poison, mask=live)
+        tl.store(residual_ptr + matrix, residual + broken, mask=live)
         tl.store(sweeps_ptr + matrix, steps, mask=live)
+        end = _travelled(base, v)
         shift = first_mean - _mean(end, spare_col, cols)
-        col_halves, col_rest = log2_count(cols)
-        row_halves, row_rest = log2_count(rows)
+        col_halves, col_rest = log2_count(cols, LINES)
+        row_halves, row_rest = log2_count(rows, LINES)
         drift = (col_halves - row_halves) + (col_rest - row_rest)
         first_g = tl.where(n_iters == 0, 0.0, -drift)
         first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
-        for i in tl.static_range(4):
-            potential = tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)
-            tl.store(f_ptr + matrix * n + i, potential, mask=live & (i < n))
-            potential = tl.where(spare_col[i] == 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)
-            tl.store(g_ptr + matrix * m + i, potential, mask=live & (i < m))
+        t = scaled_plan(K, v, spare_row)[1]
+        f = []
+        g = []
+        for i in tl.static_range(LINES):
+            f = f + [tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)]
+            g = g + [tl.where(spare_col[i] == 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
+        store_line(f_ptr, matrix, live, n, f, BLOCK)
+        store_line(g_ptr, matrix, live, m, g, BLOCK)
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
         p = [tl.where(spare_col[j] == 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]
         size = tl.sqrt(tl.where(unit_rows != 0, inverse_c, c))  # 1 / sqrt(r c)
         sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
         tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
+    if PACKED:
+        store_packed(plan_ptr, tl.program_id(0), batch, P, BLOCK, LINES)
+    else:
+        store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)

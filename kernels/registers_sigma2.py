@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .configuration import Configuration, finite_jit
 from .jacobi import DOUBLE_ROUNDS, SINGLE_ROUNDS, deflate, largest_singular_pair, lift
-from .registers_sweeps import load_strided
+from .registers_memory import load_strided
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _BLOCK, _WARPS = 128, 4

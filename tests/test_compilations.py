@@ -89,7 +89,7 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 outputs = _outputs(problem, info, sigma2)
                 family = f"{name}: forward {n}x{m} {dtype}{' info' * info}{' sigma2' * sigma2}"
                 yield family, partial(kernels.sinkhorn_forward, problem, outputs)
-                if registers_converged.supports_forward(problem) or tile_converged.supports_forward(problem, sigma2):
+                if registers_converged.supports_forward(problem, outputs) or tile_converged.supports_forward(problem, sigma2):
                     yield f"newton {family}", partial(kernels.newton_forward, problem, outputs)
             cotangent = torch.zeros_like(problem.logits)
             sweeps = torch.full((problem.logits.shape[0],), problem.n_iters, dtype=torch.int32)
@@ -97,7 +97,8 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = problem, cotangent, _gradients(problem, marginals), sweeps
                 family = f"{name}: backward {n}x{m} {dtype}{' marginals' * marginals}"
                 yield family, partial(kernels.sinkhorn_backward, *arguments)
-                if registers_converged.supports_backward(problem, marginals) or tile_converged.supports_backward(problem):
+                small = registers_converged.supports_backward(problem, cotangent, arguments[2])
+                if small or tile_converged.supports_backward(problem):
                     g = torch.zeros(problem.logits.shape[0], m)
                     yield f"implicit {family}", partial(kernels.implicit_backward, problem, cotangent, g, arguments[2])
 

@@ -1,4 +1,4 @@
-"""Newton's method on 4x4 matrices beside 20 sweeps: instructions of the paths that warps of random matrices take.
+"""Newton's method on 4x4 or 8x8 matrices beside 20 sweeps: instructions of the paths that warps of random matrices take.
 
 A warp of the kernel takes its branches by maxima over its matrices: of a flag after the first sweep, then of the care of each
 step. The interpreter says what these maxima are, and machine code executed with them how many instructions a warp issues.
@@ -34,20 +34,21 @@ from .sass import parse
 TOL, MOST_STEPS = 1e-6, 60
 WARP = 32
 _TARGET = "sm_90"
-_BYTES = Call("forward", 4, 4, torch.float32).bytes_per_matrix
 
 
-def rows(stds: tuple[float, ...], warps: int) -> list[Row]:
+def rows(stds: tuple[float, ...], warps: int, lines: int = 4) -> list[Row]:
     """Instructions of a warp: mean over ``warps`` per standard deviation of the logits; last, those of 20 sweeps."""
     with recorded() as launches:
-        _project(torch.empty(WARP, 4, 4))
-    newton, (sweeps,) = _Code(launches[0]), Call("forward", 4, 4, torch.float32).record(SWEEPS)
-    found = [_row(f"newton, logit std {std:g}", newton.mean(x)) for std, x in zip(stds, _interpreted(stds, warps), strict=True)]
-    return [*found, _row(f"{SWEEPS} sweeps", _Code(sweeps).mean(Counter([()])))]
+        _project(torch.empty(WARP, lines, lines))
+    call = Call("forward", lines, lines, torch.float32)
+    newton, (sweeps,) = _Code(launches[0]), call.record(SWEEPS)
+    means = [newton.mean(x) for x in _interpreted(stds, warps, lines)]
+    found = [_row(f"newton, logit std {std:g}", x, call.bytes_per_matrix) for std, x in zip(stds, means, strict=True)]
+    return [*found, _row(f"{SWEEPS} sweeps", _Code(sweeps).mean(Counter([()])), call.bytes_per_matrix)]
 
 
-def _row(name: str, counts: Counter[str]) -> Row:
-    predicted = predicted_time(counts, WARP, WARP, _BYTES)["predicted_ns"]
+def _row(name: str, counts: Counter[str], bytes_per_matrix: int) -> Row:
+    predicted = predicted_time(counts, WARP, WARP, bytes_per_matrix)["predicted_ns"]
     return {"name": name, "instructions": counts.total(), "mufu": counts["MUFU"], "predicted_ns": predicted}
 
 
@@ -73,16 +74,16 @@ def _project(logits: torch.Tensor) -> None:
     kernels.newton_forward(Problem(logits, MOST_STEPS, tol=TOL), Outputs(torch.empty_like(logits)))
 
 
-def _interpreted(stds: tuple[float, ...], warps: int) -> list[Counter[tuple[int, ...]]]:
+def _interpreted(stds: tuple[float, ...], warps: int, lines: int) -> list[Counter[tuple[int, ...]]]:
     """:func:`paths` in a process of its own, as the interpreter replaces Triton's compiler for good."""
     context = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, TRITON_INTERPRET="1"), ProcessPoolExecutor(1, mp_context=context) as pool:
-        return list(pool.map(paths, stds, [warps] * len(stds)))
+        return list(pool.map(paths, stds, [warps] * len(stds), [lines] * len(stds)))
 
 
-def paths(std: float, warps: int) -> Counter[tuple[int, ...]]:
+def paths(std: float, warps: int, lines: int) -> Counter[tuple[int, ...]]:
     """The maxima of ``warps`` warps, and how many have these."""
-    logits = std * torch.randn(warps, WARP, 4, 4, generator=torch.Generator().manual_seed(0))
+    logits = std * torch.randn(warps, WARP, lines, lines, generator=torch.Generator().manual_seed(0))
     found: Counter[tuple[int, ...]] = Counter()
     for warp in logits:
         with _maxima() as path:
@@ -107,10 +108,14 @@ def _maxima() -> Iterator[list[int]]:
         yield found
 
 
-def main(warps: Annotated[int, typer.Option(min=1, help="warps of 32 random matrices")] = 256) -> None:
+def main(
+    warps: Annotated[int, typer.Option(min=1, help="warps of 32 random matrices")] = 256,
+    lines: Annotated[int, typer.Option(help="4 or 8")] = 4,
+) -> None:
     """Print what a warp issues, and what the static model predicts, for one H100 or H200, from that."""
-    table = Table("4x4 float32", "instructions", "of them MUFU", "predicted ns", title=f"a warp, 32 matrices, {_TARGET}")
-    for row in rows((1.0, 2.0, 4.0, 8.0), warps):
+    title = f"a warp, 32 matrices, {_TARGET}"
+    table = Table(f"{lines}x{lines} float32", "instructions", "of them MUFU", "predicted ns", title=title)
+    for row in rows((1.0, 2.0, 4.0, 8.0), warps, lines):
         table.add_row(row["name"], f"{row['instructions']:,}", f"{row['mufu']:,}", f"{row['predicted_ns']:.4f}")
     Console().print(table)
 

