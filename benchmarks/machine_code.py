@@ -9,21 +9,21 @@ from typing import Any
 from .rows import RESULTS
 
 STATIC = RESULTS / "static.jsonl"
-_OPERATIONS = ("forward", "forward+sigma2", "backward")
+_SMALL = ((4, "forward"), (4, "forward+sigma2"), (4, "backward"), (8, "forward"), (8, "backward"))
 
 
 def section(path: Path = STATIC) -> str:
-    """How many kernels were compiled, whether any spills, and what mHC's 4x4 float32 matrices cost by target."""
+    """How many kernels were compiled, whether any spills, and what the small float32 matrices of mHC cost by target."""
     header, *rows = (json.loads(line) for line in path.read_text().splitlines())
     spilling = sum(bool(row.get("error") or row["stack_bytes"] or row["local_bytes"]) for row in rows)
     targets = sorted({row["target"] for row in rows}, key=lambda target: int(target.removeprefix("sm_")))
     lines = [
-        "| 4 × 4, float32, 20 sweeps | " + " | ".join(targets) + " |",
+        "| float32, 20 sweeps | " + " | ".join(targets) + " |",
         "| --- |" + " ---: |" * len(targets),
     ]
-    for operation in _OPERATIONS:
-        cells = (_cell(_found(rows, target, operation)) for target in targets)
-        lines.append(f"| {operation.replace('+', ' + ')} | {' | '.join(cells)} |")
+    for n, operation in _SMALL:
+        cells = (_cell(_found(rows, target, n, operation)) for target in targets)
+        lines.append(f"| {n} × {n}, {operation.replace('+', ' + ')} | {' | '.join(cells)} |")
     return (
         f"{len(rows):,} builds compiled of the {header['of']:,} that can be launched, for {', '.join(targets)}: "
         f"{spilling or 'none'} of them {'spill' if spilling != 1 else 'spills'}. Thread-instructions per matrix (registers), "
@@ -31,9 +31,9 @@ def section(path: Path = STATIC) -> str:
     )
 
 
-def _found(rows: list[dict[str, Any]], target: str, operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row and the executed call of mHC's shape."""
-    wanted = {"operation": operation, "n": 4, "m": 4, "dtype": "float32"}
+def _found(rows: list[dict[str, Any]], target: str, n: int, operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row and the executed call of n x n matrices."""
+    wanted = {"operation": operation, "n": n, "m": n, "dtype": "float32"}
     return next(
         (row, call)
         for row in rows

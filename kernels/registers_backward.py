@@ -115,7 +115,7 @@ def _sinkhorn_bwd_kernel(
     x = load_logits(
         logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK, 4,
+        PACKED, 4,
     )  # fmt: skip
     g, spare_col = first_columns(x, k, n_iters, 4)
     K, f, total, spare_row = row_step(x, k, g)
@@ -134,7 +134,7 @@ def _sinkhorn_bwd_kernel(
         past_v = past_v + [v]
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, tl.program_id(0), batch, BLOCK, 4)
+        D = load_packed(grad_plan_ptr, tl.minimum(matrix, batch - 1), 4)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
         D = [value.to(tl.float32) for value in D]
@@ -148,6 +148,6 @@ def _sinkhorn_bwd_kernel(
     factor = -LN_2 * k
     dS = [factor * K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
     if PACKED:
-        store_packed(grad_logits_ptr, tl.program_id(0), batch, dS, BLOCK, 4)
+        store_packed(grad_logits_ptr, matrix, live, dS, 4)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

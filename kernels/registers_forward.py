@@ -69,11 +69,12 @@ def _sinkhorn_fwd_kernel(
     x = load_logits(
         logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK, LINES,
+        PACKED, LINES,
     )  # fmt: skip
     g, spare_col = first_columns(x, k, n_iters, LINES)
-    if LINES == 8:  # read again, as there are no registers to keep it in
-        x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
+    if LINES == 8:  # read again, and not before, as there are no registers to keep it in
+        tl.debug_barrier()
+        x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES)
     K, f, total, spare_row = row_step(x, k, g)
     broken = poison(total)  # at n_iters = 0 a NaN has reached its row only
     rows = valid_lines(spare_row)
@@ -93,7 +94,7 @@ def _sinkhorn_fwd_kernel(
         x = load_logits(
             logits_ptr, mask_ptr, matrix, live, batch, n, m,
             logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-            PACKED, BLOCK, LINES,
+            PACKED, LINES,
         )  # fmt: skip
         K, f, _total, spare_row = row_step(x, k, g)
         scalings = tl.minimum(n_iters - done, SEGMENT)
@@ -120,8 +121,8 @@ def _sinkhorn_fwd_kernel(
         for i in tl.static_range(LINES):
             left = left + [tl.where(spare_row[i] == 0.0, LN_2 * (f[i] + first_f + log_u[i]), 0.0)]
             right = right + [tl.where(spare_col[i] == 0.0, LN_2 * (g[i] + first_g + log_v[i]), 0.0)]
-        store_line(f_ptr, matrix, live, n, left, BLOCK)
-        store_line(g_ptr, matrix, live, m, right, BLOCK)
+        store_line(f_ptr + matrix * n, 1, live, n, left)
+        store_line(g_ptr + matrix * m, 1, live, m, right)
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
         p = [tl.where(spare_col[j] == 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]
@@ -129,6 +130,6 @@ def _sinkhorn_fwd_kernel(
         sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
         tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
     if PACKED:
-        store_packed(plan_ptr, tl.program_id(0), batch, P, BLOCK, LINES)
+        store_packed(plan_ptr, matrix, live, P, LINES)
     else:
         store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)

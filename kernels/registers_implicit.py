@@ -82,7 +82,7 @@ def _implicit_bwd_kernel(
     x = load_logits(
         logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK, LINES,
+        PACKED, LINES,
     )  # fmt: skip
     sound = live
     for e in tl.static_range(LINES * LINES):
@@ -92,7 +92,7 @@ def _implicit_bwd_kernel(
     x = [tl.where(sound, value, 0.0) for value in x]
     spare_col = [tl.where(value == float("-inf"), 1.0, 0.0) for value in column_maxima(x, LINES)]
 
-    g = load_line(g_ptr, matrix, live, m, g_stride_b, g_stride_m, BLOCK, LINES)
+    g = load_line(g_ptr + matrix * g_stride_b, g_stride_m, live, m, LINES)
     base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
     K, _high, spare_row = log_kernel(x, k, base)
     rows = valid_lines(spare_row)
@@ -110,9 +110,9 @@ def _implicit_bwd_kernel(
     P, _t = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, tl.program_id(0), batch, BLOCK, LINES)
+        D = load_packed(grad_plan_ptr, tl.minimum(matrix, batch - 1), LINES)
         if LINES == 8:  # read again, as there are no registers to keep it in
-            x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
+            x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
     used = []
@@ -131,6 +131,6 @@ def _implicit_bwd_kernel(
     for i in tl.static_range(LINES):
         dS = dS + [factor * value for value in _flows(P, Y, i, i + 1, LINES)]
     if PACKED:
-        store_packed(grad_logits_ptr, tl.program_id(0), batch, dS, BLOCK, LINES)
+        store_packed(grad_logits_ptr, matrix, live, dS, LINES)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

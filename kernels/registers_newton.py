@@ -260,7 +260,7 @@ def _newton_fwd_kernel(
     x = load_logits(
         logits_ptr, mask_ptr, matrix, live, batch, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-        PACKED, BLOCK, LINES,
+        PACKED, LINES,
     )  # fmt: skip
     K, high, total, spare_col = log_columns(x, k, LINES)
     base = [-value for value in high]
@@ -276,9 +276,8 @@ def _newton_fwd_kernel(
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
     anew = ~(largest(u) <= _LARGEST) | (n_iters == 0)
     if tl.max(anew.to(tl.int32), 0) > 0:
-        if LINES == 8:
-            x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
-        new_K, new_lift, new_spare_row = log_kernel(x, k, swept)
+        first_x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES) if LINES == 8 else x
+        new_K, new_lift, new_spare_row = log_kernel(first_x, k, swept)
         new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(k, LINES), new_spare_row)]
         K, lift, v = chosen(anew, new_K, K), chosen(anew, new_lift, lift), chosen(anew, ones(k, LINES), v)
         base, u = chosen(anew, swept, base), chosen(anew, new_u, u)
@@ -317,9 +316,8 @@ def _newton_fwd_kernel(
             if most == _REBASED:
                 new = care == _REBASED
                 base = chosen(new, _travelled(base, v), base)
-                if PACKED:
-                    x = load_packed(logits_ptr, tl.program_id(0), batch, BLOCK, LINES)
-                new_K, new_lift, _spare_row = log_kernel(x, k, base)
+                again_x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES) if PACKED else x
+                new_K, new_lift, _spare_row = log_kernel(again_x, k, base)
                 K, lift, v = chosen(new, new_K, K), chosen(new, new_lift, lift), chosen(new, ones(k, LINES - 1), v)
                 travelled = tl.where(new, 0.0, travelled)
             P, t = scaled_plan(K, v, spare_row)
@@ -350,7 +348,7 @@ def _newton_fwd_kernel(
         care = _care(going & ~(residual <= tol), residual, damped, travelled)
         most = tl.max(care, 0)
 
-    if most > _WATCHED:
+    if WITH_INFO or most > _WATCHED:
         P, t = scaled_plan(K, v, spare_row)
     r = tl.where(unit_rows != 0, 1.0, inverse_c) + broken
     P = [r * value for value in P]
@@ -364,14 +362,13 @@ def _newton_fwd_kernel(
         drift = (col_halves - row_halves) + (col_rest - row_rest)
         first_g = tl.where(n_iters == 0, 0.0, -drift)
         first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
-        t = scaled_plan(K, v, spare_row)[1]
         f = []
         g = []
         for i in tl.static_range(LINES):
             f = f + [tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)]
             g = g + [tl.where(spare_col[i] == 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
-        store_line(f_ptr, matrix, live, n, f, BLOCK)
-        store_line(g_ptr, matrix, live, m, g, BLOCK)
+        store_line(f_ptr + matrix * n, 1, live, n, f)
+        store_line(g_ptr + matrix * m, 1, live, m, g)
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
         p = [tl.where(spare_col[j] == 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]
@@ -379,6 +376,6 @@ def _newton_fwd_kernel(
         sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
         tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
     if PACKED:
-        store_packed(plan_ptr, tl.program_id(0), batch, P, BLOCK, LINES)
+        store_packed(plan_ptr, matrix, live, P, LINES)
     else:
         store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)

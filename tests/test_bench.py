@@ -297,21 +297,23 @@ def test_a_missed_target_fails_only_when_strict(
 
 
 def test_machine_code_section_comes_from_the_recorded_rows(tmp_path: Path) -> None:
-    calls = {"forward": 1200.0, "forward+sigma2": 1500.0, "backward": 2900.0}
+    calls = {(4, "forward"): 1200.0, (4, "forward+sigma2"): 1500.0, (4, "backward"): 2900.0}
+    calls |= {(8, "forward"): 4500.0, (8, "backward"): 14000.0}
     rows = [
         {
             "target": target,
             "registers": 72,
             "stack_bytes": 8 * (operation == "backward"),
             "local_bytes": 0,
-            "executed": [{"operation": operation, "n": 4, "m": 4, "dtype": "float32", "thread_instructions_per_matrix": count}],
+            "executed": [{"operation": operation, "n": n, "m": n, "dtype": "float32", "thread_instructions_per_matrix": count}],
         }
         for target in ("sm_90", "sm_100")
-        for operation, count in calls.items()
+        for (n, operation), count in calls.items()
     ]
     path = tmp_path / "static.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [{"triton": "3.7.1", "ptxas": "12.9", "of": 1872}, *rows]))
     text = machine_code.section(path)
-    assert "6 builds compiled of the 1,872 that can be launched" in text
-    assert "2 of them spill" in text
-    assert "| forward + sigma2 | 1,500 (72) | 1,500 (72) |" in text
+    assert "10 builds compiled of the 1,872 that can be launched" in text
+    assert "4 of them spill" in text
+    assert "| 4 × 4, forward + sigma2 | 1,500 (72) | 1,500 (72) |" in text
+    assert "| 8 × 8, backward | 14,000 (72) | 14,000 (72) |" in text

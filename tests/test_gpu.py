@@ -150,6 +150,27 @@ def test_graph_capture(size: int) -> None:
     torch.testing.assert_close(found.sigma2, reference.sinkhorn_sigma2(logits.double()).sigma2.float(), rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_iters", [20, 50])
+def test_histories_of_many_matrices_of_8x8(n_iters: int) -> None:
+    """Two and four segments; programs use their history again. The same bits in a second run and in a graph."""
+    logits = (3 * torch.randn(60_000, 8, 8, device="cuda")).requires_grad_()
+    cotangent = torch.randn(60_000, 8, 8, device="cuda")
+
+    def gradient(leaf: torch.Tensor, **options: str) -> torch.Tensor:
+        plan = fastdsm.sinkhorn(leaf, n_iters=n_iters, **options)
+        return torch.autograd.grad(plan, leaf, cotangent.to(leaf.dtype))[0]
+
+    found, truth = gradient(logits), gradient(logits.detach().double().requires_grad_(), backend="torch")
+    assert_within(found, truth, gradient(logits, backend="torch"), cotangent=cotangent)
+    assert torch.equal(gradient(logits), found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = gradient(logits)
+    replayed.zero_()
+    graph.replay()
+    assert torch.equal(replayed, found)
+
+
 @pytest.mark.usefixtures("_no_synchronisation")
 @pytest.mark.parametrize("first", ["col", "row"])
 def test_large_matrices_do_not_synchronise(first: str) -> None:

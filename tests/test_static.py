@@ -233,7 +233,7 @@ def test_predicted_time_is_that_of_the_slowest_resource() -> None:
 def _analyse() -> list[dict[str, Any]]:
     """Rows for sm_90 of what ordinary calls launch. In a process of its own: see ``rows``."""
     calls = [Call(operation, 4, 4, torch.float32) for operation in OPERATIONS]
-    calls += [Call("forward", 4, 4, torch.bfloat16), Call("forward", 16, 16, torch.float32)]
+    calls += [Call("forward", 4, 4, torch.bfloat16), *(Call("forward", n, n, torch.float32) for n in (8, 16))]
     return [analyse(configuration, "sm_90", [usage]) for configuration, usage in usages(calls)]
 
 
@@ -244,28 +244,34 @@ def rows() -> list[dict[str, Any]]:
 
 def _newton() -> list[dict[str, Any]]:
     """Instructions of Newton's method at logit std 2 and of 20 sweeps. In a process of its own."""
-    return newton.rows((2.0,), 12)
+    return newton.rows((2.0,), 12) + newton.rows((2.0,), 4, lines=8)
 
 
 def test_newton_takes_fewer_instructions_than_20_sweeps() -> None:
-    row, sweeps = rows_of("test_static", "_newton")
-    assert 600 < row["instructions"] < sweeps["instructions"]
-    assert row["predicted_ns"] < sweeps["predicted_ns"]
+    found = rows_of("test_static", "_newton")
+    for row, sweeps in (found[:2], found[2:]):
+        assert 600 < row["instructions"] < sweeps["instructions"]
+        assert row["predicted_ns"] < sweeps["predicted_ns"]
 
 
-def _small(rows: list[dict[str, Any]], operation: str) -> dict[str, Any]:
-    """What a 4x4 float32 matrix costs in 20 sweeps."""
+def _small(rows: list[dict[str, Any]], operation: str, n: int = 4) -> dict[str, Any]:
+    """What an n x n float32 matrix costs in 20 sweeps."""
     runs = [run for row in rows for run in row["executed"]]
-    return next(run for run in runs if (run["operation"], run["n"], run["dtype"]) == (operation, 4, "float32"))
+    return next(run for run in runs if (run["operation"], run["n"], run["dtype"]) == (operation, n, "float32"))
 
 
 def test_no_kernel_spills(rows: list[dict[str, Any]]) -> None:
     assert {title(row): faults(row) for row in rows if faults(row)} == {}
 
 
+@pytest.mark.parametrize(("operation", "n"), [("forward", 4), ("forward+sigma2", 4), ("backward", 4), ("forward", 8)])
+def test_sweeps_of_small_matrices_stay_in_registers(rows: list[dict[str, Any]], operation: str, n: int) -> None:
+    assert not {"SHFL", "LDS", "STS", "BAR", "STG", "LDL", "STL"} & set(_small(rows, operation, n)["per_sweep"])
+
+
 @pytest.mark.parametrize("operation", ["forward", "forward+sigma2", "backward"])
-def test_sweeps_of_4x4_stay_in_registers(rows: list[dict[str, Any]], operation: str) -> None:
-    assert not {"SHFL", "LDS", "STS", "BAR", "LDG", "STG", "LDL", "STL"} & set(_small(rows, operation)["per_sweep"])
+def test_sweeps_of_4x4_read_nothing(rows: list[dict[str, Any]], operation: str) -> None:
+    assert "LDG" not in _small(rows, operation)["per_sweep"]
 
 
 def test_a_sweep_of_4x4_takes_at_most_52_instructions(rows: list[dict[str, Any]]) -> None:
@@ -274,6 +280,10 @@ def test_a_sweep_of_4x4_takes_at_most_52_instructions(rows: list[dict[str, Any]]
 
 def test_instructions_of_4x4_forward(rows: list[dict[str, Any]]) -> None:
     assert 0 < _small(rows, "forward")["thread_instructions_per_matrix"] <= 1550
+
+
+def test_instructions_of_8x8_forward(rows: list[dict[str, Any]]) -> None:
+    assert 0 < _small(rows, "forward", 8)["thread_instructions_per_matrix"] <= 4500
 
 
 def test_instructions_of_4x4_backward(rows: list[dict[str, Any]]) -> None:
