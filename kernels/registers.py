@@ -27,6 +27,7 @@ from .registers_sweeps import SCALINGS_OF_8
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _HISTORY_BYTES = 1 << 28  # at most, unless that of a single program exceeds it
 _PROGRAMS_PER_SM = 2  # that keep a history: as many as its registers let run
+_BLOCK_OF_8 = 32  # a warp: of 130 registers a thread, 15 fit where three programs of four do, which spill on Blackwell
 BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
 
 
@@ -105,8 +106,9 @@ def forward_configuration(
 
 
 @functools.cache
-def _forward(*which: Any) -> Configuration:
-    return forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", BLOCK, *which)
+def _forward(dtype: torch.dtype, lines: int, *which: bool) -> Configuration:
+    block = BLOCK if lines == 4 else _BLOCK_OF_8
+    return forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", block, dtype, lines, *which)
 
 
 @functools.cache

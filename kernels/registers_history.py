@@ -95,7 +95,7 @@ def _sinkhorn_history_bwd_kernel(
                 store_line(own + BLOCK * (2 * LINES * slot), BLOCK, everywhere, 2 * LINES, past_u + v)
 
         D = load_packed(grad_plan_ptr, inside, LINES)
-        used = []
+        used = []  # excluded entries may hold anything
         for e in tl.static_range(LINES * LINES):
             used = used + [tl.where(K[e] == 0.0, 0.0, D[e])]
         W = scaled([-r * value for value in u], used, v)

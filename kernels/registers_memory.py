@@ -16,19 +16,19 @@ _LOAD_32 = tl.constexpr("{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, $3; @p
 _LOAD_64 = tl.constexpr("{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, $3; @p ld.global.b64 $0, [$1];}")
 _STORE_16 = tl.constexpr("{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0;}")
 _STORE_32 = tl.constexpr("{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0;}")
-_LOAD = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-_LOAD_HALVES = tl.constexpr("""{
+_LOAD_FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD_EIGHT = tl.constexpr("""{
     .reg .b32 a, b, c, d;
     ld.global.v4.b32 {a, b, c, d}, [$8];
     mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
 }""")
-_STORE = tl.constexpr("""{
+_STORE_FOUR = tl.constexpr("""{
     .reg .pred p;
     setp.ne.s32 p, $6, 0;
     @p st.global.v4.b32 [$1], {$2, $3, $4, $5};
     mov.b32 $0, 0;
 }""")
-_STORE_HALVES = tl.constexpr("""{
+_STORE_EIGHT = tl.constexpr("""{
     .reg .pred p; .reg .b32 a, b, c, d;
     setp.ne.s32 p, $10, 0;
     mov.b32 a, {$2, $3}; mov.b32 b, {$4, $5}; mov.b32 c, {$6, $7}; mov.b32 d, {$8, $9};
@@ -82,11 +82,11 @@ def _load_16_bytes(pointer):
     at = pointer.to(tl.int64)
     if T.primitive_bitwidth == 32:
         x = tl.inline_asm_elementwise(
-            _LOAD, "=f,=f,=f,=f,l", [at], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1
+            _LOAD_FOUR, "=f,=f,=f,=f,l", [at], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1
         )
     else:
         x = tl.inline_asm_elementwise(
-            _LOAD_HALVES,
+            _LOAD_EIGHT,
             "=h,=h,=h,=h,=h,=h,=h,=h,l",
             [at],
             (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
@@ -102,12 +102,12 @@ def _store_16_bytes(pointer, x, live):
     at, there = pointer.to(tl.int64), live.to(tl.int32)
     if len(x) == 4:
         tl.inline_asm_elementwise(
-            _STORE, "=r,l,f,f,f,f,r", [at, x[0], x[1], x[2], x[3], there], tl.int32, is_pure=False, pack=1
+            _STORE_FOUR, "=r,l,f,f,f,f,r", [at, x[0], x[1], x[2], x[3], there], tl.int32, is_pure=False, pack=1
         )
     else:
         y = [value.to(tl.int16, bitcast=True) for value in x]
         tl.inline_asm_elementwise(
-            _STORE_HALVES,
+            _STORE_EIGHT,
             "=r,l,h,h,h,h,h,h,h,h,r",
             [at, y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7], there],
             tl.int32,

@@ -15,6 +15,7 @@ from benchmarks.static import command, newton
 from benchmarks.static import record as record_file
 from benchmarks.static.compilation import Resources, describe, kernel_name, read_resources
 from benchmarks.static.execution import execute, parameter_words
+from benchmarks.static.integers import INTEGER_OPERATIONS, Machine
 from benchmarks.static.launches import OPERATIONS, Call
 from benchmarks.static.model import CLOCK_GHZ, MULTIPROCESSORS, predicted_time
 from benchmarks.static.report import analyse, faults, title, usages
@@ -127,6 +128,29 @@ def test_reductions_decide_where_they_are_given() -> None:
     assert run.counts["MUFU"] == 1 + 4
 
 
+@pytest.mark.parametrize(
+    ("operation", "suffixes", "operands", "found", "carry"),
+    [
+        ("LEA", "", "R9, P1, R1, R2, 0x4", 0x10 + 7, False),
+        ("LEA", "", "R9, P1, R3, R3, 0x1", 0xFFFFFFFD, True),
+        ("LEA", "HI", "R9, P1, R3, R2, RZ, 0x7", 0x7F + 7, False),
+        ("LEA", "HI.X.SX32", "R9, R3, R2, 0x1, P0", 7, None),
+        ("HFMA2", "", "R9, -RZ, RZ, 0, 8.94069671630859375e-07", 15, None),
+        ("HFMA2", "", "R9, -RZ, RZ, -0, 0", 0x80000000, None),
+        ("HFMA2", "", "R9, -RZ, RZ, 1.875, 0", 0x3F800000, None),
+        ("HFMA2", "BF16", "R9, -RZ, RZ, 1, 0", None, None),
+    ],
+)
+def test_integers(operation: str, suffixes: str, operands: str, found: int | None, carry: bool | None) -> None:
+    machine = Machine({}, ())
+    for name, value in (("R1", 1), ("R2", 7), ("R3", 0xFFFFFFFF)):
+        machine.write(name, value)
+    machine.set("P0", True)
+    known = INTEGER_OPERATIONS[operation](machine, suffixes.split("."), operands.split(", "))
+    assert known == (found is not None)
+    assert machine.values(["R9", "P1"]) == {"R9": found, "P1": carry}
+
+
 def test_a_loop_on_data_alone_has_no_count() -> None:
     endless = NESTED.replace("ISETP.GT.AND P1, PT, R7, RZ, PT", "FSETP.GT.AND P1, PT, R5, 1, PT")
     assert execute(parse(endless), _parameters(20, 22)) is None
@@ -136,7 +160,7 @@ def test_parameters_are_laid_out_by_their_alignment() -> None:
     signature = {"a": "i32", "x_ptr": "*fp16", "b": "fp64", "c": "i32"}
     words = parameter_words(signature, {"a": -1, "x_ptr": 2 << 32, "b": 1.0, "c": 7}, "sm_80")
     assert words == {
-        0x160: 0xFFFFFFFF, 0x164: 0, 0x168: 0, 0x16C: 2, 0x170: 0, 0x174: 0x3FF00000, 0x178: 7,
+        0x160: 0xFFFFFFFF, 0x164: 0, 0x168: 0, 0x16C: 2, 0x170: 0, 0x174: 0x3FF00000, 0x178: 7, 0xC: 1 << 20,
     }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from .integers import INTEGER_OPERATIONS, Machine
 from .sass import JUMPS, Instruction, Program, count
 
 _PARAMETERS_AT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}
+_PROGRAMS_AT = {"sm_80": 0xC, "sm_90": 0xC, "sm_100": 0x370}
+_PROGRAMS = 1 << 20  # so many that none comes to a second block of matrices
 _FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _PREDICATE = re.compile(r"U?P[T0-9]+")
 _MOST_BLOCKS = 10_000
@@ -43,7 +45,7 @@ class Execution:
 
 
 def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float], target: str) -> dict[int, int]:
-    """Constant bank 0 as a launch fills it: 32-bit words by byte offset. Pointers are addresses, scalars values."""
+    """Constant bank 0 as a launch of many programs fills it: 32-bit words by byte offset. Pointers are addresses."""
     data = bytearray()
     for name, kind in signature.items():
         if kind == "constexpr":
@@ -52,7 +54,8 @@ def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float]
         data += bytes(-len(data) % struct.calcsize(form)) + struct.pack(form, arguments[name])
     data += bytes(-len(data) % 4)
     base = _PARAMETERS_AT[target]
-    return {base + 4 * index: word for index, (word,) in enumerate(struct.iter_unpack("I", data))}
+    words = {base + 4 * index: word for index, (word,) in enumerate(struct.iter_unpack("I", data))}
+    return {**words, _PROGRAMS_AT[target]: _PROGRAMS}
 
 
 def execute(program: Program, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> Execution | None:

@@ -7,6 +7,7 @@ what it did not write is forgotten by the caller. All arithmetic is modulo 2^32.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 
@@ -137,6 +138,26 @@ def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) ->
     if carry is None:
         return False
     machine.write(destination, ((x * y >> 32) if "HI" in suffixes else x * y) + c + carry)
+    return True
+
+
+def _shifted_add(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
+    """LEA: (a << shift) + b; HI: b and the upper half of the shifted pair of a below c, or, SX32, below its sign."""
+    destination, outs, sources, ins = _split(operands)
+    a, b, *above, amount = (machine.read(source) for source in sources)
+    carry = machine.predicate(ins[0]) if ins and "X" in suffixes else False
+    if a is None or b is None or amount is None or carry is None or any("-" in source for source in sources):
+        return False
+    if "HI" in suffixes:
+        high = -(a >> 31) if "SX32" in suffixes else above[0]
+        if high is None:
+            return False
+        a = ((high << 32 | a) << amount >> 32) & _MASK
+    else:
+        a = a << amount & _MASK
+    machine.write(destination, a + b + carry)
+    for out in outs:
+        machine.set(out, a + b + carry > _MASK)
     return True
 
 
@@ -354,11 +375,14 @@ def _extend(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
 
 
 def _half_constant(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
-    """HFMA2 Rd, -RZ, RZ, a, b moves a constant, always a float's bits or zero."""
-    if operands[1:5] in (["-RZ", "RZ", "0", "0"], ["-RZ", "RZ", "-0", "0"]):
-        machine.write(operands[0], 0x80000000 if operands[3] == "-0" else 0)
-        return True
-    return False
+    """HFMA2 Rd, -RZ, RZ, a, b moves the bits of two halves, which may be those of any constant."""
+    halves = operands[3:5]
+    plain = all(re.fullmatch(r"-?[0-9.]+(e[+-]?[0-9]+)?", half) for half in halves)
+    if "BF16" in suffixes or operands[1:3] != ["-RZ", "RZ"] or not plain:
+        return False
+    high, low = (int.from_bytes(struct.pack("<e", float(half)), "little") for half in halves)
+    machine.write(operands[0], high << 16 | low)
+    return True
 
 
 Operation = Callable[[Machine, list[str], list[str]], bool]
@@ -366,6 +390,7 @@ Operation = Callable[[Machine, list[str], list[str]], bool]
 INTEGER_OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("IADD3", "UIADD3", "VIADD", "UVIADD", "IADD"), _add),
     **dict.fromkeys(("IMAD", "UIMAD"), _multiply_add),
+    **dict.fromkeys(("LEA", "ULEA"), _shifted_add),
     **dict.fromkeys(("MOV", "UMOV", "R2UR", "MOV32I"), _move),
     **dict.fromkeys(("LDC", "ULDC", "LDCU"), _load_constant),
     **dict.fromkeys(("S2R", "S2UR", "CS2R", "CS2UR"), _special),
