@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+HISTORY_BYTES = 1 << 28
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "fp64"}
 
@@ -31,6 +32,11 @@ def finite_jit(function: Callable[..., None]) -> Any:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors; 1 where programs run one after the other, in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def history_programs(blocks: int, per_sm: int, bytes_of_one: int, device: torch.device) -> int:
+    """Programs that walk over ``blocks`` of matrices: ``per_sm`` on each, with ``HISTORY_BYTES`` in all, or one with more."""
+    return min(blocks, per_sm * multiprocessors(device), max(1, HISTORY_BYTES // bytes_of_one))
 
 
 @dataclass(frozen=True)

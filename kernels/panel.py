@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration, multiprocessors
+from .configuration import Configuration, history_programs
 from .panel_backward import _sinkhorn_panel_bwd_kernel
 from .panel_forward import _sinkhorn_panel_fwd_kernel
 
@@ -43,7 +43,6 @@ MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {
 # Programs of a backward per SM: at over 128 registers a thread, only one fits.
 PROGRAMS_PER_SM = 1
 # History of all programs of a backward together, in bytes, at the most; long iterations run in fewer programs.
-HISTORY_BYTES = 1 << 28
 
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -192,11 +191,6 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     )
 
 
-def _programs(device: torch.device, batch: int, slot_bytes: int) -> int:
-    """How many programs share a backward: enough to fill the device, few enough for the history they keep."""
-    return max(1, min(batch, PROGRAMS_PER_SM * multiprocessors(device), HISTORY_BYTES // slot_bytes))
-
-
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
     """Write what ``gradients`` asks for; ``sweeps`` (B,) int32 are those done, None where every matrix did ``n_iters``."""
     logits, grad = problem.logits, gradients.logits
@@ -206,7 +200,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     length = max(problem.n_iters, 1) + 1
     segments = -(-(length - 1) // _uniform_period(n, m)) if uniform else length - 1
     slot = (segments + 1) * n + segments * m + 2 * length * (n + m)
-    programs = _programs(device, batch, slot * dtype.itemsize)
+    programs = max(1, history_programs(batch, PROGRAMS_PER_SM, slot * dtype.itemsize, device))
     work = torch.empty(programs * slot, dtype=dtype, device=device)
     has_vectors = gradients.f0 is not None
     _BACKWARD[_kind(logits, grad_plan, grad)].launch(

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration, multiprocessors
+from .configuration import Configuration, history_programs
 from .registers_backward import MAX_BACKWARD_SWEEPS, _sinkhorn_bwd_kernel
 from .registers_forward import _sinkhorn_fwd_kernel
 from .registers_history import _sinkhorn_history_bwd_kernel
 from .registers_sweeps import SCALINGS_OF_8
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_HISTORY_BYTES = 1 << 28  # at most, unless that of a single program exceeds it
 _PROGRAMS_PER_SM = 2  # that keep a history: as many as its registers let run
 _BLOCK_OF_8 = 32  # a warp: of 130 registers a thread, 15 fit where three programs of four do, which spill on Blackwell
 BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
@@ -78,11 +77,6 @@ def forwards() -> list[tuple[Any, ...]]:
     flags = (False, True)
     four = [(dtype, 4, *rest) for dtype, *rest in itertools.product(TYPES, flags, flags, flags)]
     return four + [(dtype, 8, True, info, False) for dtype, info in itertools.product(TYPES, flags)]
-
-
-def backwards() -> list[tuple[Any, ...]]:
-    """Types, lines, and whether packed, of the backwards there are."""
-    return [(dtype, *rest) for dtype, rest in itertools.product(TYPES, ((4, False), (4, True), (8, True)))]
 
 
 def forward_configuration(
@@ -220,18 +214,15 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 
 def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) -> None:
-    """Peak extra memory: the history of the programs, at most ``_HISTORY_BYTES`` unless that of a single one exceeds it."""
+    """Peak extra memory: the history of the programs, at most ``HISTORY_BYTES`` unless that of a single one exceeds it."""
     logits = problem.logits
     configuration = _history_backward(logits.dtype)
     scalings = max(problem.n_iters - 1, 0)
     segments = triton.cdiv(scalings, SCALINGS_OF_8.value)
     stride = BLOCK * 8 * (2 * scalings + segments)
     matrices = BLOCK * 64 if segments > 1 else 0
-    programs = min(
-        triton.cdiv(logits.shape[0], configuration.matrices),
-        _PROGRAMS_PER_SM * multiprocessors(logits.device),
-        max(1, _HISTORY_BYTES // (4 * max(stride + matrices, 1))),
-    )
+    blocks = triton.cdiv(logits.shape[0], configuration.matrices)
+    programs = history_programs(blocks, _PROGRAMS_PER_SM, 4 * max(stride + matrices, 1), logits.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
     known = inputs(problem, new(1))
     configuration.launch(

@@ -6,6 +6,7 @@ Any cap on the steps and any tolerance; which matrices, and what the arguments m
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from .registers import (
     BLOCK,
     TYPES,
     WARPS,
-    backwards,
     fits,
     forward_configuration,
     forwards,
@@ -67,7 +67,9 @@ def _backward(dtype: torch.dtype, lines: int, packed: bool) -> Configuration:
 
 def configurations() -> list[Configuration]:
     """Every kernel this module can launch."""
-    return [_forward(*which) for which in forwards()] + [_backward(*which) for which in backwards()]
+    return [_forward(*which) for which in forwards()] + [
+        _backward(dtype, *which) for dtype, which in itertools.product(TYPES, ((4, False), (4, True), (8, True)))
+    ]
 
 
 def newton_forward(problem: Problem, outputs: Outputs) -> None:

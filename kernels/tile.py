@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdsm.problem import Gradients, Outputs, Problem
 
-from .configuration import Configuration, multiprocessors
+from .configuration import Configuration, history_programs
 from .squaring import SQUARINGS
 from .tile_backward import _sinkhorn_tile_bwd_kernel
 from .tile_forward import _sinkhorn_tile_fwd_kernel
@@ -46,7 +46,6 @@ _BACKWARD = {
 _BACKWARD_HOPPER = _BACKWARD | {64: (1, 16, 8, 4)}
 # Programs of a backward per SM, and the bytes of all their histories together.
 _PROGRAMS_PER_SM = 8
-_HISTORY_BYTES = 1 << 28
 
 
 def configuration_of(
@@ -201,18 +200,14 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     """Write ``gradients`` for the cotangent ``grad_plan`` (B, n, m), any strides, in the logits' dtype.
 
     ``sweeps``: (B,) int32, those each matrix did where it could stop by itself, None where all did ``n_iters``. Peak
-    extra memory: the history of the programs, at most ``_HISTORY_BYTES`` unless that of a single program exceeds it.
+    extra memory: the history of the programs, at most ``HISTORY_BYTES`` unless that of a single program exceeds it.
     """
     logits = problem.logits
     configuration = _BACKWARD_TABLE[logits.dtype, size_of(problem)].on(logits.device)
     size = size_of(problem)
     slot = 2 * configuration.matrices * size * max(problem.n_iters, 1)
-    fitting = max(1, _HISTORY_BYTES // (slot * problem.compute_dtype.itemsize))
-    programs = min(
-        triton.cdiv(logits.shape[0], configuration.matrices),
-        _PROGRAMS_PER_SM * multiprocessors(logits.device),
-        fitting,
-    )
+    blocks = triton.cdiv(logits.shape[0], configuration.matrices)
+    programs = history_programs(blocks, _PROGRAMS_PER_SM, slot * problem.compute_dtype.itemsize, logits.device)
     history = torch.empty(programs * slot, dtype=problem.compute_dtype, device=logits.device)
     has_vectors = gradients.f0 is not None
     configuration.launch(

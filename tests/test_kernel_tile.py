@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from fastdsm import reference
-from fastdsm.kernels import tile
+from fastdsm.kernels import configuration, tile
 from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.verification import Case, Target, verify_case
 
@@ -314,7 +314,7 @@ def test_a_program_walks_over_many_blocks(n_iters: int, monkeypatch: pytest.Monk
 
 
 def test_long_histories_run_in_fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile, "_HISTORY_BYTES", 1)
+    monkeypatch.setattr(configuration, "HISTORY_BYTES", 1)
     _check(Problem(_logits(5, 9, 9), 4))
 
 
