@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, by family; each call says whether a kernel served it.
 
-``registers``: n, m <= 4, and 8x8, a matrix per thread; ``registers_converged``: converged ones, and the implicit gradient.
+``registers``: up to 4x4, or packed to 8x8, a matrix per thread; ``registers_converged``: converged ones, implicit gradients.
 ``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines, and the temperature of a sigma2.
 ``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``:
 sigma2 of given plans, ``stream_spectrum``: that of larger ones. Nothing here validates or differentiates.

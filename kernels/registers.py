@@ -1,7 +1,8 @@
-"""The register family: projections of up to 4x4 or of 8x8, float32 and narrower, a matrix in the registers of each thread.
+"""The register family: projections of up to 8x8, float32 and narrower, a matrix in the registers of each thread.
 
-Which problems it takes, the finite table of its kernels, and the calls that launch them. Any number of sweeps, but for
-backwards of up to 4x4: MAX_BACKWARD_SWEEPS, whose history has to fit in registers. That of 8x8 lies in memory.
+Which problems it takes, the finite table of its kernels, and the calls that launch them. Matrices of up to 4x4 may have any
+shape, mask and strides; larger ones are square and packed. Any number of sweeps, but for backwards of up to 4x4:
+MAX_BACKWARD_SWEEPS, whose history has to fit in registers. That of larger ones lies in memory.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from .registers_sweeps import SCALINGS_OF_8
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PROGRAMS_PER_SM = 2  # that keep a history: as many as its registers let run
-_BLOCK_OF_8 = 32  # a warp: of 130 registers a thread, 15 fit where three programs of four do, which spill on Blackwell
+PACKED_LINES = (5, 6, 7, 8)  # beyond the 4 to which smaller matrices are padded
+_WIDE_BLOCK = 32  # of 130 registers a thread, 15 warps fit where three programs of four do, which spill on Blackwell
 BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
 
 
 def fits(problem: Problem, *others: Tensor) -> bool:
-    """Whether a thread holds a matrix: float32 or narrower, no marginals, no f0; up to 4x4, or 8x8 packed as ``others`` are."""
-    shape = problem.logits.shape[-2:]
+    """Whether a thread holds a matrix: float32 or narrower, no marginals or f0; up to 4x4, or packed as ``others``, to 8x8."""
+    n, m = problem.logits.shape[-2:]
     return (
         problem.logits.dtype in TYPES
-        and min(shape) >= 1
-        and (max(shape) <= 4 or (shape == (8, 8) and is_packed(problem, *others)))
+        and min(n, m) >= 1
+        and (max(n, m) <= 4 or (n in PACKED_LINES and is_packed(problem, *others)))
         and problem.f0 is None
         and problem.row_marginal is None
         and problem.col_marginal is None
@@ -55,20 +57,21 @@ def serves_sigma2(problem: Problem, outputs: Outputs) -> bool:
 
 def supports_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients) -> bool:
     """Whether :func:`sinkhorn_backward` takes it."""
-    few = problem.n_iters <= MAX_BACKWARD_SWEEPS or lines(problem) == 8
+    few = problem.n_iters <= MAX_BACKWARD_SWEEPS or lines(problem) > 4
     return fits(problem, grad_plan, gradients.logits) and few and problem.tol < 0 and gradients.f0 is None
 
 
 def lines(problem: Problem) -> int:
     """Lines of the matrix that a thread holds."""
-    return 4 if max(problem.logits.shape[-2:]) <= 4 else 8
+    return max(4, *problem.logits.shape[-2:])
 
 
 def is_packed(problem: Problem, *others: Tensor) -> bool:
-    """Whether every matrix is full, unmasked, and 16 aligned values, or 64, on end."""
+    """Whether every matrix is full, unmasked, and its values on end, aligned to 16 bytes where they fill such pieces."""
     size = lines(problem)
+    aligned = math.gcd(16, size * size * problem.logits.itemsize)
     return problem.mask is None and all(
-        x.shape[-2:] == (size, size) and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (problem.logits, *others)
+        x.shape[-2:] == (size, size) and x.is_contiguous() and x.data_ptr() % aligned == 0 for x in (problem.logits, *others)
     )
 
 
@@ -76,7 +79,7 @@ def forwards() -> list[tuple[Any, ...]]:
     """Types, lines, and whether packed, with info and with sigma2, of the forwards there are."""
     flags = (False, True)
     four = [(dtype, 4, *rest) for dtype, *rest in itertools.product(TYPES, flags, flags, flags)]
-    return four + [(dtype, 8, True, info, False) for dtype, info in itertools.product(TYPES, flags)]
+    return four + [(dtype, lines, True, info, False) for dtype, lines, info in itertools.product(TYPES, PACKED_LINES, flags)]
 
 
 def forward_configuration(
@@ -91,17 +94,18 @@ def forward_configuration(
         constants={"BLOCK": block, "PACKED": packed, "WITH_INFO": with_info, "WITH_SIGMA2": with_sigma2, "LINES": lines},
         num_warps=block // 32,
         matrices=block,
-        label=f"{name} registers {TYPES[dtype]}"
-        + " 8x8" * (lines == 8)
-        + " packed" * packed
-        + " info" * with_info
-        + " sigma2" * with_sigma2,
+        label=f"{name} registers {described(dtype, lines, packed)}" + " info" * with_info + " sigma2" * with_sigma2,
     )
+
+
+def described(dtype: torch.dtype, lines: int, packed: bool) -> str:
+    """Those matrices in a label."""
+    return TYPES[dtype] + f" {lines}x{lines}" * (lines > 4) + " packed" * packed
 
 
 @functools.cache
 def _forward(dtype: torch.dtype, lines: int, *which: bool) -> Configuration:
-    block = BLOCK if lines == 4 else _BLOCK_OF_8
+    block = BLOCK if lines == 4 else _WIDE_BLOCK
     return forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", block, dtype, lines, *which)
 
 
@@ -114,27 +118,29 @@ def _backward(dtype: torch.dtype, packed: bool) -> Configuration:
         constants={"BLOCK": BLOCK, "PACKED": packed},
         num_warps=WARPS,
         matrices=BLOCK,
-        label=f"sinkhorn backward registers {TYPES[dtype]}" + " packed" * packed,
+        label=f"sinkhorn backward registers {described(dtype, 4, packed)}",
     )
 
 
 @functools.cache
-def _history_backward(dtype: torch.dtype) -> Configuration:
+def _history_backward(dtype: torch.dtype, lines: int) -> Configuration:
     return Configuration(
         kernel=_sinkhorn_history_bwd_kernel,
         pointers=dict.fromkeys(("logits_ptr", "grad_plan_ptr", "grad_logits_ptr"), TYPES[dtype])
         | dict.fromkeys(("temperature_ptr", "history_ptr", "aside_ptr"), "fp32"),
-        constants={"BLOCK": BLOCK, "LINES": 8},
+        constants={"BLOCK": BLOCK, "LINES": lines},
         num_warps=WARPS,
+        maxnreg=255,
         matrices=BLOCK,
-        label=f"sinkhorn backward registers {TYPES[dtype]} 8x8 packed",
+        label=f"sinkhorn backward registers {described(dtype, lines, True)}",
     )
 
 
 def configurations() -> list[Configuration]:
     """Every kernel this module can launch."""
     small = [_backward(dtype, packed) for dtype, packed in itertools.product(TYPES, (False, True))]
-    return [_forward(*which) for which in forwards()] + small + [_history_backward(dtype) for dtype in TYPES]
+    wide = [_history_backward(dtype, lines) for dtype, lines in itertools.product(TYPES, PACKED_LINES)]
+    return [_forward(*which) for which in forwards()] + small + wide
 
 
 def inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
@@ -198,7 +204,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
     For problems that :func:`supports_backward`; ``sweeps`` is ignored, as without tol each matrix makes n_iters.
     """
-    if lines(problem) == 8:
+    if lines(problem) > 4:
         _history_launch(problem, grad_plan, gradients.logits)
         return
     configuration = _backward(problem.logits.dtype, is_packed(problem, grad_plan, gradients.logits))
@@ -216,11 +222,12 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) -> None:
     """Peak extra memory: the history of the programs, at most ``HISTORY_BYTES`` unless that of a single one exceeds it."""
     logits = problem.logits
-    configuration = _history_backward(logits.dtype)
+    size = lines(problem)
+    configuration = _history_backward(logits.dtype, size)
     scalings = max(problem.n_iters - 1, 0)
     segments = triton.cdiv(scalings, SCALINGS_OF_8.value)
-    stride = BLOCK * 8 * (2 * scalings + segments)
-    matrices = BLOCK * 64 if segments > 1 else 0
+    stride = BLOCK * size * (2 * scalings + segments)
+    matrices = BLOCK * size * size if segments > 1 else 0
     blocks = triton.cdiv(logits.shape[0], configuration.matrices)
     programs = history_programs(blocks, _PROGRAMS_PER_SM, 4 * max(stride + matrices, 1), logits.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)

@@ -23,6 +23,7 @@ from .registers_sweeps import (
     first_columns,
     ones,
     poison,
+    products,
     row_step,
     scaled,
     scaling_sweep,
@@ -40,13 +41,9 @@ _SLOTS = tl.constexpr(MAX_BACKWARD_SWEEPS - 1)
 def begin(K, W, u):
     """a and dg of W."""
     LINES: tl.constexpr = len(u)
-    KW = []
-    for e in tl.static_range(LINES * LINES):
-        KW = KW + [K[e] * W[e]]
+    KW = products(K, W)
     df = sums_over_cols(KW, ones(K[0], LINES), zeros(K[0], LINES))
-    a = []
-    for i in tl.static_range(LINES):
-        a = a + [-u[i] * df[i]]
+    a = products([-value for value in u], df)
     return a, [-value for value in sums_over_rows(KW, ones(K[0], LINES), zeros(K[0], LINES))]
 
 
@@ -110,10 +107,11 @@ def _sinkhorn_bwd_kernel(
     """grad_logits = dS / temperature."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = matrix < batch
+    matrix = tl.minimum(matrix, batch - 1)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, batch, n, m,
+        logits_ptr, mask_ptr, matrix, live, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, 4,
     )  # fmt: skip
@@ -134,7 +132,7 @@ def _sinkhorn_bwd_kernel(
         past_v = past_v + [v]
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, tl.minimum(matrix, batch - 1), 4)
+        D = load_packed(grad_plan_ptr, matrix, 4)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
         D = [value.to(tl.float32) for value in D]
@@ -145,8 +143,7 @@ def _sinkhorn_bwd_kernel(
             W, a = add_sweep(W, K, a, dg, past_u[slot], past_v[slot])
             dg = zeros(k, 4)
     W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
-    factor = -LN_2 * k
-    dS = [factor * K[e] * W[e] for e in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)]
+    dS = [k * -LN_2 * value for value in products(K, W)]
     if PACKED:
         store_packed(grad_logits_ptr, matrix, live, dS, 4)
     else:

@@ -1,4 +1,4 @@
-"""Converged plans in the register family: launches of Newton's method and of the implicit gradient, up to 4x4, and 8x8.
+"""Converged plans in the register family: launches of Newton's method and of the implicit gradient, up to 8x8.
 
 Any cap on the steps and any tolerance; which matrices, and what the arguments mean, as in ``registers.py``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,8 +18,10 @@ from fastdsm.problem import Gradients, Outputs, Problem
 from .configuration import Configuration
 from .registers import (
     BLOCK,
+    PACKED_LINES,
     TYPES,
     WARPS,
+    described,
     fits,
     forward_configuration,
     forwards,
@@ -47,8 +49,11 @@ def supports_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients)
 
 
 @functools.cache
-def _forward(*which: Any) -> Configuration:
-    return forward_configuration(_newton_fwd_kernel, "newton forward", _NEWTON_BLOCK, *which)
+def _forward(dtype: torch.dtype, lines: int, *which: bool) -> Configuration:
+    # By itself ptxas stops at 128 or 168 registers to fit more programs, and spills for it.
+    maxnreg = 255 if lines in (5, 6) else None
+    configuration = forward_configuration(_newton_fwd_kernel, "newton forward", _NEWTON_BLOCK, dtype, lines, *which)
+    return replace(configuration, maxnreg=maxnreg)
 
 
 @functools.cache
@@ -61,15 +66,15 @@ def _backward(dtype: torch.dtype, lines: int, packed: bool) -> Configuration:
         constants={"BLOCK": BLOCK, "PACKED": packed, "LINES": lines},
         num_warps=WARPS,
         matrices=BLOCK,
-        label=f"newton implicit backward registers {TYPES[dtype]}" + " 8x8" * (lines == 8) + " packed" * packed,
+        label=f"newton implicit backward registers {described(dtype, lines, packed)}",
     )
 
 
 def configurations() -> list[Configuration]:
     """Every kernel this module can launch."""
-    return [_forward(*which) for which in forwards()] + [
-        _backward(dtype, *which) for dtype, which in itertools.product(TYPES, ((4, False), (4, True), (8, True)))
-    ]
+    sizes = [(4, False), (4, True), *((lines, True) for lines in PACKED_LINES)]
+    backwards = [_backward(dtype, *which) for dtype, which in itertools.product(TYPES, sizes)]
+    return [_forward(*which) for which in forwards()] + backwards
 
 
 def newton_forward(problem: Problem, outputs: Outputs) -> None:

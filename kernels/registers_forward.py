@@ -19,6 +19,7 @@ from .registers_sweeps import (
     SCALINGS_OF_8,
     first_columns,
     ones,
+    plus,
     poison,
     row_step,
     scaled,
@@ -29,11 +30,11 @@ from .registers_sweeps import (
 
 
 @triton.jit
-def log2_count(x, LINES: tl.constexpr):
-    """log2 of 1, ..., LINES as a multiple of 1/2 and what is left: differences of two keep their precision."""
+def _log2_count(x, LINES: tl.constexpr):
+    """log2 of 1, ..., LINES as a multiple of 1/2 and what is left."""
     halves = tl.where(x == 3.0, 1.5, tl.where(x == 4.0, 2.0, x - 1.0))
     rest = tl.where(x == 3.0, 0.08496250072115618, 0.0)
-    if LINES == 8:
+    if LINES > 4:
         halves = tl.where(x > 4.0, tl.where(x > 6.0, 3.0, 2.5), halves)
         rest = tl.where(x == 6.0, 0.08496250072115618, rest)
         rest = tl.where(x == 5.0, -0.17807190511263765, tl.where(x == 7.0, -0.19264507794239588, rest))
@@ -41,12 +42,21 @@ def log2_count(x, LINES: tl.constexpr):
 
 
 @triton.jit
-def log2_factors(u, s, drift):
-    """log2(u_i) + s drift; u_i holds 2^(-s drift), up to 2^45: what can be is taken out before the logarithm."""
-    whole = tl.floor(s * drift + 0.5)
+def log2_ratio(cols, rows, LINES: tl.constexpr):
+    """log2(C / R) as a multiple of 1/2 and what is left, below 0.4: a multiple of both keeps the precision of each."""
+    col_halves, col_rest = _log2_count(cols, LINES)
+    row_halves, row_rest = _log2_count(rows, LINES)
+    return col_halves - row_halves, col_rest - row_rest
+
+
+@triton.jit
+def log2_factors(u, s, halves, rest):
+    """log2(u_i) + s (halves + rest); u_i holds 2^-that, up to 2^45: what can be is taken out before the logarithm."""
+    drift = halves * s
+    whole = tl.floor(drift + 0.5)
+    left = tl.fma(rest, s.to(tl.float32), drift - whole)
     power = exp2(whole)
-    rest = tl.fma(drift, s.to(tl.float32), -whole)
-    return [log2(value * power) + rest for value in u]
+    return [log2(value * power) + left for value in u]
 
 
 @finite_jit
@@ -64,35 +74,30 @@ def _sinkhorn_fwd_kernel(
     number."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = matrix < batch
+    matrix = tl.minimum(matrix, batch - 1)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, batch, n, m,
+        logits_ptr, mask_ptr, matrix, live, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
     g, spare_col = first_columns(x, k, n_iters, LINES)
-    if LINES == 8:  # read again, and not before, as there are no registers to keep it in
+    if LINES > 4:  # read again, and not before, as there are no registers to keep it in
         tl.debug_barrier()
-        x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES)
+        x = load_packed(logits_ptr, matrix, LINES)
     K, f, total, spare_row = row_step(x, k, g)
     broken = poison(total)  # at n_iters = 0 a NaN has reached its row only
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
-    col_halves, col_rest = log2_count(cols, LINES)
-    row_halves, row_rest = log2_count(rows, LINES)
-    drift = (col_halves - row_halves) + (col_rest - row_rest)
+    halves, rest = log2_ratio(cols, rows, LINES)
     SEGMENT: tl.constexpr = SCALINGS_OF_4 if LINES == 4 else SCALINGS_OF_8
     scalings = tl.minimum(n_iters - 1, SEGMENT)
     u, v = scaling_sweeps(K, spare_row, spare_col, scalings)
     for done in range(1 + SEGMENT, n_iters, SEGMENT):
-        log_v = log2_factors(v, -scalings, drift)
-        swept = []
-        for j in tl.static_range(LINES):
-            swept = swept + [g[j] + log_v[j]]
-        g = swept
+        g = plus(g, log2_factors(v, -scalings, halves, rest))
         x = load_logits(
-            logits_ptr, mask_ptr, matrix, live, batch, n, m,
+            logits_ptr, mask_ptr, matrix, live, n, m,
             logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
             PACKED, LINES,
         )  # fmt: skip
@@ -111,11 +116,12 @@ def _sinkhorn_fwd_kernel(
         tl.store(residual_ptr + matrix, residual + broken, mask=live)
         tl.store(sweeps_ptr + matrix, tl.full([BLOCK], n_iters, tl.int32), mask=live)
         scalings = tl.maximum(scalings, 0)  # at n_iters = 0
+        drift = halves + rest
         log_r = tl.where(unit_rows != 0, 0.0, drift)
         first_f = tl.where(n_iters == 0, log_r, drift)
         first_g = tl.where(n_iters == 0, 0.0, log_r - drift)
-        log_u = log2_factors(u, scalings, drift)
-        log_v = log2_factors(v, -scalings, drift)
+        log_u = log2_factors(u, scalings, halves, rest)
+        log_v = log2_factors(v, -scalings, halves, rest)
         left = []
         right = []
         for i in tl.static_range(LINES):

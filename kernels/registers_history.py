@@ -1,4 +1,4 @@
-"""The exact backward of 8x8 matrices in the register family, one thread a matrix, whose history lies in memory.
+"""The exact backward of 5x5 to 8x8 matrices in the register family, one thread a matrix, whose history lies in memory.
 
 As ``registers_backward.py``, with any number of sweeps. These are the first one, in the log domain, and segments of scaling
 sweeps, each of which begins with u = v = 1 and a K of its own, as in the forward. Factors are those of their segment: where
@@ -9,19 +9,20 @@ A program walks over blocks of matrices and uses its history again: lines of BLO
 sweep, then g of each segment. A thread reads what it has written itself, here and where matrices are put aside.
 """
 
-import triton
 import triton.language as tl
 
 from .arithmetic import LN_2, quotient, reciprocal
 from .configuration import finite_jit
 from .registers_backward import add_first_sweep, add_sweep, begin
-from .registers_forward import log2_count, log2_factors
+from .registers_forward import log2_factors, log2_ratio
 from .registers_memory import load_line, load_packed, store_line, store_packed
 from .registers_sweeps import (
     SCALINGS_OF_8,
     first_columns,
     ones,
+    plus,
     poison,
+    products,
     row_step,
     scaled,
     scaling_sweep,
@@ -29,22 +30,6 @@ from .registers_sweeps import (
     valid_lines,
     zeros,
 )
-
-
-@triton.jit
-def _products(x, y):
-    values = []
-    for e in tl.static_range(len(x)):
-        values = values + [x[e] * y[e]]
-    return values
-
-
-@triton.jit
-def _sums(x, y):
-    values = []
-    for e in tl.static_range(len(x)):
-        values = values + [x[e] + y[e]]
-    return values
 
 
 @finite_jit
@@ -66,25 +51,23 @@ def _sinkhorn_history_bwd_kernel(
     while block < blocks:
         matrix = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         live = matrix < batch
-        inside = tl.minimum(matrix, batch - 1)
+        matrix = tl.minimum(matrix, batch - 1)
         tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
         k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
-        x = load_packed(logits_ptr, inside, LINES)
+        x = load_packed(logits_ptr, matrix, LINES)
         g, spare_col = first_columns(x, k, n_iters, LINES)
-        x = load_packed(logits_ptr, inside, LINES)
+        x = load_packed(logits_ptr, matrix, LINES)
         K, f, total, spare_row = row_step(x, k, g)
         rows = valid_lines(spare_row)
         cols = valid_lines(spare_col)
         r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows)) + poison(total)
-        col_halves, col_rest = log2_count(cols, LINES)
-        row_halves, row_rest = log2_count(rows, LINES)
-        drift = (col_halves - row_halves) + (col_rest - row_rest)
+        halves, rest = log2_ratio(cols, rows, LINES)
         u = ones(k, LINES)
         v = ones(k, LINES)
         for first in range(0, n_iters - 1, SEGMENT):
             if first > 0:
-                g = _sums(g, log2_factors(v, -tl.minimum(n_iters - 1, SEGMENT), drift))
-                x_again = load_packed(logits_ptr, inside, LINES)
+                g = plus(g, log2_factors(v, -tl.minimum(n_iters - 1, SEGMENT), halves, rest))
+                x_again = load_packed(logits_ptr, matrix, LINES)
                 K, f, _again, _spare = row_step(x_again, k, g)
                 u = ones(k, LINES)
                 v = ones(k, LINES)
@@ -94,7 +77,7 @@ def _sinkhorn_history_bwd_kernel(
                 u, v = scaling_sweep(K, u, spare_row, spare_col, False)
                 store_line(own + BLOCK * (2 * LINES * slot), BLOCK, everywhere, 2 * LINES, past_u + v)
 
-        D = load_packed(grad_plan_ptr, inside, LINES)
+        D = load_packed(grad_plan_ptr, matrix, LINES)
         used = []  # excluded entries may hold anything
         for e in tl.static_range(LINES * LINES):
             used = used + [tl.where(K[e] == 0.0, 0.0, D[e])]
@@ -103,15 +86,15 @@ def _sinkhorn_history_bwd_kernel(
         for back in range(segments):
             first = (segments - 1 - back) * SEGMENT
             if back > 0:
-                gathered = _products(K, W)
+                gathered = products(K, W)
                 if back > 1:
-                    gathered = _sums(gathered, load_packed(aside_ptr, place, LINES))
+                    gathered = plus(gathered, load_packed(aside_ptr, place, LINES))
                 store_packed(aside_ptr, place, everywhere, gathered, LINES)
                 g_again = load_line(own + BLOCK * (g_lines + LINES * (segments - 1 - back)), BLOCK, everywhere, LINES, LINES)
-                x_then = load_packed(logits_ptr, inside, LINES)
+                x_then = load_packed(logits_ptr, matrix, LINES)
                 K, f, _then, _spares = row_step(x_then, k, g_again)
                 ended = load_line(own + BLOCK * (2 * LINES * (first + SEGMENT) - LINES), BLOCK, everywhere, LINES, LINES)
-                a = _products(a, [reciprocal(value) for value in sums_over_cols(K, ended, spare_row)])
+                a = products(a, [reciprocal(value) for value in sums_over_cols(K, ended, spare_row)])
                 W = zeros(k, LINES * LINES)
             last = tl.minimum(first + SEGMENT, n_iters - 1) - 1
             for past in range(last + 1 - first):
@@ -119,8 +102,8 @@ def _sinkhorn_history_bwd_kernel(
                 W, a = add_sweep(W, K, a, dg, factors[0:LINES], factors[LINES : 2 * LINES])
                 dg = zeros(k, LINES)
         W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
-        dS = _products(K, W)
+        dS = products(K, W)
         if segments > 1:
-            dS = _sums(dS, load_packed(aside_ptr, place, LINES))
+            dS = plus(dS, load_packed(aside_ptr, place, LINES))
         store_packed(grad_logits_ptr, matrix, live, [k * -LN_2 * value for value in dS], LINES)
         block += tl.num_programs(0)

@@ -1,4 +1,4 @@
-"""The implicit gradient in the register family: one thread, one matrix of up to 4x4 or of 8x8, from the column potential.
+"""The implicit gradient in the register family: one thread, one matrix of up to 8x8, from the column potential.
 
 As ``fastdsm/pytorch/implicit.py``: a Newton step from g where its residual is below PURE_BELOW, then the adjoint at that
 plan. With row sums 1, c = R / C and the cotangent D (the plan's factor r is put in the end) it reads
@@ -77,10 +77,11 @@ def _implicit_bwd_kernel(
     """grad_logits = dS / temperature, at the fixed point near the column potential g."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = matrix < batch
+    matrix = tl.minimum(matrix, batch - 1)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, batch, n, m,
+        logits_ptr, mask_ptr, matrix, live, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
@@ -110,9 +111,9 @@ def _implicit_bwd_kernel(
     P, _t = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, tl.minimum(matrix, batch - 1), LINES)
-        if LINES == 8:  # read again, as there are no registers to keep it in
-            x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES)
+        D = load_packed(grad_plan_ptr, matrix, LINES)
+        if LINES > 4:  # read again, as there are no registers to keep it in
+            x = load_packed(logits_ptr, matrix, LINES)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
     used = []

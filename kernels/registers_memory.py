@@ -1,6 +1,7 @@
 """Matrices and lines between memory and the registers of one thread each: tuples of vectors of BLOCK values, one a thread.
 
-They come and go by the machine's own instructions, packed matrices 16 bytes at a time, each thread its own. Triton's operations
+They come and go by the machine's own instructions, packed matrices 16 bytes at a time where they fill such pieces (4, 8 and, in
+float32, 6 lines), each thread its own. Triton's operations
 on memory would need tensors taken apart into 64 vectors, and its compiler as much as half a second for each of them: it looks
 for others of the same shape in all of the kernel.
 """
@@ -118,16 +119,20 @@ def _store_16_bytes(pointer, x, live):
 
 @triton.jit
 def load_packed(ptr, matrix, LINES: tl.constexpr):
-    """Contiguous, aligned matrices, all of them there, as float32."""
+    """Packed matrices, all of them there, as float32."""
     start = ptr + matrix * (LINES * LINES)
     x = []
     if INTERPRET:
         for e in tl.static_range(LINES * LINES):
             x = x + [tl.load(start + e)]
-    else:
+    elif LINES * LINES * ptr.dtype.element_ty.primitive_bitwidth % 128 == 0:
         WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
         for first in tl.static_range(0, LINES * LINES, WIDTH):
             x = x + _load_16_bytes(start + first)
+    else:
+        there = tl.full(matrix.shape, 1, tl.int1)
+        for e in tl.static_range(LINES * LINES):
+            x = x + [load_value(start + e, there, 0.0)]
     return [value.to(tl.float32) for value in x]
 
 
@@ -138,13 +143,16 @@ def store_packed(ptr, matrix, live, x, LINES: tl.constexpr):
     if INTERPRET:
         for e in tl.static_range(LINES * LINES):
             tl.store(start + e, narrow(x[e], ptr.dtype.element_ty), mask=live)
-    else:
+    elif LINES * LINES * ptr.dtype.element_ty.primitive_bitwidth % 128 == 0:
         WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
         for first in tl.static_range(0, LINES * LINES, WIDTH):
             piece = []
             for e in tl.static_range(WIDTH):
                 piece = piece + [narrow(x[first + e], ptr.dtype.element_ty)]
             _store_16_bytes(start + first, piece, live)
+    else:
+        for e in tl.static_range(LINES * LINES):
+            store_value(start + e, narrow(x[e], ptr.dtype.element_ty), live)
 
 
 @triton.jit
@@ -168,13 +176,13 @@ def store_strided(ptr, matrix, live, n, m, stride_b, stride_n, stride_m, x):
 
 @triton.jit
 def load_logits(
-    logits_ptr, mask_ptr, matrix, live, batch, n, m,
+    logits_ptr, mask_ptr, matrix, live, n, m,
     logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
     PACKED: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Logits in float32, -inf where an entry is masked or beyond n or m."""
     if PACKED:
-        x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES)
+        x = load_packed(logits_ptr, matrix, LINES)
     else:
         x = load_strided(logits_ptr, matrix, live, n, m, logits_stride_b, logits_stride_n, logits_stride_m, float("-inf"))
         take = load_strided(mask_ptr, matrix, live & (has_mask != 0), n, m, mask_stride_b, mask_stride_n, mask_stride_m, 1)

@@ -1,4 +1,4 @@
-"""Newton's method in the register family: one thread brings one matrix of up to 4x4, or of 8x8, to its tolerance.
+"""Newton's method in the register family: one thread brings one matrix of up to 8x8 to its tolerance.
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``; here marginals are uniform, R valid
 rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is scaled in the end). The first step, unless it
@@ -11,7 +11,7 @@ Potentials are in base 2, without log2 c. A column potential is a base and the l
 
 The first K is divided by its column maxima, as the first sweep leaves it, and lift is 0. Where a row sum of its plan is below
 2^-16 it is made again, as every later one is: lift the row maxima, v = 1. In steps the last column's factor is 1: with a
-factor of 4 or 8 a sweep, no t is below 2^-24 or 2^-28, or v above 2^10 or 2^15, at the start.
+factor of 4, or up to 8, a sweep, no t is below 2^-24 or 2^-28, or v above 2^10 or 2^15, at the start.
 
 A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
 logits were others close by. Where the factors may have travelled 2^24, K is made anew: none is beyond that and one step, and
@@ -38,7 +38,7 @@ from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal, reciproc
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
-from .registers_forward import log2_count
+from .registers_forward import log2_ratio
 from .registers_memory import load_logits, load_packed, store_line, store_packed, store_strided
 from .registers_sweeps import (
     largest,
@@ -89,9 +89,11 @@ def scaled_plan(K, v, spare_row):
             total += E[LINES * i + j]
         t = t + [total]
     scale = []
-    for i in tl.static_range(0, LINES, 2):
+    for i in tl.static_range(0, LINES - 1, 2):
         left, right = reciprocals(t[i], t[i + 1])
         scale = scale + [left, right]
+    if LINES % 2 == 1:
+        scale = scale + [reciprocal(t[LINES - 1])]
     return scaled(scale, E, ones(t[0], LINES)), t
 
 
@@ -233,11 +235,11 @@ def _care(going, residual, damped, travelled):
 
 
 @triton.jit
-def _mean(potential, spare_col, cols):
+def _mean(potential, share, cols):
     """Mean over valid columns."""
     total = tl.zeros_like(cols)
-    for j in tl.static_range(len(spare_col)):
-        total += tl.where(spare_col[j] == 0.0, potential[j], 0.0)
+    for j in tl.static_range(len(share)):
+        total += tl.where(share[j] > 0.0, potential[j], 0.0)
     return total * reciprocal(cols)
 
 
@@ -255,10 +257,11 @@ def _newton_fwd_kernel(
     """Plan, and on request residual, steps (as sweeps), f, g and sigma2; at most ``n_iters`` steps, the first a sweep."""
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = matrix < batch
+    matrix = tl.minimum(matrix, batch - 1)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, batch, n, m,
+        logits_ptr, mask_ptr, matrix, live, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
@@ -267,7 +270,6 @@ def _newton_fwd_kernel(
     swept = []
     for j in tl.static_range(LINES):
         swept = swept + [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j]))]
-    lift = zeros(k, LINES)
     v = [reciprocal(value) for value in total]
     if PACKED:
         spare_row = zeros(k, LINES)
@@ -276,20 +278,19 @@ def _newton_fwd_kernel(
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
     anew = ~(largest(u) <= _LARGEST) | (n_iters == 0)
     if tl.max(anew.to(tl.int32), 0) > 0:
-        first_x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES) if LINES == 8 else x
-        new_K, new_lift, new_spare_row = log_kernel(first_x, k, swept)
+        first_x = load_packed(logits_ptr, matrix, LINES) if LINES > 4 else x
+        new_K, _lift, new_spare_row = log_kernel(first_x, k, swept)
         new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(k, LINES), new_spare_row)]
-        K, lift, v = chosen(anew, new_K, K), chosen(anew, new_lift, lift), chosen(anew, ones(k, LINES), v)
+        K, v = chosen(anew, new_K, K), chosen(anew, ones(k, LINES), v)
         base, u = chosen(anew, swept, base), chosen(anew, new_u, u)
         spare_row = chosen(anew, new_spare_row, spare_row)
-    broken = poison(u)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
-    inverse_c = quotient(cols, rows)
+    inverse_c = quotient(cols, rows) + poison(u)  # where it is NaN, so are residual and plan
     share = shares(c, spare_col)
     tie = ties(spare_col)
-    first_mean = _mean(swept, spare_col, cols)
+    first_mean = _mean(swept, share, cols)
     if n_iters > 1:
         for _ in tl.static_range(_FIRST_SWEEPS - 1):
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
@@ -305,7 +306,7 @@ def _newton_fwd_kernel(
     travelled = tl.zeros_like(residual)
     steps = tl.zeros_like(matrix).to(tl.int32) + tl.minimum(n_iters, 1)
     damped = residual < 0.0
-    care = _care(live & (broken == 0.0) & ~(residual <= tol), residual, damped, travelled)
+    care = _care(live & (residual > tol), residual, damped, travelled)
     most = tl.max(care, 0)
     count = 1
     while (count < n_iters) & (most > _DONE):
@@ -316,9 +317,9 @@ def _newton_fwd_kernel(
             if most == _REBASED:
                 new = care == _REBASED
                 base = chosen(new, _travelled(base, v), base)
-                again_x = load_packed(logits_ptr, tl.minimum(matrix, batch - 1), LINES) if PACKED else x
-                new_K, new_lift, _spare_row = log_kernel(again_x, k, base)
-                K, lift, v = chosen(new, new_K, K), chosen(new, new_lift, lift), chosen(new, ones(k, LINES - 1), v)
+                again_x = load_packed(logits_ptr, matrix, LINES) if PACKED else x
+                new_K, _lift, _spare_row = log_kernel(again_x, k, base)
+                K, v = chosen(new, new_K, K), chosen(new, ones(k, LINES - 1), v)
                 travelled = tl.where(new, 0.0, travelled)
             P, t = scaled_plan(K, v, spare_row)
             b, _residual = missing(P, share)
@@ -348,34 +349,36 @@ def _newton_fwd_kernel(
         care = _care(going & ~(residual <= tol), residual, damped, travelled)
         most = tl.max(care, 0)
 
-    if WITH_INFO or most > _WATCHED:
+    if WITH_INFO or most > _WATCHED:  # with info there are no registers to keep it in
         P, t = scaled_plan(K, v, spare_row)
-    r = tl.where(unit_rows != 0, 1.0, inverse_c) + broken
+    r = tl.where(unit_rows != 0, 1.0 + 0.0 * inverse_c, inverse_c)
     P = [r * value for value in P]
-    if WITH_INFO:
-        tl.store(residual_ptr + matrix, residual + broken, mask=live)
-        tl.store(sweeps_ptr + matrix, steps, mask=live)
-        end = _travelled(base, v)
-        shift = first_mean - _mean(end, spare_col, cols)
-        col_halves, col_rest = log2_count(cols, LINES)
-        row_halves, row_rest = log2_count(rows, LINES)
-        drift = (col_halves - row_halves) + (col_rest - row_rest)
-        first_g = tl.where(n_iters == 0, 0.0, -drift)
-        first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
-        f = []
-        g = []
-        for i in tl.static_range(LINES):
-            f = f + [tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (lift[i] + (log2(t[i]) + shift))), 0.0)]
-            g = g + [tl.where(spare_col[i] == 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
-        store_line(f_ptr + matrix * n, 1, live, n, f)
-        store_line(g_ptr + matrix * m, 1, live, m, g)
-    if WITH_SIGMA2:
-        q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
-        p = [tl.where(spare_col[j] == 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]
-        size = tl.sqrt(tl.where(unit_rows != 0, inverse_c, c))  # 1 / sqrt(r c)
-        sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
-        tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
     if PACKED:
         store_packed(plan_ptr, matrix, live, P, LINES)
     else:
         store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)
+    if WITH_INFO:
+        tl.store(residual_ptr + matrix, residual, mask=live)
+        tl.store(sweeps_ptr + matrix, steps, mask=live)
+        end = _travelled(base, v)
+        shift = first_mean - _mean(end, share, cols)
+        halves, rest = log2_ratio(cols, rows, LINES)
+        drift = halves + rest
+        first_g = tl.where(n_iters == 0, 0.0, -drift)
+        first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
+        last_x = load_packed(logits_ptr, matrix, LINES) if PACKED else x
+        E, high, _spare_row = log_kernel(last_x, k, end)
+        total = sums_over_cols(E, ones(k, LINES), spare_row)
+        f = []
+        g = []
+        for i in tl.static_range(LINES):
+            f = f + [tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (high[i] + (log2(total[i]) + shift))), 0.0)]
+            g = g + [tl.where(share[i] > 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
+        store_line(f_ptr + matrix * n, 1, live, n, f)
+        store_line(g_ptr + matrix * m, 1, live, m, g)
+    if WITH_SIGMA2:
+        q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
+        p = [tl.where(share[j] > 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]
+        size = tl.sqrt(tl.where(unit_rows != 0, inverse_c, c))  # 1 / sqrt(r c)
+        sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
+        tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)

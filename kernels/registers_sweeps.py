@@ -1,7 +1,7 @@
-"""Device functions of the register family: a 4x4 or 8x8 matrix in the registers of one thread, its sweeps as plain arithmetic.
+"""Device functions of the register family: a matrix in the registers of one thread, its sweeps as plain arithmetic.
 
-A matrix of LINES x LINES is a tuple of vectors of BLOCK values, row by row, entry (i, j) at LINES i + j; Triton puts one
-value of each in a thread, so no operation crosses threads. Other matrices are padded with -inf logits: an excluded line has
+A matrix of LINES x LINES, 4 to 8, is a tuple of vectors of BLOCK values, row by row, entry (i, j) at LINES i + j; Triton puts
+one value of each in a thread, so no operation crosses threads. Smaller ones are padded with -inf logits: an excluded line has
 K = 0, and 1 is added to its denominator, where the sum of products starts, which costs nothing and keeps every factor finite.
 
 Marginals are uniform, r on each valid row and c on each valid column, and are left out of the sweeps: K has row sums 1,
@@ -10,7 +10,7 @@ Marginals are uniform, r on each valid row and c on each valid column, and are l
 
 and the true factors are v_t (c/r)^t and u_t (r/c)^t. With R rows and C columns a true sweep multiplies v by factors
 within [1/C, R] and u within [1/R, C], so, r/c being C/R, one of these multiplies v within [1/R, C] and u within
-[1/C, R]: after 22 sweeps of 4 lines, or 15 of 8, every factor is within 2^45 and a product of two within float32.
+[1/C, R]: after 22 sweeps of 4 lines, or 15 of up to 8, every factor is within 2^45 and a product of two within float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .arithmetic import exp2, log2, reciprocal, reciprocals
 
-SCALINGS_OF_4, SCALINGS_OF_8 = tl.constexpr(22), tl.constexpr(15)  # scaling sweeps of a segment, by lines
+SCALINGS_OF_4, SCALINGS_OF_8 = tl.constexpr(22), tl.constexpr(15)  # scaling sweeps of a segment, by lines at most
 
 
 @triton.jit
@@ -39,6 +39,24 @@ def zeros(like, LINES: tl.constexpr):
     for _ in tl.static_range(LINES):
         line = line + [tl.full(like.shape, 0.0, tl.float32)]
     return line
+
+
+@triton.jit
+def products(x, y):
+    """x_e y_e."""
+    values = []
+    for e in tl.static_range(len(x)):
+        values = values + [x[e] * y[e]]
+    return values
+
+
+@triton.jit
+def plus(x, y):
+    """x_e + y_e."""
+    values = []
+    for e in tl.static_range(len(x)):
+        values = values + [x[e] + y[e]]
+    return values
 
 
 @triton.jit
@@ -149,7 +167,7 @@ def scaling_sweep(K, u, spare_row, spare_col, PAIRED: tl.constexpr):
 
 @triton.jit
 def scaling_sweeps(K, spare_row, spare_col, count):
-    """(u, v) after ``count`` scaling sweeps from u = v = 1. With 8 lines sums take longer than the reciprocals beside them."""
+    """(u, v) after ``count`` scaling sweeps from u = v = 1. Sums of more lines take longer than their reciprocals."""
     LINES: tl.constexpr = len(spare_col)
     u = ones(K[0], LINES)
     v = ones(K[0], LINES)

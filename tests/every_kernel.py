@@ -13,7 +13,8 @@ import torch
 
 import fastdsm
 
-SIZES = ((1, 1), (3, 3), (4, 4), (3, 4), (7, 9), (8, 8), (16, 16), (33, 40), (64, 64), (100, 100), (130, 200), (300, 257))
+SQUARE = (1, 3, 4, 6, 7, 8, 16, 64, 100)
+SIZES = (*((n, n) for n in SQUARE), (3, 4), (7, 9), (33, 40), (130, 200), (300, 257))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

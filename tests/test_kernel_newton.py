@@ -20,7 +20,7 @@ from fastdsm.problem import Gradients, Outputs, Problem
 from fastdsm.results import SinkhornSpectrum
 from fastdsm.verification import gradient_size, half_ulp
 
-from .test_kernel_registers import empty_outputs, with_excluded_lines
+from .test_kernel_registers import LINES, empty_outputs, with_excluded_lines
 
 SHAPES = [(1, 1), (1, 4), (2, 2), (3, 4), (4, 3), (4, 1)]
 BATCH = 32  # one program
@@ -109,10 +109,10 @@ def check(problem: Problem) -> Outputs:
     return outputs
 
 
-both_sizes = pytest.mark.parametrize("lines", [4, 8])
+packed_sizes = pytest.mark.parametrize("lines", LINES)
 
 
-@both_sizes
+@packed_sizes
 @pytest.mark.parametrize("std", [0.1, 1.0, 4.0, 8.0, 100.0])
 def test_packed_matrices(std: float, lines: int) -> None:
     logits = random_logits(lines, lines, std)
@@ -130,21 +130,24 @@ def test_other_shapes(shape: tuple[int, int], unit_rows: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_types(dtype: torch.dtype) -> None:
-    for shape in ((4, 4), (3, 4), (8, 8)):
+    for shape in ((3, 4), *((lines, lines) for lines in LINES)):
         check(Problem(random_logits(*shape, 3.0).to(dtype), 30, tol=TOL))
 
 
-@both_sizes
+@packed_sizes
 def test_steps_are_those_of_the_pytorch_path(lines: int) -> None:
-    """Same method, same safeguard, same plan. Rounding may turn the last comparison with tol, hence a step more or less."""
-    for std, n_iters in ((4.0, 30), (100.0 if lines == 4 else 12.0, 60)):
-        problem = Problem(random_logits(lines, lines, std, seed=3), n_iters, tol=TOL)
+    """Same method, same safeguard, same plan. Rounding may turn the last comparison with tol, hence a step more or less.
+
+    Of more than 4 lines and far apart, residuals fall by less than a digit a step where they come near float32's rounding.
+    """
+    for std, n_iters, tol in ((4.0, 30, TOL), (100.0, 60, TOL) if lines == 4 else (12.0, 60, 10 * TOL)):
+        problem = Problem(random_logits(lines, lines, std, seed=3), n_iters, tol=tol)
         found, known = newton(problem), on_pytorch(problem)
         assert found.sweeps.max() > 5
-        assert (found.residual <= TOL).all()
+        assert (found.residual <= tol).all()
         assert ((found.sweeps - known.sweeps).abs() <= 1).all()
         assert (found.sweeps == known.sweeps).double().mean() > 0.75
-        torch.testing.assert_close(found.plan, known.plan, atol=3e-6, rtol=0)
+        torch.testing.assert_close(found.plan, known.plan, atol=3 * tol, rtol=0)
 
 
 @pytest.mark.parametrize("n_iters", [0, 1, 2, 20])
@@ -169,7 +172,7 @@ def test_number_of_steps(n_iters: int) -> None:
             assert ((x - y).abs() <= allowed).all(), name
 
 
-@both_sizes
+@packed_sizes
 def test_rows_far_below_the_others(lines: int) -> None:
     """A matrix has the same plan whatever is added to a row, and its neighbours keep every bit of theirs."""
     logits = random_logits(lines, lines, 2.0)
@@ -192,7 +195,7 @@ def test_first_sweeps_save_the_slowest_of_a_program_a_step() -> None:
     assert 4 < longest[0] < longest[1] - 0.75
 
 
-@both_sizes
+@packed_sizes
 def test_tolerance_is_that_of_each_matrix(lines: int) -> None:
     logits = random_logits(lines, lines, 4.0)
     tight, loose = (newton(Problem(logits, 30, tol=tol)) for tol in (1e-6, 1e-2))
@@ -225,7 +228,7 @@ def test_masks_and_excluded_lines() -> None:
     assert torch.equal(implicit(poisoned, unseen, outputs.g), implicit(problem, cotangent, outputs.g))
 
 
-@both_sizes
+@packed_sizes
 def test_excluded_lines_of_packed_matrices(lines: int) -> None:
     logits = with_excluded_lines(random_logits(lines, lines, 2.0))[:BATCH]
     support = solved(logits)
@@ -234,7 +237,7 @@ def test_excluded_lines_of_packed_matrices(lines: int) -> None:
     assert (outputs.plan[logits[support] == -torch.inf] == 0).all()
 
 
-@both_sizes
+@packed_sizes
 def test_without_support_everything_stays_finite_and_is_flagged(lines: int) -> None:
     logits = random_logits(lines, lines, 2.0)
     logits[:, 1:, :2] = -torch.inf  # two columns that only row 0 can fill
@@ -248,7 +251,7 @@ def test_without_support_everything_stays_finite_and_is_flagged(lines: int) -> N
     assert implicit(problem, random_logits(lines, lines, 1.0, 4), outputs.g).isfinite().all()
 
 
-@both_sizes
+@packed_sizes
 def test_rows_of_small_gradients_sum_to_zero(lines: int) -> None:
     """Close to a permutation the gradient is 1e-5 of its cotangent, and so is what may be left of a row's sum."""
     problem = Problem(14 * torch.eye(lines) + random_logits(lines, lines, 0.5), 30, tol=TOL)
@@ -259,7 +262,7 @@ def test_rows_of_small_gradients_sum_to_zero(lines: int) -> None:
     assert (found.double().sum(-1).abs() <= 4 * EPS * size).all()
 
 
-@both_sizes
+@packed_sizes
 def test_a_poisoned_matrix_stays_alone(lines: int) -> None:
     clean = random_logits(lines, lines, 3.0)
     dirty = clean.clone()
@@ -342,7 +345,7 @@ def test_what_is_supported() -> None:
 
 def test_configurations_are_distinct() -> None:
     labels = [c.label for c in registers_converged.configurations()]
-    assert len(labels) == len(set(labels)) == 39
+    assert len(labels) == len(set(labels)) == 66
 
 
 @pytest.mark.parametrize("first", ["col", "row"])

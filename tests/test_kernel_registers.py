@@ -22,10 +22,16 @@ from .tolerances import assert_within
 
 BATCH = 40
 SHAPES = [(1, 1), (1, 4), (2, 2), (3, 4), (4, 3)]
+LINES = (4, 5, 6, 7, 8)  # of packed matrices
 
 
 def random_logits(n: int, m: int, std: float, seed: int = 0) -> Tensor:
     return std * torch.randn(BATCH, n, m, generator=torch.Generator().manual_seed(seed))
+
+
+def many_logits(lines: int, std: float) -> Tensor:
+    """Of 40 saturated matrices the plain run, whose error sets the budget, may err in none; hence 160."""
+    return torch.cat([random_logits(lines, lines, std, seed) for seed in range(4)])
 
 
 def empty_outputs(problem: Problem) -> Outputs:
@@ -86,14 +92,14 @@ def check_backward(problem: Problem) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("n_iters", [0, 1, 3, 20, 100])
 def test_forward_of_packed_matrices(n_iters: int, lines: int) -> None:
     for std in (0.1, 4.0, 200.0) if n_iters < 100 else (8.0,):
-        check_forward(Problem(random_logits(lines, lines, std), n_iters, temperature=0.7))
+        check_forward(Problem(many_logits(lines, std), n_iters, temperature=0.7))
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 def test_batches_larger_than_a_program(lines: int) -> None:
     logits = random_logits(lines, lines, 2.0).repeat(8, 1, 1)[:300]
     for x in (forward(Problem(logits, 3)).plan, backward(Problem(logits, 3), logits)):
@@ -109,7 +115,7 @@ def test_forward_of_other_shapes(shape: tuple[int, int], unit_rows: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_forward_of_narrow_types(dtype: torch.dtype) -> None:
-    for shape in ((4, 4), (3, 4), (8, 8)):
+    for shape in ((3, 4), *((lines, lines) for lines in LINES)):
         check_forward(Problem(random_logits(*shape, 3.0).to(dtype), 20))
 
 
@@ -125,7 +131,7 @@ def with_excluded_lines(logits: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("n_iters", [0, 3, 40])
 @pytest.mark.parametrize("unit_rows", [True, False])
 def test_minus_infinity_excludes(n_iters: int, unit_rows: bool, lines: int) -> None:
@@ -163,17 +169,18 @@ def test_packed_and_strided_agree() -> None:
     assert torch.equal(backward(Problem(logits, 20), grad_plan), backward(Problem(spread[:, :, ::2], 20), grad_plan))
 
 
-def test_counts_of_eight_lines() -> None:
+@pytest.mark.parametrize("lines", [7, 8])
+def test_counts_of_lines(lines: int) -> None:
     """Every number of rows and of columns, by exclusion, so that potentials drift."""
-    logits = random_logits(8, 8, 1.0)
-    for b, (rows, cols) in enumerate(product(range(1, 9), (1, 3, 5, 6, 7))):
+    logits = random_logits(lines, lines, 1.0)
+    for b, (rows, cols) in enumerate(product(range(1, lines + 1), (1, 3, 5, 6, 7))):
         logits[b, rows:] = -torch.inf
         logits[b, :, cols:] = -torch.inf
     for unit_rows in (True, False):
         check_forward(Problem(logits, 33, unit_rows=unit_rows))
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("n_iters", [0, 3, 20])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_poisoned_matrix_stays_alone(n_iters: int, value: float, lines: int) -> None:
@@ -191,17 +198,18 @@ def test_a_poisoned_matrix_stays_alone(n_iters: int, value: float, lines: int) -
     assert torch.equal(after[others], before[others])
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("n_iters", [0, 1, 2, 20])
 def test_gradient_of_packed_matrices(n_iters: int, lines: int) -> None:
     for std in (0.1, 4.0, 200.0):
-        check_backward(Problem(random_logits(lines, lines, std), n_iters, temperature=0.7))
+        check_backward(Problem(many_logits(lines, std), n_iters, temperature=0.7))
 
 
 @pytest.mark.parametrize("n_iters", [16, 17, 31, 32, 50])
 def test_gradient_of_segments(n_iters: int) -> None:
-    """K of 8 lines is made anew after 15 scaling sweeps."""
-    check_backward(Problem(random_logits(8, 8, 3.0), n_iters))
+    """K of more than 4 lines is made anew after 15 scaling sweeps."""
+    for lines in (5, 8):
+        check_backward(Problem(random_logits(lines, lines, 3.0), n_iters))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -210,7 +218,7 @@ def test_gradient_of_other_shapes(shape: tuple[int, int], unit_rows: bool) -> No
     check_backward(Problem(random_logits(*shape, 2.0), 6, unit_rows=unit_rows))
 
 
-@pytest.mark.parametrize("lines", [4, 8])
+@pytest.mark.parametrize("lines", LINES)
 def test_gradient_past_excluded_lines(lines: int) -> None:
     logits = with_excluded_lines(random_logits(lines, lines, 2.0))
     for n_iters in (0, 1, 20):
@@ -220,7 +228,7 @@ def test_gradient_past_excluded_lines(lines: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_of_narrow_types(dtype: torch.dtype) -> None:
-    for lines in (4, 8):
+    for lines in LINES:
         check_backward(Problem(random_logits(lines, lines, 2.0).to(dtype), 20))
 
 
@@ -258,10 +266,12 @@ def test_what_is_supported() -> None:
     assert not takes(eight, sigma2=torch.zeros(2))
     assert registers.supports_backward(eight, eight.logits, Gradients(eight.logits))
     assert not registers.supports_backward(eight, torch.zeros(2, 1, 1).expand(2, 8, 8), Gradients(eight.logits))
+    assert takes(replace(problem, logits=torch.zeros(99)[1:].view(2, 7, 7)))  # is read value by value
     for other in (
         replace(problem, logits=torch.zeros(2, 5, 3)),
         replace(problem, logits=torch.zeros(2, 7, 8)),
         replace(eight, logits=torch.zeros(2, 8, 8).mT),
+        replace(eight, logits=torch.zeros(129)[1:].view(2, 8, 8)),
         replace(eight, mask=torch.ones(2, 8, 8, dtype=torch.bool)),
         replace(problem, logits=torch.zeros(2, 4, 3, dtype=torch.float64)),
         replace(problem, f0=torch.zeros(2, 4)),
@@ -274,7 +284,7 @@ def test_what_is_supported() -> None:
 
 def test_configurations_are_distinct() -> None:
     labels = [c.label for c in registers.configurations() + registers_sigma2.configurations()]
-    assert len(labels) == len(set(labels)) == 43
+    assert len(labels) == len(set(labels)) == 70
 
 
 def check_sigma2(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Newton's method on 4x4 or 8x8 matrices beside 20 sweeps: instructions of the paths that warps of random matrices take.
+"""Newton's method on matrices of 4 to 8 lines beside 20 sweeps: instructions of the paths that warps of random matrices take.
 
 A warp of the kernel takes its branches by maxima over its matrices: of a flag after the first sweep, then of the care of each
 step. The interpreter says what these maxima are, and machine code executed with them how many instructions a warp issues.
@@ -110,7 +110,7 @@ def _maxima() -> Iterator[list[int]]:
 
 def main(
     warps: Annotated[int, typer.Option(min=1, help="warps of 32 random matrices")] = 256,
-    lines: Annotated[int, typer.Option(help="4 or 8")] = 4,
+    lines: Annotated[int, typer.Option(min=4, max=8)] = 4,
 ) -> None:
     """Print what a warp issues, and what the static model predicts, for one H100 or H200, from that."""
     title = f"a warp, 32 matrices, {_TARGET}"
