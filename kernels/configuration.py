@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-HISTORY_BYTES = 1 << 28
+HISTORY_BYTES = 1 << 28  # of all programs of a backward together, at the most; long iterations run in fewer programs
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "fp64"}
 

@@ -42,7 +42,6 @@ MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {
 }
 # Programs of a backward per SM: at over 128 registers a thread, only one fits.
 PROGRAMS_PER_SM = 1
-# History of all programs of a backward together, in bytes, at the most; long iterations run in fewer programs.
 
 _ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
