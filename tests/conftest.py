@@ -7,6 +7,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, 
 import pytest
 import torch
 
+from fastdsm.kernels.configuration import Configuration
+
 torch.set_num_threads(1)  # small tensors: a second thread would only wait, and badly so on a busy machine
 
 
@@ -20,6 +22,12 @@ def _poisoned_memory() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is launched as on Hopper, whose tiles are its own."""
+    monkeypatch.setattr(Configuration, "on", lambda self, device: self.own or self)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
