@@ -15,7 +15,8 @@ from torch import Tensor
 from . import backends
 from .operators import LIBRARY, implement
 from .problem import Attention, Dropout, compute_dtype
-from .streamed import AttentionGradients, State, Sweeps, slots
+from .streamed import State, Sweeps, slots
+from .streamed_gradient import AttentionGradients
 from .streamed_spectrum import Accuracy, Spectrum
 
 _INPUTS = (

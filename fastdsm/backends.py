@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import newton, pytorch, streamed, streamed_spectrum
+from . import newton, pytorch, streamed, streamed_gradient, streamed_spectrum
 from .problem import Attention, Dropout, Gradients, Outputs, Problem
 from .pytorch.spectrum import DEFAULT_TOL
 
@@ -153,7 +153,7 @@ def attention_backward(
     dropout: Dropout | None,
     grad_out: Tensor,
     state: streamed.State,
-    gradients: streamed.AttentionGradients,
+    gradients: streamed_gradient.AttentionGradients,
     implicit: bool,
     backend: str,
 ) -> None:
@@ -165,7 +165,7 @@ def attention_backward(
         return
     kernels = _attention_kernels(problem, backend)
     if kernels is not None:
-        streamed.attention_backward(kernels, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+        streamed_gradient.attention_backward(kernels, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
     else:
         pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import streamed, streamed_spectrum
+from .. import streamed, streamed_gradient, streamed_spectrum
 from ..problem import Attention, Dropout, Gradients, Outputs, Problem
-from ..streamed import AttentionGradients, State, Sweeps
+from ..streamed import State, Sweeps
+from ..streamed_gradient import AttentionGradients
 from ..streamed_spectrum import Accuracy, Spectrum, spectrum
 from . import passes
 from .blocks import blocks
@@ -51,10 +52,10 @@ def attention_backward(
     implicit: bool,
 ) -> None:
     """Fill ``gradients``; where nothing was kept but the last potentials, the sweeps are run again."""
-    complete = implicit or sweeps.keep or streamed.of_one_line(problem, sweeps)
+    complete = implicit or sweeps.keep or streamed_gradient.of_one_line(problem, sweeps)
     if complete or not _stored(problem):
         state = state if complete else _kept(problem, sweeps, state)
-        streamed.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+        streamed_gradient.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}
     for at in blocks(problem, whole=True):
