@@ -67,11 +67,10 @@ def lines(problem: Problem) -> int:
 
 
 def is_packed(problem: Problem, *others: Tensor) -> bool:
-    """Whether every matrix is full, unmasked, and its values on end, aligned to 16 bytes where they fill such pieces."""
+    """Whether every matrix is full, unmasked, and its values on end, the first one aligned to 16 bytes."""
     size = lines(problem)
-    aligned = math.gcd(16, size * size * problem.logits.itemsize)
     return problem.mask is None and all(
-        x.shape[-2:] == (size, size) and x.is_contiguous() and x.data_ptr() % aligned == 0 for x in (problem.logits, *others)
+        x.shape[-2:] == (size, size) and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (problem.logits, *others)
     )
 
 

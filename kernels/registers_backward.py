@@ -18,7 +18,9 @@ import triton.language as tl
 
 from .arithmetic import LN_2, exp2, quotient, reciprocal
 from .configuration import finite_jit
-from .registers_memory import load_logits, load_packed, load_strided, store_packed, store_strided
+from .registers_memory import load_logits, load_strided, store_strided
+from .registers_packed import load_packed, store_packed
+from .registers_shared import workspace_of
 from .registers_sweeps import (
     first_columns,
     ones,
@@ -105,13 +107,15 @@ def _sinkhorn_bwd_kernel(
     BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = dS / temperature."""
-    matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    matrix = first + tl.arange(0, BLOCK)
     live = matrix < batch
     matrix = tl.minimum(matrix, batch - 1)
+    workspace = workspace_of(logits_ptr, BLOCK, 4)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, first, batch, workspace, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, 4,
     )  # fmt: skip
@@ -132,7 +136,7 @@ def _sinkhorn_bwd_kernel(
         past_v = past_v + [v]
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, matrix, 4)
+        D = load_packed(grad_plan_ptr, first, batch, workspace, 4)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
         D = [value.to(tl.float32) for value in D]
@@ -145,6 +149,6 @@ def _sinkhorn_bwd_kernel(
     W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
     dS = [k * -LN_2 * value for value in products(K, W)]
     if PACKED:
-        store_packed(grad_logits_ptr, matrix, live, dS, 4)
+        store_packed(grad_logits_ptr, first, batch, dS, workspace, 4)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

@@ -50,8 +50,8 @@ def supports_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients)
 
 @functools.cache
 def _forward(dtype: torch.dtype, lines: int, *which: bool) -> Configuration:
-    # By itself ptxas stops at 128 or 168 registers to fit more programs, and spills for it.
-    maxnreg = 255 if lines in (5, 6) else None
+    # By itself ptxas stops at 168 registers to fit more programs, and spills for it.
+    maxnreg = 255 if lines == 6 else None
     configuration = forward_configuration(_newton_fwd_kernel, "newton forward", _NEWTON_BLOCK, dtype, lines, *which)
     return replace(configuration, maxnreg=maxnreg)
 

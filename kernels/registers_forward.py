@@ -13,7 +13,9 @@ import triton.language as tl
 from .arithmetic import LN_2, exp2, log2, quotient, reciprocal
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
-from .registers_memory import load_logits, load_packed, store_line, store_packed, store_strided
+from .registers_memory import load_logits, store_line, store_strided
+from .registers_packed import load_again, store_packed
+from .registers_shared import workspace_of
 from .registers_sweeps import (
     SCALINGS_OF_4,
     SCALINGS_OF_8,
@@ -72,20 +74,22 @@ def _sinkhorn_fwd_kernel(
 ):  # fmt: skip
     """Plan, and on request residual, sweeps, f, g and sigma2, of 4 lines. ``scale`` is log2 e over the temperature, if a
     number."""
-    matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    matrix = first + tl.arange(0, BLOCK)
     live = matrix < batch
     matrix = tl.minimum(matrix, batch - 1)
+    workspace = workspace_of(logits_ptr, BLOCK, LINES)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, first, batch, workspace, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
     g, spare_col = first_columns(x, k, n_iters, LINES)
     if LINES > 4:  # read again, and not before, as there are no registers to keep it in
         tl.debug_barrier()
-        x = load_packed(logits_ptr, matrix, LINES)
+        x = load_again(logits_ptr, first, batch, workspace, LINES)
     K, f, total, spare_row = row_step(x, k, g)
     broken = poison(total)  # at n_iters = 0 a NaN has reached its row only
     rows = valid_lines(spare_row)
@@ -96,11 +100,14 @@ def _sinkhorn_fwd_kernel(
     u, v = scaling_sweeps(K, spare_row, spare_col, scalings)
     for done in range(1 + SEGMENT, n_iters, SEGMENT):
         g = plus(g, log2_factors(v, -scalings, halves, rest))
-        x = load_logits(
-            logits_ptr, mask_ptr, matrix, live, n, m,
-            logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
-            PACKED, LINES,
-        )  # fmt: skip
+        if PACKED:
+            x = load_again(logits_ptr, first, batch, workspace, LINES)
+        else:
+            x = load_logits(
+                logits_ptr, mask_ptr, first, batch, workspace, n, m,
+                logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
+                PACKED, LINES,
+            )  # fmt: skip
         K, f, _total, spare_row = row_step(x, k, g)
         scalings = tl.minimum(n_iters - done, SEGMENT)
         u, v = scaling_sweeps(K, spare_row, spare_col, scalings)
@@ -136,6 +143,6 @@ def _sinkhorn_fwd_kernel(
         sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
         tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
     if PACKED:
-        store_packed(plan_ptr, matrix, live, P, LINES)
+        store_packed(plan_ptr, first, batch, P, workspace, LINES)
     else:
         store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)

@@ -15,7 +15,9 @@ from .arithmetic import LN_2, quotient, reciprocal
 from .configuration import finite_jit
 from .registers_backward import add_first_sweep, add_sweep, begin
 from .registers_forward import log2_factors, log2_ratio
-from .registers_memory import load_line, load_packed, store_line, store_packed
+from .registers_memory import load_line, store_line
+from .registers_packed import load_again, load_packed, store_packed
+from .registers_shared import workspace_of
 from .registers_sweeps import (
     SCALINGS_OF_8,
     first_columns,
@@ -44,19 +46,21 @@ def _sinkhorn_history_bwd_kernel(
     own = history_ptr + (tl.program_id(0).to(tl.int64) * history_stride + tl.arange(0, BLOCK))
     segments = tl.cdiv(n_iters - 1, SEGMENT)
     g_lines = 2 * LINES * (n_iters - 1)
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    everywhere = place >= 0
+    aside = aside_ptr + (tl.program_id(0).to(tl.int64) * (BLOCK * LINES * LINES) + tl.arange(0, BLOCK))
+    everywhere = tl.full([BLOCK], 1, tl.int1)
+    workspace = workspace_of(logits_ptr, BLOCK, LINES)
     blocks = tl.cdiv(batch, BLOCK).to(tl.int32)
     block = tl.program_id(0)
     while block < blocks:
-        matrix = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        start = block.to(tl.int64) * BLOCK
+        matrix = start + tl.arange(0, BLOCK)
         live = matrix < batch
         matrix = tl.minimum(matrix, batch - 1)
         tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
         k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
-        x = load_packed(logits_ptr, matrix, LINES)
+        x = load_packed(logits_ptr, start, batch, workspace, LINES)
         g, spare_col = first_columns(x, k, n_iters, LINES)
-        x = load_packed(logits_ptr, matrix, LINES)
+        x = load_again(logits_ptr, start, batch, workspace, LINES)
         K, f, total, spare_row = row_step(x, k, g)
         rows = valid_lines(spare_row)
         cols = valid_lines(spare_col)
@@ -67,7 +71,7 @@ def _sinkhorn_history_bwd_kernel(
         for first in range(0, n_iters - 1, SEGMENT):
             if first > 0:
                 g = plus(g, log2_factors(v, -tl.minimum(n_iters - 1, SEGMENT), halves, rest))
-                x_again = load_packed(logits_ptr, matrix, LINES)
+                x_again = load_again(logits_ptr, start, batch, workspace, LINES)
                 K, f, _again, _spare = row_step(x_again, k, g)
                 u = ones(k, LINES)
                 v = ones(k, LINES)
@@ -77,7 +81,7 @@ def _sinkhorn_history_bwd_kernel(
                 u, v = scaling_sweep(K, u, spare_row, spare_col, False)
                 store_line(own + BLOCK * (2 * LINES * slot), BLOCK, everywhere, 2 * LINES, past_u + v)
 
-        D = load_packed(grad_plan_ptr, matrix, LINES)
+        D = load_packed(grad_plan_ptr, start, batch, workspace, LINES)
         used = []  # excluded entries may hold anything
         for e in tl.static_range(LINES * LINES):
             used = used + [tl.where(K[e] == 0.0, 0.0, D[e])]
@@ -88,10 +92,10 @@ def _sinkhorn_history_bwd_kernel(
             if back > 0:
                 gathered = products(K, W)
                 if back > 1:
-                    gathered = plus(gathered, load_packed(aside_ptr, place, LINES))
-                store_packed(aside_ptr, place, everywhere, gathered, LINES)
+                    gathered = plus(gathered, load_line(aside, BLOCK, everywhere, LINES * LINES, LINES * LINES))
+                store_line(aside, BLOCK, everywhere, LINES * LINES, gathered)
                 g_again = load_line(own + BLOCK * (g_lines + LINES * (segments - 1 - back)), BLOCK, everywhere, LINES, LINES)
-                x_then = load_packed(logits_ptr, matrix, LINES)
+                x_then = load_packed(logits_ptr, start, batch, workspace, LINES)
                 K, f, _then, _spares = row_step(x_then, k, g_again)
                 ended = load_line(own + BLOCK * (2 * LINES * (first + SEGMENT) - LINES), BLOCK, everywhere, LINES, LINES)
                 a = products(a, [reciprocal(value) for value in sums_over_cols(K, ended, spare_row)])
@@ -104,6 +108,6 @@ def _sinkhorn_history_bwd_kernel(
         W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
         dS = products(K, W)
         if segments > 1:
-            dS = plus(dS, load_packed(aside_ptr, place, LINES))
-        store_packed(grad_logits_ptr, matrix, live, [k * -LN_2 * value for value in dS], LINES)
+            dS = plus(dS, load_line(aside, BLOCK, everywhere, LINES * LINES, LINES * LINES))
+        store_packed(grad_logits_ptr, start, batch, [k * -LN_2 * value for value in dS], workspace, LINES)
         block += tl.num_programs(0)

@@ -22,8 +22,10 @@ import triton.language as tl
 from .arithmetic import LN_2, LOG2_E, exp2, quotient
 from .configuration import finite_jit
 from .newton_rules import PURE_BELOW
-from .registers_memory import load_line, load_logits, load_packed, load_strided, store_packed, store_strided
+from .registers_memory import load_line, load_logits, load_strided, store_strided
 from .registers_newton import direction, edges, missing, scaled_plan, shares, solve, ties
+from .registers_packed import load_packed, store_packed
+from .registers_shared import workspace_of
 from .registers_sweeps import column_maxima, log_kernel, ones, valid_lines
 
 _ROUNDING = tl.constexpr(2.0**-24)
@@ -75,13 +77,15 @@ def _implicit_bwd_kernel(
     BLOCK: tl.constexpr, PACKED: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = dS / temperature, at the fixed point near the column potential g."""
-    matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    matrix = first + tl.arange(0, BLOCK)
     live = matrix < batch
     matrix = tl.minimum(matrix, batch - 1)
+    workspace = workspace_of(logits_ptr, BLOCK, LINES)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, first, batch, workspace, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
@@ -111,9 +115,9 @@ def _implicit_bwd_kernel(
     P, _t = scaled_plan(P, [exp2(length * value) for value in d], spare_row)
 
     if PACKED:
-        D = load_packed(grad_plan_ptr, matrix, LINES)
+        D = load_packed(grad_plan_ptr, first, batch, workspace, LINES)
         if LINES > 4:  # read again, as there are no registers to keep it in
-            x = load_packed(logits_ptr, matrix, LINES)
+            x = load_packed(logits_ptr, first, batch, workspace, LINES)
     else:
         D = load_strided(grad_plan_ptr, matrix, live, n, m, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m, 0.0)
     used = []
@@ -132,6 +136,6 @@ def _implicit_bwd_kernel(
     for i in tl.static_range(LINES):
         dS = dS + [factor * value for value in _flows(P, Y, i, i + 1, LINES)]
     if PACKED:
-        store_packed(grad_logits_ptr, matrix, live, dS, LINES)
+        store_packed(grad_logits_ptr, first, batch, dS, workspace, LINES)
     else:
         store_strided(grad_logits_ptr, matrix, live, n, m, grad_logits_stride_b, grad_logits_stride_n, grad_logits_stride_m, dS)

@@ -34,18 +34,21 @@ the potentials b of the loop, the true ones are, with l = log2(C / R) and s swee
 import triton
 import triton.language as tl
 
-from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal, reciprocals
+from .arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal
 from .configuration import finite_jit
 from .jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from .registers_forward import log2_ratio
-from .registers_memory import load_logits, load_packed, store_line, store_packed, store_strided
+from .registers_memory import load_logits, store_line, store_strided
+from .registers_packed import load_again, store_packed
+from .registers_shared import workspace_of
 from .registers_sweeps import (
     largest,
     log_columns,
     log_kernel,
     ones,
     poison,
+    reciprocals_of,
     scaled,
     scaling_sweep,
     sums_over_cols,
@@ -88,13 +91,7 @@ def scaled_plan(K, v, spare_row):
         for j in tl.static_range(LINES - 1):
             total += E[LINES * i + j]
         t = t + [total]
-    scale = []
-    for i in tl.static_range(0, LINES - 1, 2):
-        left, right = reciprocals(t[i], t[i + 1])
-        scale = scale + [left, right]
-    if LINES % 2 == 1:
-        scale = scale + [reciprocal(t[LINES - 1])]
-    return scaled(scale, E, ones(t[0], LINES)), t
+    return scaled(reciprocals_of(t), E, ones(t[0], LINES)), t
 
 
 @triton.jit
@@ -110,7 +107,7 @@ def missing(P, share):
 
 @triton.jit
 def shares(c, spare_col):
-    """c on valid columns, 0 on others."""
+    """c on valid columns, 0 on others, which tells them apart where no ``spare_col`` is kept."""
     return [tl.where(spare == 0.0, c, 0.0) for spare in spare_col]
 
 
@@ -255,13 +252,15 @@ def _newton_fwd_kernel(
     BLOCK: tl.constexpr, PACKED: tl.constexpr, WITH_INFO: tl.constexpr, WITH_SIGMA2: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Plan, and on request residual, steps (as sweeps), f, g and sigma2; at most ``n_iters`` steps, the first a sweep."""
-    matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    matrix = first + tl.arange(0, BLOCK)
     live = matrix < batch
     matrix = tl.minimum(matrix, batch - 1)
+    workspace = workspace_of(logits_ptr, BLOCK, LINES)
     tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
     k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
     x = load_logits(
-        logits_ptr, mask_ptr, matrix, live, n, m,
+        logits_ptr, mask_ptr, first, batch, workspace, n, m,
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
@@ -278,7 +277,7 @@ def _newton_fwd_kernel(
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
     anew = ~(largest(u) <= _LARGEST) | (n_iters == 0)
     if tl.max(anew.to(tl.int32), 0) > 0:
-        first_x = load_packed(logits_ptr, matrix, LINES) if LINES > 4 else x
+        first_x = load_again(logits_ptr, first, batch, workspace, LINES) if LINES > 4 else x
         new_K, _lift, new_spare_row = log_kernel(first_x, k, swept)
         new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(k, LINES), new_spare_row)]
         K, v = chosen(anew, new_K, K), chosen(anew, ones(k, LINES), v)
@@ -317,7 +316,7 @@ def _newton_fwd_kernel(
             if most == _REBASED:
                 new = care == _REBASED
                 base = chosen(new, _travelled(base, v), base)
-                again_x = load_packed(logits_ptr, matrix, LINES) if PACKED else x
+                again_x = load_again(logits_ptr, first, batch, workspace, LINES) if PACKED else x
                 new_K, _lift, _spare_row = log_kernel(again_x, k, base)
                 K, v = chosen(new, new_K, K), chosen(new, ones(k, LINES - 1), v)
                 travelled = tl.where(new, 0.0, travelled)
@@ -353,10 +352,6 @@ def _newton_fwd_kernel(
         P, t = scaled_plan(K, v, spare_row)
     r = tl.where(unit_rows != 0, 1.0 + 0.0 * inverse_c, inverse_c)
     P = [r * value for value in P]
-    if PACKED:
-        store_packed(plan_ptr, matrix, live, P, LINES)
-    else:
-        store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)
     if WITH_INFO:
         tl.store(residual_ptr + matrix, residual, mask=live)
         tl.store(sweeps_ptr + matrix, steps, mask=live)
@@ -366,7 +361,7 @@ def _newton_fwd_kernel(
         drift = halves + rest
         first_g = tl.where(n_iters == 0, 0.0, -drift)
         first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
-        last_x = load_packed(logits_ptr, matrix, LINES) if PACKED else x
+        last_x = load_again(logits_ptr, first, batch, workspace, LINES) if PACKED else x
         E, high, _spare_row = log_kernel(last_x, k, end)
         total = sums_over_cols(E, ones(k, LINES), spare_row)
         f = []
@@ -376,6 +371,10 @@ def _newton_fwd_kernel(
             g = g + [tl.where(share[i] > 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
         store_line(f_ptr + matrix * n, 1, live, n, f)
         store_line(g_ptr + matrix * m, 1, live, m, g)
+    if PACKED:
+        store_packed(plan_ptr, first, batch, P, workspace, LINES)
+    else:
+        store_strided(plan_ptr, matrix, live, n, m, plan_stride_b, plan_stride_n, plan_stride_m, P)
     if WITH_SIGMA2:
         q = [tl.where(spare_row[i] == 0.0, tl.sqrt(reciprocal(rows)), 0.0) for i in (0, 1, 2, 3)]
         p = [tl.where(share[j] > 0.0, tl.sqrt(reciprocal(cols)), 0.0) for j in (0, 1, 2, 3)]

@@ -147,18 +147,28 @@ def row_maxima(x, LINES: tl.constexpr):
 
 
 @triton.jit
+def reciprocals_of(values):
+    """1 / value of each, one reciprocal for two of them; no product of two neighbours may overflow or underflow."""
+    COUNT: tl.constexpr = len(values)
+    inverse = []
+    for i in tl.static_range(0, COUNT - 1, 2):
+        left, right = reciprocals(values[i], values[i + 1])
+        inverse = inverse + [left, right]
+    if COUNT % 2 == 1:
+        inverse = inverse + [reciprocal(values[COUNT - 1])]
+    return inverse
+
+
+@triton.jit
 def scaling_sweep(K, u, spare_row, spare_col, PAIRED: tl.constexpr):
     """v = 1 / (K^T u), u = 1 / (K v).
 
-    PAIRED: v takes one reciprocal for two values. Reciprocals run at an eighth of the rate of products, so that sweeps of
-    4 lines alone are bound by both: 47 instructions, 6 of them reciprocals (unpaired 43 and 8; with u paired too, 51 and 4).
+    PAIRED: v takes one reciprocal for two values. Reciprocals run at an eighth of the rate of products, so that sweeps of 4
+    lines are bound by both: 47 instructions, 6 of them reciprocals (unpaired 43 and 8; with u paired too, 51 and 4).
     """
     y = sums_over_rows(K, u, spare_col)
     if PAIRED:
-        v = []
-        for j in tl.static_range(0, len(u), 2):
-            left, right = reciprocals(y[j], y[j + 1])
-            v = v + [left, right]
+        v = reciprocals_of(y)
     else:
         v = [reciprocal(value) for value in y]
     u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
@@ -167,12 +177,12 @@ def scaling_sweep(K, u, spare_row, spare_col, PAIRED: tl.constexpr):
 
 @triton.jit
 def scaling_sweeps(K, spare_row, spare_col, count):
-    """(u, v) after ``count`` scaling sweeps from u = v = 1. Sums of more lines take longer than their reciprocals."""
+    """(u, v) after ``count`` scaling sweeps from u = v = 1. Sums of more than 6 lines take longer than their reciprocals."""
     LINES: tl.constexpr = len(spare_col)
     u = ones(K[0], LINES)
     v = ones(K[0], LINES)
     for _ in range(count):
-        u, v = scaling_sweep(K, u, spare_row, spare_col, LINES == 4)
+        u, v = scaling_sweep(K, u, spare_row, spare_col, LINES <= 6)
     return u, v
 
 

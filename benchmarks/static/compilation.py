@@ -27,7 +27,8 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 class Compiled:
     """Machine code of one configuration for one target.
 
-    cubin: the binary. ptx: its source in PTX. shared: bytes of shared memory one program asks for at launch.
+    cubin: the binary. ptx: its source in PTX. shared: bytes of shared memory of one program, asked for at
+    launch or declared.
     """
 
     cubin: bytes
@@ -52,7 +53,9 @@ def compile_configuration(configuration: Configuration, target: str) -> Compiled
         target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
         options=configuration.options(),
     )
-    return Compiled(kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared)
+    ptx = kernel.asm["ptx"]
+    declared = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\];", ptx))
+    return Compiled(kernel.asm["cubin"], ptx, kernel.metadata.shared + declared)
 
 
 def disassemble(cubin: bytes) -> tuple[Resources, str]:
