@@ -2,6 +2,7 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.every_kernel [float32] [bfloat16]
 
+``--tool racecheck`` is for what threads share by instructions of our own (``kernels/registers_shared.py``): sizes 5 to 7.
 Without PyTorch's cache every tensor is an allocation of its own, and an access beyond its end is seen.
 """
 
@@ -13,7 +14,7 @@ import torch
 
 import fastdsm
 
-SQUARE = (1, 3, 4, 6, 7, 8, 16, 64, 100)
+SQUARE = (1, 3, 4, 5, 6, 7, 8, 16, 64, 100)
 SIZES = (*((n, n) for n in SQUARE), (3, 4), (7, 9), (33, 40), (130, 200), (300, 257))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -171,6 +171,30 @@ def test_histories_of_many_matrices_of_8x8(n_iters: int) -> None:
     assert torch.equal(replayed, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lines", [5, 6, 7])
+def test_runs_of_any_length_by_way_of_shared_memory(lines: int, dtype: torch.dtype) -> None:
+    """Right for a thousand packed matrices, and each has the same bits wherever their run ends, by Newton's method too."""
+    logits = (2 * torch.randn(1000, lines, lines, device="cuda")).to(dtype)
+    cotangent = torch.randn(1000, lines, lines, device="cuda").to(dtype)
+
+    def both(count: int, to: torch.dtype, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = logits[:count].to(to, copy=True).requires_grad_()
+        plan = fastdsm.sinkhorn(leaf, **options)
+        return plan.detach(), torch.autograd.grad(plan, leaf, cotangent[:count].to(to))[0]
+
+    truths, plains = (both(1000, to, n_iters=20, backend="torch") for to in (torch.float64, torch.float32))
+    for options in ({"n_iters": 20}, {"solver": "newton"}):
+        plan, gradient = both(1000, dtype, **options)
+        if "n_iters" in options:
+            assert_within(plan, truths[0], plains[0])
+            assert_within(gradient, truths[1], plains[1], cotangent=cotangent)
+        for count in (1, 2, 3, 31, 33, 127, 131, 999):
+            found = both(count, dtype, **options)
+            assert torch.equal(found[0], plan[:count])
+            assert torch.equal(found[1], gradient[:count])
+
+
 @pytest.mark.usefixtures("_no_synchronisation")
 @pytest.mark.parametrize("first", ["col", "row"])
 def test_large_matrices_do_not_synchronise(first: str) -> None:
