@@ -169,7 +169,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write what ``outputs`` asks for."""
     logits, plan = problem.logits, outputs.plan
     batch, n, _ = logits.shape
-    work = torch.empty(max(batch, 1) * 2 * n, dtype=problem.compute_dtype, device=logits.device)
+    work = torch.empty(batch * 2 * n, dtype=problem.compute_dtype, device=logits.device)
     has_info = outputs.residual is not None
     kind = _kind(logits, plan)
     (_FORWARD[kind] if outputs.sigma2 is None else _SIGMA2[kind[:2]]).launch(
@@ -199,11 +199,11 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     length = max(problem.n_iters, 1) + 1
     segments = -(-(length - 1) // _uniform_period(n, m)) if uniform else length - 1
     slot = (segments + 1) * n + segments * m + 2 * length * (n + m)
-    programs = max(1, history_programs(batch, PROGRAMS_PER_SM, slot * dtype.itemsize, device))
+    programs = history_programs(batch, PROGRAMS_PER_SM, slot * dtype.itemsize, device)
     work = torch.empty(programs * slot, dtype=dtype, device=device)
     has_vectors = gradients.f0 is not None
     _BACKWARD[_kind(logits, grad_plan, grad)].launch(
-        min(programs, batch),
+        programs,
         **_inputs(problem),
         work_ptr=work,
         grad_plan_ptr=grad_plan,
