@@ -8,7 +8,14 @@ from .rows import FORWARD, Row
 from .targets import ATTENTION_SWEEPS, FLASH, READ, SWEEPS, TWENTY, Shape, Verdict
 
 # Batches that fill the chip, for which a call is more than its launch.
-FULL_SHAPES: tuple[Shape, ...] = ((1048576, 4, 4), (262144, 8, 8), (65536, 16, 16), (4096, 64, 64), (1024, 256, 256))
+FULL_SHAPES: tuple[Shape, ...] = (
+    (1048576, 4, 4),
+    (262144, 7, 7),
+    (262144, 8, 8),
+    (65536, 16, 16),
+    (4096, 64, 64),
+    (1024, 256, 256),
+)
 # Sinkhorn attention of bfloat16 operands (heads, lines, which of query, key and value, features), and what is timed beside it.
 HEADS_SHAPE: Shape = (64, 4096, 3, 64)
 WIDE_SHAPE: Shape = (16, 4096, 3, 256)
@@ -19,7 +26,7 @@ ONE_SHAPE: Shape = (1, 8192, 8192)
 FEWER_SWEEPS, READS = 10, 1.25
 # Newton's method at logit std 2, no slower than 20 sweeps; with larger matrices nothing is promised.
 NEWTON_SHAPE: Shape = (1048576, 4, 4)
-NEWTON_SHAPES: tuple[Shape, ...] = (NEWTON_SHAPE, (262144, 8, 8), (65536, 16, 16), (4096, 64, 64))
+NEWTON_SHAPES: tuple[Shape, ...] = (NEWTON_SHAPE, (262144, 7, 7), (262144, 8, 8), (65536, 16, 16), (4096, 64, 64))
 
 
 def of_sweeps(n_iters: int) -> str:
