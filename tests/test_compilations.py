@@ -7,13 +7,9 @@ nothing is ever compiled.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,8 +25,9 @@ from fastdsm.kernels import registers_converged, tile_converged
 from fastdsm.kernels.configuration import Configuration
 from fastdsm.problem import Gradients, Outputs, Problem, compute_dtype
 
-ROOT = Path(__file__).parents[1]
-SIZES = ((1, 1), (4, 4), (3, 5), (20, 20), (64, 33), (200, 130))
+from .uninterpreted import rows_of
+
+SIZES = ((1, 1), (4, 4), (3, 5), (7, 7), (20, 20), (64, 33), (200, 130))
 BATCHES = (1, 16, 31, 132)
 SWEEPS = (0, 1, 3, 16, 20)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -202,16 +199,7 @@ def _count() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-c",
-        "import json; from tests import test_compilations as t; print(json.dumps(t._count()))",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return rows_of("test_compilations", "_count")
 
 
 def test_every_call_is_one_launch(rows: list[dict[str, Any]]) -> None:
@@ -241,6 +229,21 @@ def test_batch_sweeps_and_temperature_never_choose_the_kernel(rows: list[dict[st
             by_family.setdefault(row["name"], set()).update(row["configurations"])
     assert len(by_family) == len(SIZES) * len(DTYPES) * 6
     assert {name: keys for name, keys in by_family.items() if len(keys) != 1} == {}
+
+
+def _keys() -> list[str]:
+    """What Triton's cache knows the kernels by."""
+    found: dict[str, str] = {}
+    for configuration in kernels.configurations():
+        kernel = configuration.kernel
+        found.setdefault(kernel.fn.__name__, kernel.cache_key)
+    return list(found.values())
+
+
+def test_each_process_finds_the_kernels_of_the_last_in_tritons_cache() -> None:
+    keys = rows_of("test_compilations", "_keys")
+    assert len(keys) > 20
+    assert rows_of("test_compilations", "_keys") == keys
 
 
 def test_an_empty_batch_launches_nothing() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def rows_of(module: str, function: str) -> list[dict[str, Any]]:
+def rows_of(module: str, function: str) -> list[Any]:
     """What ``tests.module.function()`` returns in a process of its own.
 
     The interpreter of the other tests replaces Triton's compiler for good, so that one starts without it.
@@ -21,5 +21,5 @@ def rows_of(module: str, function: str) -> list[dict[str, Any]]:
     code = f"import json; from tests import {module} as t; print(json.dumps(t.{function}()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
