@@ -135,6 +135,8 @@ def test_reductions_decide_where_they_are_given() -> None:
         ("LEA", "", "R9, P1, R3, R3, 0x1", 0xFFFFFFFD, True),
         ("LEA", "HI", "R9, P1, R3, R2, RZ, 0x7", 0x7F + 7, False),
         ("LEA", "HI.X.SX32", "R9, R3, R2, 0x1, P0", 7, None),
+        ("IMAD", "HI", "R9, R3, R2, R2", 0xFFFFFFFF, None),
+        ("IMAD", "HI.U32", "R9, R3, R2, RZ", 6, None),
         ("HFMA2", "", "R9, -RZ, RZ, 0, 8.94069671630859375e-07", 15, None),
         ("HFMA2", "", "R9, -RZ, RZ, -0, 0", 0x80000000, None),
         ("HFMA2", "", "R9, -RZ, RZ, 1.875, 0", 0x3F800000, None),

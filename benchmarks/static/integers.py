@@ -112,6 +112,7 @@ def _add(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
 
 
 def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
+    """IMAD: a b + c; WIDE and HI: of a pair c the pair, and its upper half."""
     destination, outs, sources, ins = _split(operands)
     if len(sources) != 3 or outs:
         return False
@@ -123,11 +124,14 @@ def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) ->
     x, y = (0 if value is None else _signed(value) if signed else value for value in (a, b))
     if c is None:
         return False
-    if "WIDE" in suffixes:
+    if "WIDE" in suffixes or "HI" in suffixes:
         high = machine.read(sources[2], 1)
         if high is None:
             return False
         total = x * y + (high << 32 | c)
+        if "HI" in suffixes:
+            machine.write(destination, total >> 32)
+            return True
         name = re.fullmatch(r"(U?R)(\d+)", destination)
         if name is None:
             return False
@@ -137,7 +141,7 @@ def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) ->
     carry = machine.predicate(ins[0]) if ins and "X" in suffixes else False
     if carry is None:
         return False
-    machine.write(destination, ((x * y >> 32) if "HI" in suffixes else x * y) + c + carry)
+    machine.write(destination, x * y + c + carry)
     return True
 
 
