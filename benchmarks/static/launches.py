@@ -19,6 +19,7 @@ BATCH = 512
 
 OPERATIONS = ("forward", "forward+sigma2", "backward", "sigma2", "sigma2_bounds")
 SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
+RECTANGLE = (7, 8)  # square matrices of 5 to 8 lines are the register family's, others the tile family's
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -93,8 +94,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def ordinary_calls() -> Iterator[Call]:
-    """Square calls of every operation, dtype and a range of sizes, float32 and small first."""
+    """Calls of every operation, dtype and a range of sizes, float32 and small first; square ones but for one."""
     for dtype in DTYPES:
         for operation in OPERATIONS:
-            for n in SIZES:
-                yield Call(operation, n, n, dtype)
+            for n, m in sorted([*((n, n) for n in SIZES), RECTANGLE]):
+                yield Call(operation, n, m, dtype)
