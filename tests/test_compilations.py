@@ -233,11 +233,7 @@ def test_batch_sweeps_and_temperature_never_choose_the_kernel(rows: list[dict[st
 
 def _keys() -> list[str]:
     """What Triton's cache knows the kernels by."""
-    found: dict[str, str] = {}
-    for configuration in kernels.configurations():
-        kernel = configuration.kernel
-        found.setdefault(kernel.fn.__name__, kernel.cache_key)
-    return list(found.values())
+    return sorted({configuration.kernel.cache_key for configuration in kernels.configurations()})
 
 
 def test_each_process_finds_the_kernels_of_the_last_in_tritons_cache() -> None:

@@ -27,8 +27,8 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 class Compiled:
     """Machine code of one configuration for one target.
 
-    cubin: the binary. ptx: its source in PTX. shared: bytes of shared memory of one program, asked for at
-    launch or declared.
+    cubin: the binary. ptx: its source in PTX. shared: bytes of shared memory of one program, whether asked for
+    at launch or declared.
     """
 
     cubin: bytes

@@ -122,26 +122,17 @@ def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) ->
         return False
     signed = "U32" not in suffixes
     x, y = (0 if value is None else _signed(value) if signed else value for value in (a, b))
-    if c is None:
+    high = machine.read(sources[2], 1) if {"WIDE", "HI"} & set(suffixes) else 0
+    carry = machine.predicate(ins[0]) if ins and "X" in suffixes else False
+    if c is None or high is None or carry is None:
         return False
-    if "WIDE" in suffixes or "HI" in suffixes:
-        high = machine.read(sources[2], 1)
-        if high is None:
-            return False
-        total = x * y + (high << 32 | c)
-        if "HI" in suffixes:
-            machine.write(destination, total >> 32)
-            return True
+    total = x * y + (high << 32 | c) + carry
+    if "WIDE" in suffixes:
         name = re.fullmatch(r"(U?R)(\d+)", destination)
         if name is None:
             return False
-        machine.write(destination, total)
         machine.write(f"{name.group(1)}{int(name.group(2)) + 1}", total >> 32)
-        return True
-    carry = machine.predicate(ins[0]) if ins and "X" in suffixes else False
-    if carry is None:
-        return False
-    machine.write(destination, x * y + c + carry)
+    machine.write(destination, total >> 32 if "HI" in suffixes else total)
     return True
 
 

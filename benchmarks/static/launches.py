@@ -18,8 +18,9 @@ BATCH = 512
 """Matrices of a recorded call; a multiple of what any program handles."""
 
 OPERATIONS = ("forward", "forward+sigma2", "backward", "sigma2", "sigma2_bounds")
-SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
-RECTANGLE = (7, 8)  # square matrices of 5 to 8 lines are the register family's, others the tile family's
+_SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
+# Square matrices of 5 to 8 lines are the register family's; 7x8 is the tile family's.
+SHAPES = sorted([*((n, n) for n in _SIZES), (7, 8)])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -97,5 +98,5 @@ def ordinary_calls() -> Iterator[Call]:
     """Calls of every operation, dtype and a range of sizes, float32 and small first; square ones but for one."""
     for dtype in DTYPES:
         for operation in OPERATIONS:
-            for n, m in sorted([*((n, n) for n in SIZES), RECTANGLE]):
-                yield Call(operation, n, m, dtype)
+            for shape in SHAPES:
+                yield Call(operation, *shape, dtype)
