@@ -1,9 +1,11 @@
-"""Packages: fastdsm from fastdsm/, and fastdsm.kernels from kernels/ beside it."""
+"""Packages: fastdsm, and fastdsm.kernels with its families from kernels/ beside it."""
 
 from setuptools import find_packages, setup
 
+families = [f"fastdsm.kernels.{family}" for family in find_packages("kernels")]
+
 setup(
-    packages=[*find_packages(include=["fastdsm", "fastdsm.*"], exclude=["fastdsm.kernels"]), "fastdsm.kernels"],
+    packages=[*find_packages(include=["fastdsm", "fastdsm.*"], exclude=["fastdsm.kernels*"]), "fastdsm.kernels", *families],
     package_dir={"fastdsm.kernels": "kernels"},
     package_data={"fastdsm": ["py.typed", "data/*"]},
 )

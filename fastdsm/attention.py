@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, reference, transforms
+from . import reference
+from ._ops import arguments, transforms
 from .results import AttentionInfo, default_tol
 
 

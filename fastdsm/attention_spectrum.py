@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, transforms
+from . import reference
+from ._ops import transforms
 from .attention import Checked
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arguments, reference, transforms
+from . import reference
+from ._ops import arguments, transforms
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import arguments, reference
+from . import reference
+from ._ops import arguments
 
 
 def round_to_birkhoff(

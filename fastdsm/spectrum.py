@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import arguments, reference, transforms
+from . import reference
+from ._ops import arguments, transforms
 from .pytorch.spectrum import JACOBI_MAX_SIDE, METHODS
 
 

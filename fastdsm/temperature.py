@@ -3,7 +3,7 @@
 "The Homogeneity Trap" (arXiv 2601.02080, by its abstract): the maximum-entropy bias of Sinkhorn drives plans to the uniform
 one, sigma2 collapses, and with it what a stack of such layers can see. Sinkhorn's temperature is the knob that moves sigma2;
 how to set it so that sigma2 has a wanted value, and the derivative of that setting, are derived here and in
-:mod:`fastdsm.temperature_search`.
+:mod:`fastdsm._ops.temperature_search`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
-from .gradients import Gradients, padded, save, saved
-from .operators import LIBRARY, implement
-from .problem import compute_dtype
-from .temperature_search import matrices_of, root_gradients, search
+from ._ops import arguments
+from ._ops.gradients import Gradients, padded, save, saved
+from ._ops.operators import LIBRARY, implement
+from ._ops.problem import compute_dtype
+from ._ops.temperature_search import matrices_of, root_gradients, search
 
 _INPUTS = "Tensor logits, Tensor target, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, SymInt n_iters, str backend"
 LIBRARY.define(f"temperature_for_sigma2({_INPUTS}, Tensor? needed) -> (Tensor, Tensor)")
@@ -63,7 +63,7 @@ def temperature_for_sigma2(
         TypeError, ValueError: with what was expected, what came and what to do.
 
     A truncated plan of this temperature has this sigma2 as far as it has converged: its error falls like sigma2^2 per sweep.
-    The method is derived in :mod:`fastdsm.temperature_search`; a matrix takes 10 (n = 4) to 17 (n = 64) plans on average,
+    The method is derived in :mod:`fastdsm._ops.temperature_search`; a matrix takes 10 (n = 4) to 17 (n = 64) plans on average,
     each from the last.
     """
     return temperature_where(

@@ -1,29 +1,16 @@
-"""Triton kernels and their launchers, by family; each call says whether a kernel served it.
+"""Triton kernels and their launchers, a folder a family; each call says whether a kernel served it.
 
-``registers``: up to 4x4, or packed to 8x8, a matrix per thread; ``registers_converged``: converged ones, implicit gradients.
-``tile``: matrices that stay on chip; ``tile_converged``: converged ones of up to 64 lines, and the temperature of a sigma2.
-``panel``: up to 256, logits re-read from L2 inside the launch. ``stream``: larger ones, one read per sweep. ``spectrum``:
-sigma2 of given plans, ``stream_spectrum``: that of larger ones. Nothing here validates or differentiates.
+Which family serves what, and the files of each: ``README.md``. Nothing here validates or differentiates, and nothing here
+imports the PyTorch path or the oracle.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..problem import Gradients, Outputs, Problem
-from . import (
-    attention,
-    panel,
-    registers,
-    registers_converged,
-    registers_sigma2,
-    spectrum,
-    stream,
-    stream_spectrum,
-    tile,
-    tile_converged,
-)
-from .configuration import Configuration
+from .._ops.problem import Gradients, Outputs, Problem
+from . import attention, panel, registers, spectrum, stream, tile
+from .common.configuration import Configuration
 
 __all__ = [
     "configurations",
@@ -39,20 +26,30 @@ __all__ = [
 
 def configurations() -> list[Configuration]:
     """Every kernel that can be launched: the finite table."""
-    families = (registers, registers_converged, registers_sigma2, tile, tile_converged, panel, stream, spectrum, attention)
+    families = (
+        registers.launch,
+        registers.launch_converged,
+        registers.sigma2,
+        tile.launch,
+        tile.launch_converged,
+        panel.launch,
+        stream.launch,
+        spectrum.launch,
+        attention.launch,
+    )
     return [x for family in families for x in family.configurations()]
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
     """Fill ``outputs``, in one launch up to 256; false where no kernel serves the problem."""
-    if registers.supports_forward(problem, outputs):
-        registers.sinkhorn_forward(problem, outputs)
-    elif tile.supports_forward(problem, outputs.sigma2 is not None):
-        tile.sinkhorn_forward(problem, outputs)
-    elif panel.supports(problem):
-        panel.sinkhorn_forward(problem, outputs)
-    elif stream.supports(problem) and outputs.sigma2 is None:
-        stream.sinkhorn_forward(problem, outputs)
+    if registers.launch.supports_forward(problem, outputs):
+        registers.launch.sinkhorn_forward(problem, outputs)
+    elif tile.launch.supports_forward(problem, outputs.sigma2 is not None):
+        tile.launch.sinkhorn_forward(problem, outputs)
+    elif panel.launch.supports(problem):
+        panel.launch.sinkhorn_forward(problem, outputs)
+    elif stream.launch.supports(problem) and outputs.sigma2 is None:
+        stream.launch.sinkhorn_forward(problem, outputs)
     else:
         return False
     return True
@@ -60,14 +57,14 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> bool:
     """Fill ``gradients``, in one launch up to 256; false where no kernel serves the problem."""
-    if registers.supports_backward(problem, grad_plan, gradients):
-        registers.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
-    elif tile.supports_backward(problem):
-        tile.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
-    elif panel.supports(problem):
-        panel.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
-    elif stream.supports(problem):
-        stream.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    if registers.launch.supports_backward(problem, grad_plan, gradients):
+        registers.launch.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif tile.launch.supports_backward(problem):
+        tile.launch.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif panel.launch.supports(problem):
+        panel.launch.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
+    elif stream.launch.supports(problem):
+        stream.launch.sinkhorn_backward(problem, grad_plan, gradients, sweeps)
     else:
         return False
     return True
@@ -75,10 +72,10 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
 
 def newton_forward(problem: Problem, outputs: Outputs) -> bool:
     """Fill ``outputs`` by Newton's method, in one or two launches, up to 64; false where no kernel serves the problem."""
-    if registers_converged.supports_forward(problem, outputs):
-        registers_converged.newton_forward(problem, outputs)
-    elif tile_converged.supports_forward(problem, outputs.sigma2 is not None):
-        tile_converged.newton_forward(problem, outputs)
+    if registers.launch_converged.supports_forward(problem, outputs):
+        registers.launch_converged.newton_forward(problem, outputs)
+    elif tile.launch_converged.supports_forward(problem, outputs.sigma2 is not None):
+        tile.launch_converged.newton_forward(problem, outputs)
     else:
         return False
     return True
@@ -86,10 +83,10 @@ def newton_forward(problem: Problem, outputs: Outputs) -> bool:
 
 def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients) -> bool:
     """Fill ``gradients`` of the fixed point near ``g``, in one launch, up to 64; false where no kernel serves the problem."""
-    if registers_converged.supports_backward(problem, grad_plan, gradients):
-        registers_converged.implicit_backward(problem, grad_plan, g, gradients)
-    elif tile_converged.supports_backward(problem):
-        tile_converged.implicit_backward(problem, grad_plan, g, gradients)
+    if registers.launch_converged.supports_backward(problem, grad_plan, gradients):
+        registers.launch_converged.implicit_backward(problem, grad_plan, g, gradients)
+    elif tile.launch_converged.supports_backward(problem):
+        tile.launch_converged.implicit_backward(problem, grad_plan, g, gradients)
     else:
         return False
     return True
@@ -106,12 +103,12 @@ def sigma2(
     v2: Tensor,
 ) -> bool:
     """Fill ``value``, ``u2``, ``v2``, to a relative ``tol`` where the kernel iterates; false where none serves the plan."""
-    if registers_sigma2.supports(plan):
-        registers_sigma2.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2)
-    elif spectrum.supports(plan):
-        spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
-    elif stream_spectrum.supports(plan):
-        stream_spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
+    if registers.sigma2.supports(plan):
+        registers.sigma2.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2)
+    elif spectrum.launch.supports(plan):
+        spectrum.launch.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
+    elif stream.spectrum.supports(plan):
+        stream.spectrum.sigma2(plan, row_marginal, col_marginal, mask, value, u2, v2, tol)
     else:
         return False
     return True
@@ -126,9 +123,9 @@ def sigma2_bounds(
     upper: Tensor,
 ) -> bool:
     """Fill ``lower`` and ``upper``; false where no kernel serves the plan."""
-    if not spectrum.supports(plan):
+    if not spectrum.launch.supports(plan):
         return False
-    spectrum.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper)
+    spectrum.launch.sigma2_bounds(plan, row_marginal, col_marginal, mask, lower, upper)
     return True
 
 
@@ -143,7 +140,7 @@ def temperature_search(
     reached: Tensor,
 ) -> bool:
     """Fill ``temperature`` and ``reached``, in one launch up to 64; false where no kernel serves matrices of this size."""
-    if not tile_converged.supports_temperature(logits):
+    if not tile.launch_converged.supports_temperature(logits):
         return False
-    tile_converged.temperature_search(logits, row_marginal, col_marginal, target, start, n_iters, temperature, reached)
+    tile.launch_converged.temperature_search(logits, row_marginal, col_marginal, target, start, n_iters, temperature, reached)
     return True

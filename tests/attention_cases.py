@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastdsm.kernels import attention
-from fastdsm.problem import Attention, Dropout, Potentials
+from fastdsm._ops.problem import Attention, Dropout, Potentials
+from fastdsm.kernels.attention import launch as attention
 
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 AXES = ("cols", "rows")

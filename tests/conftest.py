@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, 
 import pytest
 import torch
 
-from fastdsm.kernels.configuration import Configuration
+from fastdsm.kernels.common.configuration import Configuration
 
 torch.set_num_threads(1)  # small tensors: a second thread would only wait, and badly so on a busy machine
 

@@ -2,7 +2,7 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.every_kernel [float32] [bfloat16]
 
-``--tool racecheck`` is for what threads share by instructions of our own (``kernels/registers_shared.py``): sizes 5 to 7.
+``--tool racecheck`` is for what threads share by instructions of our own (``kernels/registers/shared.py``): sizes 5 to 7.
 Without PyTorch's cache every tensor is an allocation of its own, and an access beyond its end is seen.
 """
 

@@ -1,10 +1,10 @@
-"""The assertion of the one error policy, which ``fastdsm.verification`` states."""
+"""The assertion of the one error policy, which ``fastdsm._verify.sinkhorn`` states."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastdsm.verification import budget, gradient_size
+from fastdsm._verify.sinkhorn import budget, gradient_size
 
 
 def assert_within(found: Tensor, truth: Tensor, plain: Tensor, *, cotangent: Tensor | None = None) -> None:

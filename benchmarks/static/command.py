@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastdsm import kernels
-from fastdsm.kernels.configuration import TARGETS
+from fastdsm.kernels.common.configuration import TARGETS
 
 from .record import record
 from .report import Row, faults, ordered, summary, title

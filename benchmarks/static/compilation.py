@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdsm import kernels
-from fastdsm.kernels.configuration import Configuration
+from fastdsm.kernels.common.configuration import Configuration
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Most shared memory one program may ask for, in bytes (CUDA programming guide, table of compute capabilities)."""

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 
 from fastdsm import kernels
-from fastdsm.kernels.configuration import Configuration
-from fastdsm.problem import Gradients, Outputs, Problem, compute_dtype
+from fastdsm._ops.problem import Gradients, Outputs, Problem, compute_dtype
+from fastdsm.kernels.common.configuration import Configuration
 
 BATCH = 512
 """Matrices of a recorded call; a multiple of what any program handles."""

@@ -22,7 +22,7 @@ from rich.table import Table
 from triton.runtime import interpreter
 
 from fastdsm import kernels
-from fastdsm.problem import Outputs, Problem
+from fastdsm._ops.problem import Outputs, Problem
 
 from .compilation import compile_configuration, disassemble
 from .execution import execute, parameter_words

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-from fastdsm.kernels.configuration import Configuration
+from fastdsm.kernels.common.configuration import Configuration
 
 from .compilation import describe, kernel_name, source
 from .report import Row, ordered

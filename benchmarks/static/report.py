@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastdsm.kernels.configuration import TARGETS, Configuration
+from fastdsm.kernels.common.configuration import TARGETS, Configuration
 
 from .compilation import SHARED_LIMIT, compile_configuration, describe, disassemble, kernel_name, source
 from .execution import Execution, execute, parameter_words

@@ -67,9 +67,15 @@ def _families(n: int) -> tuple[str, str, str, str]:
     """The kernel families that take n x n float32 CUDA tensors."""
     if _version("triton") is None:
         return (_PYTORCH,) * 4
-    from ..kernels import panel, registers, registers_sigma2, spectrum, stream, stream_spectrum, tile
-    from ..kernels.squaring import SQUARINGS
-    from ..problem import Gradients, Outputs, Problem
+    from .._ops.problem import Gradients, Outputs, Problem
+    from ..kernels.panel import launch as panel
+    from ..kernels.registers import launch as registers
+    from ..kernels.registers import sigma2 as registers_sigma2
+    from ..kernels.spectrum import launch as spectrum
+    from ..kernels.spectrum.squaring import SQUARINGS
+    from ..kernels.stream import launch as stream
+    from ..kernels.stream import spectrum as stream_spectrum
+    from ..kernels.tile import launch as tile
 
     matrix = torch.empty(1, n, n, device="meta")
     problem, plan, both = Problem(matrix, n_iters=20), Outputs(matrix), Outputs(matrix, sigma2=matrix)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..verification import Case, Record, Target
+    from .._verify.sinkhorn import Case, Record, Target
 
 _SHOWN_MISSES = 12
 _CASES_AT_A_TIME = 5  # neighbours differ in their logit scale alone: one process compiles the kernels of all of them
@@ -48,7 +48,7 @@ def verify(
     kernels in Triton's interpreter where TRITON_INTERPRET=1 is set (tiny sizes), and the PyTorch path. Exit code 1 on any miss.
 
     Budget, float32: twice the error of plain log-domain PyTorch, plus 1e-6. float16 and bfloat16 add half a unit in the
-    last place; float64 scales the float32 figure down. `fastdsm.verification` derives it.
+    last place; float64 scales the float32 figure down. `fastdsm._verify.sinkhorn` derives it.
 
     Examples:
 
@@ -60,9 +60,9 @@ def verify(
 
         TRITON_INTERPRET=1 fastdsm verify --backend triton
     """
-    from ..attention_verification import attention_cases
-    from ..newton_verification import newton_cases
-    from ..verification import cases, targets
+    from .._verify.attention import attention_cases
+    from .._verify.newton import newton_cases
+    from .._verify.sinkhorn import cases, targets
 
     console = Console()
     chosen = [target for target in targets() if backend in (Backend.ALL, target.backend)]
@@ -106,9 +106,9 @@ def _verified(grid: list[tuple[Case, Target]], jobs: int) -> Iterator[tuple[Targ
 
 
 def _verify(case_and_target: tuple[Case, Target]) -> tuple[Target, list[Record]]:
-    from ..attention_verification import AttentionCase, verify_attention_case
-    from ..newton_verification import NewtonCase, verify_newton_case
-    from ..verification import verify_case
+    from .._verify.attention import AttentionCase, verify_attention_case
+    from .._verify.newton import NewtonCase, verify_newton_case
+    from .._verify.sinkhorn import verify_case
 
     case, target = case_and_target
     if isinstance(case, AttentionCase):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._verify.sinkhorn import budget, gradient_size
 from ..projection import sinkhorn
-from ..verification import budget, gradient_size
 
 PAIRS = 7
 

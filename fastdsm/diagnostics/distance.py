@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import arguments
-from ..problem import compute_dtype
+from .._ops import arguments
+from .._ops.problem import compute_dtype
 from .entropy import chi2
 from .relative import relative_plan
 

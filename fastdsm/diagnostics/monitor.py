@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arguments
+from .._ops import arguments
 from ..nn import SinkhornAttention, SinkhornProjection
 from .measured import Pending, Row, Thresholds, groups_of
 from .sinks import sinks_of

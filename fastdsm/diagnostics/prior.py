@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import arguments
-from ..problem import compute_dtype
+from .._ops import arguments
+from .._ops.problem import compute_dtype
 from .checks import as_float64, require, result_dtype
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import arguments
-from ..problem import compute_dtype
+from .._ops import arguments
+from .._ops.problem import compute_dtype
 from ..reference import marginals_of, valid_entries
 
 

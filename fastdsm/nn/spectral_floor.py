@@ -2,7 +2,7 @@
 
 What passes through a stack of doubly-stochastic matrices keeps at most the product of their sigma2 ("The Homogeneity Trap",
 arXiv 2601.02080, by its abstract). A floor s on each of L layers therefore allows detail of s^L to survive; the same floor on
-what the layers are, by the temperature that has it, is derived in :mod:`fastdsm.temperature_search`.
+what the layers are, by the temperature that has it, is derived in :mod:`fastdsm._ops.temperature_search`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import arguments
+from .._ops import arguments
 from ..projection import sinkhorn_sigma2
 from ..temperature import temperature_where
 

@@ -11,11 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import streamed, streamed_gradient, streamed_spectrum
-from ..problem import Attention, Dropout, Gradients, Outputs, Problem
-from ..streamed import State, Sweeps
-from ..streamed_gradient import AttentionGradients
-from ..streamed_spectrum import Accuracy, Spectrum, spectrum
+from .._ops.problem import Attention, Dropout, Gradients, Outputs, Problem
+from .._ops.streamed import gradient as streamed_gradient
+from .._ops.streamed import spectrum as streamed_spectrum
+from .._ops.streamed import sweeps as streamed
+from .._ops.streamed.gradient import AttentionGradients
+from .._ops.streamed.spectrum import Accuracy, Spectrum, spectrum
+from .._ops.streamed.sweeps import State, Sweeps
 from . import passes
 from .blocks import blocks
 from .projection import sinkhorn_backward, sinkhorn_forward

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import Attention, Dropout, Potentials
+from .._ops.problem import Attention, Dropout, Potentials
 
 BLOCK_ENTRIES = 1 << 20
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..problem import Problem, part_of
+from .._ops.problem import Problem, part_of
 from .layout import BatchLast, Layout, Ring, choose_layout, copy
 from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 

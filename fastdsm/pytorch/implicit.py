@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Gradients, Problem
+from .._ops.problem import Gradients, Problem
 from .laplacian import solve
 from .layout import copy
 from .newton import LONGEST_STEP, PURE_BELOW, direction

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Outputs, Problem
+from .._ops.problem import Outputs, Problem
 from ..reference import deflated
 from .host import may_look
 from .laplacian import solve

@@ -1,16 +1,16 @@
-"""The passes of Sinkhorn attention (:class:`fastdsm.streamed.Passes`) in plain PyTorch, block by block."""
+"""The passes of Sinkhorn attention (:class:`fastdsm._ops.streamed.sweeps.Passes`) in plain PyTorch, block by block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..problem import Attention, Dropout, Potentials, Terms
+from .._ops.problem import Attention, Dropout, Potentials, Terms
 from .blocks import Block, blocks
 
 
 def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     if over == "rows":
         out.fill_(-torch.inf)
     for block in blocks(problem):
@@ -42,7 +42,7 @@ def _exponentials(S: Tensor, dim: int, online: bool) -> tuple[Tensor, Tensor, Te
 
 
 def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, other: Tensor, active: Tensor) -> bool:
-    """As in :class:`~fastdsm.streamed.Passes`; blocks hold the lines of queries whole."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`; blocks hold the lines of queries whole."""
     if over == "rows":
         return False
     other.zero_()
@@ -63,7 +63,7 @@ def attend(
     out: Tensor,
     line: Tensor,
 ) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     for block in blocks(problem):
         P, sums, line[block.by_row] = _exponentials(block.exponent(block.logits(problem), at), -1, True)
         product = block.dropped(P, dropout) @ block.keys(value, problem)
@@ -71,7 +71,7 @@ def attend(
 
 
 def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dropout | None, out: Tensor) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     if over == "rows":
         out.zero_()
     for block in blocks(problem):
@@ -83,7 +83,7 @@ def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dro
 
 
 def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     if over == "rows":
         out.zero_()
     for block in blocks(problem):
@@ -97,7 +97,7 @@ def weigh(problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor)
 def products(
     problem: Attention, over: str, at: Potentials, value: Tensor, grad_out: Tensor, dropout: Dropout | None, out: Tensor
 ) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     out.zero_()
     for block in blocks(problem):
         dS = _products(problem, block, block.logits(problem), at, value, grad_out, dropout)
@@ -118,7 +118,7 @@ def _products(
 def gradient(
     problem: Attention, which: str, terms: Terms, value: Tensor, grad_out: Tensor, dropout: Dropout | None, out: Tensor
 ) -> None:
-    """As in :class:`~fastdsm.streamed.Passes`."""
+    """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""
     total = torch.zeros_like(out, dtype=problem.compute_dtype)
     for block in blocks(problem):
         S = block.logits(problem)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Gradients, Outputs, Problem
+from .._ops.problem import Gradients, Outputs, Problem
 from ..reference import deflated
 from .chunk import parts
 from .layout import copy

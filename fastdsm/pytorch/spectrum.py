@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..problem import compute_dtype
+from .._ops.problem import compute_dtype
 from ..reference import deflated_plan
 
 JACOBI_MAX_SIDE = 8

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from .._ops.problem import Problem
 from .chunk import load, marginals
 from .layout import BatchFirst, BatchLast, Layout
 from .sweeps import log_of

@@ -1,0 +1,1 @@
+"""Between a public call and who computes: arguments, problems, operators, their gradients, backends."""

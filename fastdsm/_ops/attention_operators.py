@@ -1,0 +1,198 @@
+"""The operators of Sinkhorn attention torch sees, with fake kernels and a rule for vmap; as :mod:`fastdsm._ops.operators`.
+
+Tensors arrive validated: query (B, H, N, d), key and value (B, G, M, .), bias and mask (B or 1, H or 1, N or 1, M or 1),
+temperature (B, H), paddings (B, N) and (B, M), the seed of a dropout (1,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .operators import LIBRARY, implement
+from .problem import Attention, Dropout, compute_dtype
+from .streamed.gradient import AttentionGradients
+from .streamed.spectrum import Accuracy, Spectrum
+from .streamed.sweeps import State, Sweeps, slots
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? temperature, Tensor? query_padding, "
+    "Tensor? key_padding, Tensor? seed, float scale, float tau, SymInt n_iters, bool columns_first, float tol, "
+    "float dropout_p, bool implicit, str backend"
+)
+TENSORS = 9  # the tensors lead
+LIBRARY.define(f"sinkhorn_attention({_INPUTS}, bool residual, bool saving) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "sinkhorn_attention_backward(Tensor grad_out, Tensor f, Tensor g, Tensor sweeps, bool with_bias, "
+    f"{_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"sinkhorn_attention_sigma2({_INPUTS}, float accuracy, int max_steps, bool bounds) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    query_padding: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+    tau: float,
+) -> Attention:
+    """Canonical form of an operator's inputs."""
+    shape = (*query.shape[:3], key.shape[2])
+    bias, mask = (None if x is None else x.expand(shape) for x in (bias, mask))
+    return Attention(query, key, scale, tau if temperature is None else temperature, bias, mask, query_padding, key_padding)
+
+
+def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
+    return None if seed is None else Dropout(p, seed)
+
+
+def _sweeps(options: Sequence[Any], saving: bool) -> Sweeps:
+    """The kernels keep every sweep's potentials for an unrolled backward; the PyTorch path sweeps again."""
+    n_iters, columns_first, tol, _, implicit, backend = options
+    return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton" and not implicit)
+
+
+def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Uninitialised (out, f, g, residual, sweeps)."""
+    *options, _, saving = inputs[-8:]
+    B, H, N, _ = query.shape
+    K = slots(_sweeps(options, saving))
+    dtype = compute_dtype(query.dtype)
+    return (
+        value.new_empty((B, H, N, value.shape[3])),
+        query.new_empty((B, H, K, N), dtype=torch.float64),
+        query.new_empty((B, H, K, key.shape[2]), dtype=torch.float64),
+        query.new_empty((B, H), dtype=dtype),
+        query.new_empty((B, H), dtype=torch.int32),
+    )
+
+
+@implement("sinkhorn_attention")
+def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    out, f, g, residual, sweeps = results = _results_like(query, key, value, *inputs)
+    *options, wanted, saving = inputs[-8:]
+    _, _, _, p, _, backend = options
+    backends.attention_forward(
+        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        value,
+        _sweeps(options, saving),
+        _dropout(inputs[5], p),
+        out,
+        State(f, g, residual, sweeps),
+        wanted,
+        backend,
+    )
+    return results
+
+
+def _gradients_like(with_bias: bool, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    d_bias = query.new_empty((0,)) if bias is None or not with_bias else bias.new_empty(bias.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), d_bias
+
+
+@implement("sinkhorn_attention_backward")
+def _attention_backward(
+    grad_out: Tensor,
+    f: Tensor,
+    g: Tensor,
+    sweeps: Tensor,
+    with_bias: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    d_query, d_key, d_value, d_bias = results = _gradients_like(with_bias, query, key, value, inputs[0])
+    n_iters, columns_first, tol, p, implicit, backend = inputs[-6:]
+    backends.attention_backward(
+        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        value,
+        Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1 > 1),
+        _dropout(inputs[5], p),
+        grad_out,
+        State(f, g, torch.empty_like(sweeps), sweeps),
+        AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
+        implicit,
+        backend,
+    )
+    return results
+
+
+def _spectrum_like(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    B, H, N, _ = query.shape
+    shapes = ((B, H), (B, H, N), (B, H, key.shape[2]), (B, H))
+    return tuple(query.new_empty(shape, dtype=compute_dtype(query.dtype)) for shape in shapes)
+
+
+@implement("sinkhorn_attention_sigma2")
+def _attention_sigma2(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    results = _spectrum_like(query, key)
+    n_iters, columns_first, tol, _, _, backend, accuracy, max_steps, bounds = inputs[-9:]
+    backends.attention_sigma2(
+        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        Sweeps(n_iters, columns_first, tol),
+        Accuracy(accuracy, max_steps, bounds),
+        Spectrum(*results),
+        backend,
+    )
+    return results
+
+
+torch.library.register_fake("fastdsm::sinkhorn_attention", _results_like, lib=LIBRARY)
+torch.library.register_fake(
+    "fastdsm::sinkhorn_attention_sigma2", lambda query, key, *_: _spectrum_like(query, key), lib=LIBRARY
+)
+torch.library.register_fake(
+    "fastdsm::sinkhorn_attention_backward",
+    lambda grad_out, f, g, sweeps, with_bias, query, key, value, bias, *_: _gradients_like(with_bias, query, key, value, bias),
+    lib=LIBRARY,
+)
+
+
+def _over_batch(operator: Any, query_at: int, gradient_of_bias: int | None) -> Callable[..., Any]:
+    """vmap's rule: the new dimension joins the batch; a bias or mask for all of the batch is expanded over it first."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        batch = inputs[query_at].movedim(in_dims[query_at] or 0, 0).shape[in_dims[query_at] is not None]
+        bias_at, seed_at = query_at + 3, query_at + TENSORS - 1
+        if in_dims[seed_at] is not None:
+            raise NotImplementedError('dropout_p > 0 inside torch.vmap needs randomness="same"')
+
+        def join(at: int, x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor) or at == seed_at:
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if at in (bias_at, bias_at + 1):
+                x = x.expand(size, batch, *x.shape[2:])
+            return x.reshape(-1, *x.shape[2:])
+
+        joined = [join(at, x, dim) for at, (x, dim) in enumerate(zip(inputs, in_dims, strict=True))]
+        results = [x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, *x.shape) for x in operator(*joined)]
+        if gradient_of_bias is not None and inputs[bias_at] is not None and results[gradient_of_bias].dim() > 2:
+            one = inputs[bias_at].movedim(in_dims[bias_at] or 0, 0).shape[in_dims[bias_at] is not None] == 1
+            if one and batch > 1:
+                results[gradient_of_bias] = results[gradient_of_bias].sum(1, keepdim=True)
+        return tuple(results), (0,) * len(results)
+
+    return rule
+
+
+for _name, _at, _bias in (
+    ("sinkhorn_attention", 0, None),
+    ("sinkhorn_attention_backward", 5, 3),
+    ("sinkhorn_attention_sigma2", 0, None),
+):
+    _rule = _over_batch(getattr(torch.ops.fastdsm, _name).default, _at, _bias)
+    torch.library.register_vmap(f"fastdsm::{_name}", _rule, lib=LIBRARY)

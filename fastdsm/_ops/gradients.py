@@ -1,0 +1,296 @@
+"""Gradients of the operators, as (context, gradient) pairs for autograd.
+
+First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjoint, ``fixed_point_backward`` the implicit
+one, sigma2 is bilinear in its fixed vectors. Both backwards are themselves differentiable: their gradient is autograd through
+the oracle, twice, so that double backward is right whatever enters the loss. sigma2's second derivative likewise goes through
+the oracle's SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .problem import compute_dtype
+
+
+def differentiable_calls() -> Any:
+    """The differentiable calls, which are made of these gradients and therefore imported late."""
+    from . import transforms
+
+    return transforms
+
+
+Gradients = tuple[Tensor | None, ...]
+_TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
+_OPTIONS = 5  # scale, n_iters, columns_first, tol, backend end them
+
+
+def save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
+    """Keep an operator's inputs for its gradient, and extra tensors."""
+    ctx.kinds = [x is None or isinstance(x, Tensor) for x in inputs]
+    ctx.save_for_backward(*(x for x, kept in zip(inputs, ctx.kinds, strict=True) if kept), *extra)
+    ctx.options = [x for x, kept in zip(inputs, ctx.kinds, strict=True) if not kept]
+
+
+def saved(ctx: Any) -> tuple[list[Any], list[Tensor | None]]:
+    """The inputs as they came, and the extra tensors."""
+    tensors, options = list(ctx.saved_tensors), list(ctx.options)
+    inputs = [tensors.pop(0) if kept else options.pop(0) for kept in ctx.kinds]
+    return inputs, tensors
+
+
+def padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradients:
+    """One gradient for every input: None for those after the last given."""
+    return (*gradients, *(None,) * (len(inputs) - len(gradients)))
+
+
+def through(function: Callable[..., Any], inputs: Sequence[Any], needed: Sequence[bool], cotangents: Any) -> Gradients:
+    """Gradients of ``function`` of the inputs by autograd, themselves differentiable."""
+    where = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and isinstance(x, Tensor)]
+
+    def of_needed(*values: Tensor) -> Any:
+        full = list(inputs)
+        for i, value in zip(where, values, strict=True):
+            full[i] = value
+        return function(*full)
+
+    pull = torch.func.vjp(of_needed, *(inputs[i] for i in where))[1]
+    found = dict(zip(where, pull(cotangents), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def _oracle_keywords(options: Sequence[Any]) -> dict[str, Any]:
+    scale, n_iters, columns_first, tol = options[:4]
+    return {
+        "temperature": scale,
+        "n_iters": n_iters,
+        "first": "col" if columns_first else "row",
+        "tol": tol if tol >= 0 else None,
+    }
+
+
+def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``sinkhorn_backward`` returns, from the oracle."""
+    logits, temperature, f0, row, col, mask, *options = inputs
+    keywords = _oracle_keywords(options)
+    if temperature is not None:
+        keywords["temperature"] = temperature
+    r, c = reference.marginals_of(logits, row, col, mask)
+    side = r if keywords["first"] == "col" else c
+    start = torch.zeros_like(side) if f0 is None else f0
+
+    def plan(logits: Tensor, f0: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        found = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, **keywords)
+        assert isinstance(found, Tensor)
+        return found
+
+    pull = torch.func.vjp(plan, logits, start, r, c)[1]
+    return _by_line(lines, r, c, *pull(grad_plan))
+
+
+def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``fixed_point_backward`` returns, from the oracle."""
+    logits, temperature, _, row, col, mask, scale, _, columns_first, *_ = inputs
+    first = "col" if columns_first else "row"
+    r, c = reference.marginals_of(logits, row, col, mask)
+
+    def plan(logits: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
+
+    d_logits, d_r, d_c = torch.func.vjp(plan, logits, r, c)[1](grad_plan)
+    return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+
+
+def _by_line(lines: bool, r: Tensor, c: Tensor, d_logits: Tensor, d_f0: Tensor, d_r: Tensor, d_c: Tensor) -> tuple[Tensor, ...]:
+    """A backward's outputs: those by line are those of log r and log c, or empty where not asked for."""
+    if not lines:
+        return (d_logits, *(x.new_empty((0,)) for x in (d_f0, d_r, d_c)))
+    return d_logits, d_f0, d_r * r, d_c * c
+
+
+def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    if not inputs[-1 - _OPTIONS - _TENSORS]:
+        ctx.mark_non_differentiable(*output[1:])
+    save(ctx, inputs)
+
+
+def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+    inputs, _ = saved(ctx)
+    return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
+
+
+def _fixed_point_backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+    inputs, _ = saved(ctx)
+    return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad, cotangents)
+
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def _projection(needed: Sequence[bool], grad_plan: Tensor, backward: Backward, inputs: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of logits, temperature, f0 and the marginals by ``backward``: (grad_plan, lines, *inputs) to the operator's."""
+    logits, temperature, f0, row, col, mask = inputs[:_TENSORS]
+    dtype = logits.dtype
+    if needed[1]:
+        # Its gradient is a sum of products with d_logits, far larger than what is left of them: d_logits must not have been
+        # rounded to 16 bits before, and where float64 is cheap not to 32 either.
+        wide = torch.float64 if logits.device.type == "cpu" else temperature.dtype
+        logits, grad_plan = logits.to(wide), grad_plan.to(wide)
+        vectors = (x if x is None else x.to(wide) for x in inputs[1 : _TENSORS - 1])
+        inputs = (logits, *vectors, *inputs[_TENSORS - 1 :])
+    d_logits, d_f0, d_log_row, d_log_col = backward(grad_plan, any(needed[2:5]), *inputs)
+    gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
+    if needed[1]:
+        product = torch.where(d_logits == 0, 0.0, d_logits * logits)
+        gradients[1] = (-product.sum((-2, -1), dtype=torch.float64) / temperature).to(temperature.dtype)
+    if needed[3] or needed[4]:
+        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        d_log_row, d_log_col = (x.to(compute_dtype(dtype)) for x in (d_log_row, d_log_col))
+        gradients[3] = _of_marginal(row, d_log_row, None if col is not None else d_log_col, valid.any(-1))
+        gradients[4] = _of_marginal(col, d_log_col, None if row is not None else d_log_row, valid.any(-2))
+    return gradients
+
+
+def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Tensor) -> Tensor | None:
+    """From d log x to d x; where the other marginal is uniform it has x's total, and its gradient comes through that."""
+    if x is None:
+        return None
+    gradient = torch.where(x == 0, 0.0, own / x.masked_fill(x == 0, 1.0))
+    if other is None:
+        return gradient
+    total = torch.where(valid, x, 0.0).sum(-1, keepdim=True)
+    return gradient + torch.where(valid, other.sum(-1, keepdim=True) / total, 0.0)
+
+
+def _unrolled(sweeps: Tensor | None) -> Backward:
+    """The adjoint of the sweeps done."""
+    return lambda grad_plan, lines, *inputs: differentiable_calls().sinkhorn_backward(grad_plan, sweeps, lines, *inputs)
+
+
+def _implicit(f: Tensor, g: Tensor) -> Backward:
+    """The adjoint of the fixed point at these potentials."""
+    return lambda grad_plan, lines, *inputs: differentiable_calls().fixed_point_backward(grad_plan, f, g, lines, *inputs)
+
+
+def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    save(ctx, inputs)
+
+
+def _sinkhorn_gradient(ctx: Any, grad: Tensor) -> Gradients:
+    inputs, _ = saved(ctx)
+    return padded(_projection(ctx.needs_input_grad, grad, _unrolled(None), inputs), inputs)
+
+
+def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    plan, residual, sweeps, f, g, sigma2 = output
+    with_sigma2 = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    save(ctx, inputs, sweeps, plan)
+
+
+def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+    inputs, (sweeps, plan) = saved(ctx)
+    *projection, _ = inputs
+    tol = projection[-2]
+    return _both(ctx, inputs, projection, plan, _unrolled(sweeps if tol >= 0 else None), grad_plan, others[-1])
+
+
+def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    plan, residual, sweeps, f, g, sigma2 = output
+    with_sigma2 = inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    save(ctx, inputs, f, g, plan)
+
+
+def _fixed_point_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+    inputs, (f, g, plan) = saved(ctx)
+    assert f is not None
+    assert g is not None
+    *projection, _, _, _ = inputs
+    return _both(ctx, inputs, projection, plan, _implicit(f, g), grad_plan, others[-1])
+
+
+def _both(
+    ctx: Any,
+    inputs: Sequence[Any],
+    projection: Sequence[Any],
+    plan: Tensor | None,
+    backward: Backward,
+    grad_plan: Tensor | None,
+    grad_sigma2: Tensor | None,
+) -> Gradients:
+    """Gradients of a plan and of its sigma2 in the projection's inputs."""
+    if grad_plan is None and grad_sigma2 is None:
+        return (None,) * len(inputs)
+    backend = projection[-1]
+    needed, d_row, d_col = ctx.needs_input_grad, None, None
+    if grad_sigma2 is not None:
+        logits, _, _, row, col, mask = projection[:_TENSORS]
+        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+        d_plan, d_row, d_col, _ = _of_sigma2(
+            (plan, row, col, lines),
+            (True, needed[3], needed[4], False),
+            grad_sigma2,
+            lambda: differentiable_calls().sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
+        )
+        assert d_plan is not None
+        grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
+    assert grad_plan is not None
+    found = _projection(needed, grad_plan, backward, projection)
+    for index, extra in ((3, d_row), (4, d_col)):
+        known = found[index]
+        if extra is not None and known is not None:
+            found[index] = known + extra
+    return padded(found, inputs)
+
+
+def _of_sigma2(
+    leaves: Sequence[Any], needed: Sequence[bool], grad: Tensor, vectors: Callable[[], tuple[Tensor, Tensor]]
+) -> Gradients:
+    """Gradients of sigma2 in (plan, row, col, mask): u2^T M v2 with fixed vectors, or the SVD's where graphs go on."""
+    if torch.is_grad_enabled():
+        return through(_oracle_sigma2, leaves, needed, grad)
+    u, v = vectors()
+
+    def fixed(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+        return (u * (reference.deflated_plan(plan, row, col, mask) * v.unsqueeze(-2)).sum(-1)).sum(-1)
+
+    return through(fixed, leaves, needed, grad)
+
+
+def _oracle_sigma2(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+    return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask)
+
+
+def _sigma2_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    _, u, v = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(u, v)
+    save(ctx, inputs, u, v)
+
+
+def _sigma2_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
+    inputs, (u, v) = saved(ctx)
+    if grad is None:
+        return (None,) * len(inputs)
+    assert u is not None
+    assert v is not None
+    return padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
+
+
+AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
+    "sinkhorn_info": (_info_context, _info_gradient),
+    "sinkhorn_backward": (_backward_context, _backward_gradient),
+    "fixed_point": (_fixed_point_context, _fixed_point_gradient),
+    "fixed_point_backward": (_backward_context, _fixed_point_backward_gradient),
+    "sigma2": (_sigma2_context, _sigma2_gradient),
+}

@@ -1,0 +1,187 @@
+"""The exact adjoint of Sinkhorn attention's sweeps, on the passes a backend provides, and the implicit gradient.
+
+The adjoint of the sweeps of ``sweeps.py`` takes dP = grad_out value^T (dropout's factors included) to dS. With
+A_t = exp(S + last_t + first_t), B_t = exp(S + last_(t-1) + first_t), and d_last, d_first the line sums of P * dP:
+
+    for t = T..1:  alpha = d_last / mass;      dS -= A_t * (alpha 1^T);  d_first -= A_t^T alpha
+                   beta = d_first / mass;      dS -= B_t * (1 beta^T);   d_last = -B_t beta;  d_first = 0
+
+A_t and B_t are P times a rank-one matrix: 2 T vectors a side carry all of it into one last pass. The factors
+exp(last_t - last_T) stay within b^(T - t): beyond ``_LOG_RANGE`` nats the terms are referred to another sweep's potentials,
+and B_1, which starts from arbitrary potentials, always is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Attention, Dropout, Potentials, Terms
+from .sweeps import Passes, Potential, State, Sweeps, by_side, centred, log_masses, seen, valid_lines, weighed
+
+_LOG_RANGE = 60.0  # float32 ends at 88 nats; products with alpha and beta need some of it
+
+
+@dataclass(frozen=True)
+class AttentionGradients:
+    """Where a backward writes; ``bias`` of the shape the bias has without the dimensions it is expanded over, or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+def of_one_line(problem: Attention, sweeps: Sweeps) -> bool:
+    """Whether the marginals alone determine the plan: its derivative is zero, not the rounding of terms that cancel."""
+    return sweeps.n_iters > 0 and 1 in (problem.query.shape[2], problem.key.shape[2])
+
+
+def attention_backward(
+    passes: Passes,
+    problem: Attention,
+    value: Tensor,
+    sweeps: Sweeps,
+    dropout: Dropout | None,
+    grad_out: Tensor,
+    state: State,
+    gradients: AttentionGradients,
+    implicit: bool,
+) -> None:
+    """Fill ``gradients`` from the kept potentials."""
+    dtype = problem.compute_dtype
+    last, first = by_side(state.f, state.g, sweeps)
+    end = last.shape[2] - 1
+    start = Potential.on(last[:, :, 0].to(dtype), last[:, :, 0])
+    last_slots, first_slots = (_slots(x, x[:, :, min(1, end)].to(dtype)) for x in (last, first))
+
+    def at(t: int, s: int) -> Potentials:
+        """exp(S + last_t + first_s)."""
+        return seen(sweeps, start if t == 0 < end else last_slots[t], first_slots[s])
+
+    plan = at(end, end)
+    d_value = torch.empty_like(value, dtype=dtype)
+    passes.apply(problem, "rows", plan, grad_out, dropout, d_value)
+    gradients.value.copy_(d_value)
+    del d_value
+    targets = {"query": gradients.query, "key": gradients.key, "bias": gradients.bias}
+    if of_one_line(problem, sweeps):
+        for target in targets.values():
+            if target is not None:
+                target.zero_()
+        return
+    d_query, d_key = torch.empty_like(plan.f_fine), torch.empty_like(plan.g_fine)
+    passes.products(problem, "cols", plan, value, grad_out, dropout, d_query)
+    passes.products(problem, "rows", plan, value, grad_out, dropout, d_key)
+    d_last, d_first = by_side(d_query, d_key, sweeps)
+    terms = (_implicit_terms if implicit else _unrolled_terms)(passes, problem, sweeps, state, at, d_last, d_first)
+    for which, target in targets.items():
+        if target is not None:
+            passes.gradient(problem, which, terms, value, grad_out, dropout, target)
+
+
+def _slots(exact: Tensor, base: Tensor) -> list[Potential]:
+    """A side's potentials (B, H, K, lines), slot by slot on one base."""
+    fine = (exact - base.unsqueeze(2)).to(base.dtype).movedim(2, 0).contiguous()
+    return [Potential(x, base, y) for x, y in zip(exact.unbind(2), fine, strict=True)]
+
+
+def _weighed(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials, w: Tensor, to_first: bool) -> Tensor:
+    """The same by sides: exp(S + last + first), or its transpose (``to_first``), times w."""
+    return weighed(passes, problem, "rows" if to_first == sweeps.columns_first else "cols", at, w)
+
+
+def _masses(problem: Attention, sweeps: Sweeps) -> tuple[Tensor, Tensor]:
+    """Masses of a line of the last side and of the first, compute dtype."""
+    query, key = (x.exp().to(problem.compute_dtype) for x in log_masses(problem))
+    return by_side(query, key, sweeps)
+
+
+def _unrolled_terms(
+    passes: Passes,
+    problem: Attention,
+    sweeps: Sweeps,
+    state: State,
+    at: Callable[[int, int], Potentials],
+    d_last: Tensor,
+    d_first: Tensor,
+) -> Terms:
+    """The adjoint of the module's docstring."""
+    last, first = by_side(state.f, state.g, sweeps)
+    last_mass, first_mass = _masses(problem, sweeps)
+    final = sweeps.n_iters
+    reach = max(int(_LOG_RANGE / math.log(max(problem.query.shape[2], problem.key.shape[2], 2))), 1)
+    done = state.sweeps.unsqueeze(-1)
+    segments: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def take(reference: tuple[int, int], t: int, s: int, x: Tensor | None, y: Tensor | None) -> None:
+        """Record exp(S + last_t + first_s) times x y^T (None: ones), in terms of the potentials of ``reference``."""
+        left = (last[:, :, t] - last[:, :, reference[0]]).exp().to(problem.compute_dtype)
+        right = (first[:, :, s] - first[:, :, reference[1]]).exp().to(problem.compute_dtype)
+        pair = (left if x is None else x * left, right if y is None else y * right)
+        segments.setdefault(reference, []).append(pair)
+
+    if final == 0:
+        take((0, 0), 0, 0, d_last / last_mass, None)
+    for t in range(final, 0, -1):
+        step = final - (final - t) // reach * reach
+        active = done >= t
+        alpha = torch.where(active, d_last / last_mass, 0.0)
+        take((step, step), t, t, alpha, None)
+        d_first = d_first - _weighed(passes, problem, sweeps, at(t, t), alpha, to_first=True)
+        sums = first_mass if t > 1 else first_mass * first[:, :, 0].exp().to(first_mass.dtype)
+        beta = torch.where(active, d_first / sums, 0.0)
+        take((step, step) if t > 1 else (0, 1), t - 1, t, None, beta)
+        if t > 1:
+            d_last = torch.where(active, -_weighed(passes, problem, sweeps, at(t - 1, t), beta, to_first=False), d_last)
+            d_first = torch.where(active, 0.0, d_first)
+    pairs = [pair for group in segments.values() for pair in group]
+    left, right = (torch.stack(vectors, 2) for vectors in zip(*pairs, strict=True))
+    counts = [len(group) for group in segments.values()]
+    return Terms(at(final, final), [at(*reference) for reference in segments], *by_side(left, right, sweeps), counts)
+
+
+def _implicit_terms(
+    passes: Passes,
+    problem: Attention,
+    sweeps: Sweeps,
+    state: State,
+    at: Callable[[int, int], Potentials],
+    d_last: Tensor,
+    d_first: Tensor,
+) -> Terms:
+    """Right at the fixed point: mass alpha + P beta = d_last, P^T alpha + mass beta = d_first, by conjugate gradients.
+
+    Without alpha, (I - P^T P / (masses)) beta = (d_first - P^T d_last / last mass) / first mass: positive semi-definite,
+    with the constants as null space, which the right side has no part in. At most ``n_iters`` steps, fewer where a head is
+    done: as the sweeps, they converge the faster the smaller sigma_2 is.
+    """
+    end = state.f.shape[2] - 1
+    plan = at(end, end)
+    last_mass, first_mass = _masses(problem, sweeps)
+    valid = by_side(*valid_lines(problem), sweeps)[1].expand(d_first.shape)
+
+    def product(x: Tensor, to_first: bool) -> Tensor:
+        return _weighed(passes, problem, sweeps, plan, x, to_first)
+
+    rest = centred((d_first - product(d_last / last_mass, True)) / first_mass, valid)
+    beta, direction = torch.zeros_like(rest), rest
+    square = rest.square().sum(-1, keepdim=True)
+    enough = square * torch.finfo(rest.dtype).eps ** 2
+    for _ in range(sweeps.n_iters):
+        active = square > enough
+        if active.device.type == "cpu" and not bool(active.any()):
+            break
+        image = centred(direction - product(product(direction, False) / last_mass, True) / first_mass, valid)
+        step = torch.where(active, square / (direction * image).sum(-1, keepdim=True), 0.0)
+        beta, rest = beta + step * direction, rest - step * image
+        new_square = rest.square().sum(-1, keepdim=True)
+        direction = rest + torch.where(active, new_square / square, 0.0) * direction
+        square = new_square
+    alpha = (d_last - product(beta, False)) / last_mass
+    left, right = torch.stack([alpha, torch.ones_like(alpha)], 2), torch.stack([torch.ones_like(beta), beta], 2)
+    return Terms(plan, [plan], *by_side(left, right, sweeps), [2])

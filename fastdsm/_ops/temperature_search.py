@@ -1,0 +1,258 @@
+"""The largest temperature at which the converged plan of each matrix has a given sigma2: scan, bracket, refine.
+
+sigma2(tau), of the plan of logits / tau swept to convergence, is continuous. Neither end needs to be guessed:
+
+- tau -> inf: by sigma2 <= tanh(D / (4 tau)), D the largest |L_ij + L_kl - L_il - L_kj|, no root lies above
+  D / (4 atanh(target)); with the row and column means of L taken out, D <= 4 max |L|. Entries that are masked make D infinite:
+  sigma2 then tends to that of the mask's own plan, and the scan starts 16 times higher instead.
+- tau -> 0: the plan tends to the optimal assignment's, sigma2 to 1 where that is unique. Where it is not the curve may stay
+  below the target for good; it also need not be monotone. So the curve is walked down from the top in steps of 1/4 in log tau
+  to the first change of sign, which brackets the largest root (two roots within one step are passed over), 48 steps at most:
+  a factor of 10^5.
+
+Inside the bracket: regula falsi in log tau with Illinois' halving, each third step a bisection, so that the bracket at least
+halves every three steps. Every matrix has its own bracket; on a CPU those that are done leave the batch. The potentials are
+those of a smooth function of tau divided by it, f = F(tau) / tau, so that F starts the next plan's sweeps.
+
+Matrices of up to 64 lines whose logits are narrower than float64 have all of this in one launch where there are kernels, in
+float32 (``kernels/tile/temperature.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..projection import sinkhorn
+from ..reference import marginals_of, valid_entries
+from ..spectrum import sigma2
+from . import backends, transforms
+
+_PLAN_TOL = 1e-7  # residual of a plan that counts as converged; sigma2 then errs by about as much over 1 - sigma2
+_SIGMA2_TOL = 1e-6  # where refining stops
+_TOL = 1e-4  # distance from the target at which a root counts as reached
+_STEP = 0.25
+_SCAN = 48
+_START = 1.01  # above the bound, which a 2 x 2 matrix attains
+_MASKED_START = 16.0
+_REFINEMENTS = 40
+_NARROW = 1e-12
+_ROUNDING = 1e-13  # what is left of logits of rank one when their means are taken out, relative to the logits
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Logits (B, n, m) in float64 without row and column means, -inf where no part is taken, and the marginals or None."""
+
+    logits: Tensor
+    row: Tensor | None
+    col: Tensor | None
+    n_iters: int
+    backend: str
+
+    def at(self, where: Tensor) -> Matrices:
+        """Those of the matrices that ``where`` lists."""
+        row, col = (None if x is None else x[where] for x in (self.row, self.col))
+        return Matrices(self.logits[where], row, col, self.n_iters, self.backend)
+
+    @property
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Both marginals, 0 on lines that take no part."""
+        return marginals_of(self.logits, self.row, self.col, None)
+
+    @property
+    def lines(self) -> Tensor:
+        """Entries whose lines take part, masked ones among them."""
+        valid = valid_entries(None, self.logits, self.row, self.col) & (self.logits != -torch.inf)
+        return valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Converged:
+    """plan (B, n, m), potentials f (B, n) and g (B, m), whether each plan has converged (B,)."""
+
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    done: Tensor
+
+
+def matrices_of(
+    logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, n_iters: int, backend: str
+) -> tuple[Matrices, Tensor]:
+    """The matrices of a call, and per matrix the size below which all of its entries are rounding: it has no interaction."""
+    row, col = (None if x is None else x.double() for x in (row, col))
+    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+    centred = logits.double().masked_fill(~valid, 0.0)
+    size = centred.abs().amax((-2, -1))
+    for dim in (-1, -2):
+        count = valid.sum(dim, keepdim=True).clamp(min=1)
+        centred = torch.where(valid, centred - centred.sum(dim, keepdim=True) / count, 0.0)
+    centred = centred.masked_fill(~valid, -torch.inf)
+    if row is not None and col is not None:  # their totals agree to the dtype they came in, a plan has to meet both
+        r, c = (x.sum(-1, keepdim=True) for x in marginals_of(centred, row, col, None))
+        col = torch.where(c == 0, col, col * (r / c))
+    return Matrices(centred, row, col, n_iters, backend), size * _ROUNDING
+
+
+def converged_plans(matrices: Matrices, temperature: Tensor, f0: Tensor | None) -> Converged:
+    """The converged plans at ``temperature`` (B,), started from the row potential ``f0``. The one place that makes plans."""
+    plan, info = sinkhorn(
+        matrices.logits, temperature=temperature, f0=f0, row_marginal=matrices.row, col_marginal=matrices.col, solver="newton",
+        n_iters=matrices.n_iters, tol=_PLAN_TOL, return_info=True, backend=matrices.backend,
+    )  # fmt: skip
+    return Converged(plan, info.f, info.g, info.converged)
+
+
+class _Curve:
+    """log tau -> (sigma2 of the converged plan, whether it has converged), matrix by matrix."""
+
+    def __init__(self, matrices: Matrices) -> None:
+        self.matrices = matrices
+        self.potential = torch.zeros_like(matrices.logits[..., 0])
+
+    def __call__(self, log_tau: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        part = self.matrices.at(where)
+        tau = log_tau.exp()
+        found = converged_plans(part, tau, self.potential[where] / tau[:, None])
+        self.potential[where] = (found.f * tau[:, None]).nan_to_num(nan=0.0)
+        value = sigma2(
+            found.plan, tol=_SIGMA2_TOL, mask=part.lines, row_marginal=part.row, col_marginal=part.col, backend=part.backend
+        )
+        assert isinstance(value, Tensor)
+        return value, found.done
+
+
+@dataclass
+class _Bracket:
+    """Two ends in log tau, (B,), and sigma2 - target there, of opposite signs where ``found``."""
+
+    a: Tensor
+    b: Tensor
+    at_a: Tensor
+    at_b: Tensor
+    found: Tensor
+
+
+def search(
+    matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(temperature, reached), (B,) each: NaN and False where no root was found, or where it is not ``needed``.
+
+    ``dtype``: that of the logits as they came, which tells how precise the search has to be.
+    """
+    size = matrices.logits.masked_fill(matrices.logits == -torch.inf, 0.0).abs().amax((-2, -1))
+    searched = (size > rounding) & (size < torch.inf) & (target > 0) & (target < 1)
+    if needed is not None:
+        searched = searched & needed
+    target = torch.where(searched, target, 0.5)
+    masked = ((matrices.logits == -torch.inf) & matrices.lines).flatten(1).any(-1)
+    top = torch.where(searched, size, 1.0) / target.atanh() * torch.where(masked, _MASKED_START, _START)
+    if dtype != torch.float64 and (found := _by_kernel(matrices, target, top.log2().where(searched, torch.nan))):
+        return found
+    curve = _Curve(matrices)
+    bracket = _scan(curve, target, top.log(), searched)
+    log_tau, error, done = _refine(curve, target, bracket)
+    reached = bracket.found & done & (error.abs() <= _TOL)
+    return torch.where(reached, log_tau.exp(), torch.nan), reached
+
+
+def _by_kernel(matrices: Matrices, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What :func:`search` returns, in one launch; None where no kernel serves these matrices."""
+    logits, row, col = (None if x is None else x.float() for x in (matrices.logits, matrices.row, matrices.col))
+    start = start.float()
+    temperature, reached = torch.empty_like(start), torch.empty_like(start, dtype=torch.bool)
+    arguments = logits, row, col, target.float(), start, matrices.n_iters, temperature, reached
+    return (temperature, reached) if backends.temperature_search(matrices.backend, *arguments) else None
+
+
+def _scan(curve: _Curve, target: Tensor, top: Tensor, searched: Tensor) -> _Bracket:
+    """Down from ``top`` to the first change of sign."""
+    active, error = searched.clone(), torch.zeros_like(top)
+    where = _listed(active)
+    error[where] = curve(top[where], where)[0] - target[where]
+    bracket = _Bracket(top.clone(), top.clone(), error, error.clone(), torch.zeros_like(searched))
+    for _ in range(_SCAN):
+        where = _listed(active)
+        if len(where) == 0:
+            break
+        start, before = bracket.b[where], bracket.at_b[where]
+        value, _ = curve(start - _STEP, where)
+        error = value - target[where]
+        on, crossed = active[where], (error >= 0) != (before >= 0)
+        bracket.a[where] = torch.where(on, start, bracket.a[where])
+        bracket.at_a[where] = torch.where(on, before, bracket.at_a[where])
+        bracket.b[where] = torch.where(on, start - _STEP, start)
+        bracket.at_b[where] = torch.where(on, error, before)
+        bracket.found[where] = bracket.found[where] | (on & crossed)
+        active[where] = on & ~crossed
+    return bracket
+
+
+def _refine(curve: _Curve, target: Tensor, bracket: _Bracket) -> tuple[Tensor, Tensor, Tensor]:
+    """The root inside the bracket: log tau, sigma2 - target there, and whether that plan has converged."""
+    x, error, done = bracket.b.clone(), bracket.at_b.clone(), torch.zeros_like(bracket.found)
+    weight_a, weight_b = bracket.at_a.clone(), bracket.at_b.clone()
+    last_b, last_a = (torch.zeros_like(bracket.found) for _ in range(2))  # which end the step before replaced
+    active = bracket.found.clone()
+    for step in range(_REFINEMENTS):
+        where = _listed(active)
+        if len(where) == 0:
+            break
+        a, b, at_a, at_b = (y[where] for y in (bracket.a, bracket.b, weight_a, weight_b))
+        middle = (a + b) / 2
+        if step % 3 != 2:
+            secant = a + (b - a) * (at_a / (at_a - at_b))
+            middle = torch.where(secant.isfinite(), secant, middle)
+        value, converged = curve(middle, where)
+        new = value - target[where]
+        on, replaces_b = active[where], (new >= 0) == (at_b >= 0)
+        x[where], error[where] = torch.where(on, middle, x[where]), torch.where(on, new, error[where])
+        done[where] = torch.where(on, converged, done[where])
+        # Illinois: an end that stays twice counts half, lest the other alone move.
+        weight_a[where] = torch.where(replaces_b, torch.where(last_b[where], at_a / 2, at_a), new)
+        weight_b[where] = torch.where(replaces_b, new, torch.where(last_a[where], at_b / 2, at_b))
+        last_b[where], last_a[where] = replaces_b, ~replaces_b
+        bracket.a[where] = torch.where(on & ~replaces_b, middle, a)
+        bracket.b[where] = torch.where(on & replaces_b, middle, b)
+        narrow = (bracket.a[where] - bracket.b[where]).abs() <= _NARROW
+        active[where] = on & ~(new.abs() <= _SIGMA2_TOL) & ~narrow
+    return x, error, done
+
+
+def _listed(active: Tensor) -> Tensor:
+    """Indices of the active matrices; of all of them on an accelerator, where counting would stall the host."""
+    if active.device.type == "cpu":
+        return active.nonzero().squeeze(-1)
+    return torch.arange(len(active), device=active.device)
+
+
+def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of logits (B, n, m) and target (B,) from that of the temperature, by the implicit function theorem.
+
+    sigma2(L / tau) = target, and d sigma2 = <G, dL> / tau - <G, L> d tau / tau^2 with G the gradient of the converged plan's
+    sigma2 in L / tau: that of the plan, u v^T over sqrt(r c), through the fixed point. So
+
+        d tau = (tau <G, dL> - tau^2 d target) / <G, L>.
+
+    <G, L> does not change with the gauge of L, since the lines of G sum to zero. Zero where nothing was reached.
+    """
+    L, tau = matrices.logits, torch.where(reached, temperature, 1.0).double()
+    # The search came here from warm starts; these plans have to do without.
+    found = converged_plans(replace(matrices, n_iters=4 * matrices.n_iters), tau, None)
+    spectrum = sigma2(
+        found.plan, tol=_SIGMA2_TOL**2, mask=matrices.lines, row_marginal=matrices.row, col_marginal=matrices.col,
+        return_vectors=True, backend="auto",
+    )  # fmt: skip
+    assert not isinstance(spectrum, Tensor)
+    u, v = (x * torch.where(mass == 0, 0.0, mass.rsqrt()) for x, mass in zip(spectrum[1:], matrices.marginals, strict=True))
+    G = transforms.fixed_point_backward(
+        u.unsqueeze(-1) * v.unsqueeze(-2), found.f, found.g, False, L / tau[:, None, None], None, None, matrices.row,
+        matrices.col, None, 1.0, 0, True, _PLAN_TOL, matrices.backend,
+    )[0]  # fmt: skip
+    slope = (G * L.masked_fill(L.isneginf(), 0.0)).sum((-2, -1))
+    factor = torch.where(reached, grad.double() * tau / slope, 0.0)
+    d_logits = torch.where(reached[:, None, None], G * factor[:, None, None], 0.0)
+    return d_logits, -tau * factor

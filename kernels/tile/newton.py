@@ -1,0 +1,264 @@
+"""Newton's method on tiles: matrices of up to 64 lines, brought to their tolerance on chip, with every option.
+
+The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``, the system is that of
+``fastdsm/pytorch/system.py``; tiles and vectors are those of ``tile_sweeps``. Marginals are in units of the largest r. A step
+makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
+
+On a tile one direction takes as long as a dozen sweeps or a hundred. So the first step is not one sweep but several, launched
+as sweeps are, with their own layout; and for the matrices that these leave scaling sweeps here, as long as the rate at which
+their residual falls promises that they arrive.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.arithmetic import log2, narrow, reciprocal
+from ..common.configuration import finite_jit
+from ..common.memory import load_entries, store_entries
+from ..common.newton_rules import PURE_BELOW, roughness, step_share
+from .laplacian import solved
+from .sweeps import (
+    col_sums,
+    exp,
+    fused,
+    inverse_temperatures,
+    load_logits,
+    log,
+    log_col_step,
+    marginals,
+    over_cols,
+    over_matrices,
+    over_rows,
+    places,
+    quotient,
+    row_maxima,
+    row_sums,
+    tile_offsets,
+    vector_max,
+    vector_offsets,
+    vector_sum,
+)
+
+_FINE_MAX = tl.constexpr(0.5)
+_LONGEST_SEGMENT = tl.constexpr(8)  # sweeps on one K, if its marginals allow as many
+_MOST_ACCURATE, _LEAST_ACCURATE = tl.constexpr(1e-3), tl.constexpr(1e-1)  # of a direction; between them it is the residual
+
+
+@triton.jit
+def system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings):
+    """x finite, r, c and what is aimed at in units of the largest r, that unit, the sweeps of a segment, poison (BLOCK_B,).
+
+    Poison is 0 where all of a matrix is finite and NaN where not: x is 0 there, and results are marked in the end.
+    """
+    poison = vector_sum(row_sums(tl.where(x == -float("inf"), 0.0, x * over_rows(over_matrices(k)) * 0.0)))
+    x = tl.where(over_rows(over_matrices(poison == 0.0)), x, 0.0)
+    r, c, scalings = marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings)
+    unit = vector_max(r)
+    unit = tl.where(unit > 0, unit, 1.0)
+    r, c = quotient(r, over_matrices(unit)), quotient(c, over_matrices(unit))
+    return x, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, scalings, poison
+
+
+@triton.jit
+def plan_at(x, k, base, fine, r):
+    """The plan with exact rows at a column potential, and its log-sums L."""
+    exponent = fused(x, over_rows(over_matrices(k)), over_cols(base))
+    top = row_maxima(exponent)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    P = exp(exponent - over_rows(top)) * over_cols(exp(fine))
+    total = tl.where(r != 0, row_sums(P), 1.0)
+    return P * over_rows(r * reciprocal(total)), tl.where(r != 0, top + log(total, r != 0), 0.0)
+
+
+@triton.jit
+def folded(base, fine):
+    """The same potential with |fine| <= 1/2, the base left alone where that holds already."""
+    large = over_matrices(vector_max(tl.abs(fine)) > _FINE_MAX)
+    return tl.where(large, base + fine, base), tl.where(large, 0.0, fine)
+
+
+@triton.jit
+def judged(P, L, base, fine, r, c, aim):
+    """P^T 1, the residual and h of a plan."""
+    sums = col_sums(P)
+    residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, c) - 1.0), 0.0))
+    return sums, residual, vector_sum(r * L) - vector_sum(aim * (base + fine))
+
+
+@triton.jit
+def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
+    """Newton's direction around 0, and 0 on excluded columns."""
+    accuracy = tl.minimum(tl.maximum(residual, _MOST_ACCURATE), _LEAST_ACCURATE)
+    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
+    valid = (c != 0).to(d.dtype)
+    return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
+
+
+@triton.jit
+def swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
+    """The column potential after scaling sweeps; a matrix stops at ``tol``, or where it would not get there in time."""
+    before = vector_max(c) * 0.0 + float("inf")
+    wanted = log2((vector_max(c) * 0.0 + tol).to(c.dtype))
+    going = going & (scalings > 0)
+    left = SEGMENTS
+    while (left > 0) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        K, _ = plan_at(x, k, base, tl.zeros_like(base), r)
+        sums = col_sums(K)
+        residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, aim) - 1.0), 0.0))
+        arrives = log2(residual) + left * (log2(residual) - log2(before)) <= wanted
+        going = going & (residual > tol) & (arrives | (left > SEGMENTS - 2))
+        before = residual
+        v = quotient(aim, sums)
+        for _ in range(1, tl.minimum(scalings, _LONGEST_SEGMENT)):
+            u = quotient(r, row_sums(K * over_cols(v)))
+            v = quotient(aim, col_sums(K * over_rows(u)))
+        base = tl.where(over_matrices(going) & (c != 0), base + log(v, v > 0), base)
+        left -= 1
+    return base
+
+
+@triton.jit
+def newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
+    """The column potential, base and fine, its residual and the steps made, from that which the first step led to.
+
+    At most ``n_iters`` steps, the first counted; matrices that are not ``going`` stay where they are.
+    """
+    fine = tl.zeros_like(base)
+    plan, L = plan_at(x, k, base, fine, r)
+    sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
+    damped = residual < 0.0
+    going = going & ~(residual <= tol)
+    d = fine
+    if (n_iters > 1) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        d = direction(plan, sums, residual, r, c, aim, m, COLS)
+    steps = tl.zeros_like(going.to(tl.int32)) + tl.minimum(n_iters, 1)
+    count = 1
+    while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
+        count += 1
+        steps += going.to(tl.int32)
+        length = step_share(vector_max(d) + vector_max(-d), damped)
+        new_base, new_fine = folded(base, fine + d * over_matrices(length))
+        plan, L = plan_at(x, k, new_base, new_fine, r)
+        sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
+        fallen = (new_objective <= objective) | (new_residual <= tol)
+        refused = (residual >= PURE_BELOW) & ~damped & ~fallen
+        moved = going & ~refused
+        there = over_matrices(moved)
+        base, fine = tl.where(there, new_base, base), tl.where(there, new_fine, fine)
+        residual, objective = tl.where(moved, new_residual, residual), tl.where(moved, new_objective, objective)
+        damped = refused
+        going = going & ~(residual <= tol)
+        if (count < n_iters) & (tl.max((going & moved).to(tl.int32), axis=0) > 0):
+            d = tl.where(there, direction(plan, sums, new_residual, r, c, aim, m, COLS), d)
+    return base, fine, residual, steps
+
+
+@triton.jit
+def among(left, inside, inside_row, inside_col):
+    """What :func:`places` says exists, of the matrices that are ``left`` (BLOCK_B,)."""
+    return inside & left, inside_row & over_matrices(left), inside_col & over_matrices(left)
+
+
+@finite_jit
+def _newton_tile_fwd_kernel(
+    logits_ptr,
+    mask_ptr,
+    row_ptr,
+    col_ptr,
+    f0_ptr,
+    temperature_ptr,
+    plan_ptr,
+    residual_ptr,
+    sweeps_ptr,
+    f_ptr,
+    g_ptr,
+    batch: tl.int64,
+    n: tl.int32,
+    m: tl.int32,
+    n_iters: tl.int32,
+    uniform_scalings: tl.int32,
+    stride_b: tl.int64,
+    stride_n: tl.int64,
+    stride_m: tl.int64,
+    mask_stride_b: tl.int64,
+    mask_stride_n: tl.int64,
+    mask_stride_m: tl.int64,
+    row_stride_b: tl.int64,
+    row_stride_n: tl.int64,
+    col_stride_b: tl.int64,
+    col_stride_m: tl.int64,
+    f0_stride_b: tl.int64,
+    f0_stride_n: tl.int64,
+    temperature_stride: tl.int64,
+    plan_stride_b: tl.int64,
+    plan_stride_n: tl.int64,
+    plan_stride_m: tl.int64,
+    has_mask: tl.int32,
+    has_row: tl.int32,
+    has_col: tl.int32,
+    has_f0: tl.int32,
+    has_temperature: tl.int32,
+    has_info: tl.int32,
+    continues: tl.int32,
+    unit_rows: tl.int32,
+    inverse_temperature: tl.float64,
+    tol: tl.float64,
+    BLOCK_B: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """BLOCK_B matrices; at most ``n_iters`` steps, the first of sweeps, of one if it is the last; 0 is a row step at g = 0.
+
+    continues: every output holds what sweeps have led to, f0 their f; a matrix whose residual is within ``tol`` keeps it.
+    """
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
+    block = tl.program_id(0).to(tl.int64)
+    b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    left = ~(tl.load(residual_ptr + b, mask=inside & (continues != 0), other=float("inf")) <= tol)
+    tl.store(sweeps_ptr + b, 1, mask=inside & ~left)
+    if tl.max((inside & left).to(tl.int32), axis=0) == 0:
+        return
+    inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)
+    r = load_entries(row_ptr + vector_offsets(b, i, row_stride_b, row_stride_n), inside_row & (has_row != 0), 1.0)
+    c = load_entries(col_ptr + vector_offsets(b, j, col_stride_b, col_stride_m), inside_col & (has_col != 0), 1.0)
+    f = load_entries(f0_ptr + vector_offsets(b, i, f0_stride_b, f0_stride_n), inside_row & (has_f0 != 0), 0.0)
+    k = inverse_temperatures(temperature_ptr, temperature_stride, b, inside, has_temperature, inverse_temperature).to(dtype)
+    x = load_logits(
+        logits_ptr,
+        stride_b,
+        stride_n,
+        stride_m,
+        mask_ptr,
+        mask_stride_b,
+        mask_stride_n,
+        mask_stride_m,
+        has_mask,
+        b,
+        i,
+        j,
+        over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
+        dtype,
+    )
+    x, r, c, aim, unit, scalings, poison = system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings)
+
+    base = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
+    if n_iters > 0:
+        base = log_col_step(x, k, f, c)
+    going = inside & (poison == 0.0)
+    if n_iters > 1:
+        base = swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS)
+    base, fine, residual, steps = newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS)
+    plan, L = plan_at(x, k, base, fine, r)
+    plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
+    b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
+    inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)
+    out_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
+    store_entries(out_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
+    if has_info != 0:
+        tl.store(residual_ptr + b, residual + poison, mask=inside)
+        tl.store(sweeps_ptr + b, steps, mask=inside)
+        f = tl.where(r != 0, log(r * over_matrices(unit), r != 0) - L, 0.0)
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), f, inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), base + fine, inside_col)

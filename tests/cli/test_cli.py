@@ -1,0 +1,222 @@
+"""The command line, and the verification behind ``fastdsm verify``."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastdsm import reference
+from fastdsm._verify import attention as attention_verification
+from fastdsm._verify import newton as newton_verification
+from fastdsm._verify import sinkhorn as verification
+from fastdsm._verify.attention import AttentionCase
+from fastdsm._verify.newton import NewtonCase, verify_newton_case
+from fastdsm._verify.sinkhorn import Case, Target, budget, gradient_size, half_ulp, verify_case
+from fastdsm.cli import app
+
+CPU = Target("torch", "cpu")
+TINY = [
+    Case((2, 4, 4), torch.float32, 1.0),
+    Case((2, 3, 5), torch.float64, 1.0, 3),
+    Case((2, 4, 4), torch.bfloat16, 1.0),
+]
+TINY_ATTENTION = [AttentionCase((1, 2, 1, 5, 4, 3, 2), torch.float32, 2.0, 3, option) for option in ("", "mask", "padding")]
+
+TINY_NEWTON = [NewtonCase((2, 4, 4), torch.float32, 2.0, 30), NewtonCase((2, 3, 8), torch.float64, 1.0, 30, "marginals")]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def tiny_grid(monkeypatch):
+    monkeypatch.setattr(verification, "cases", lambda target, quick: TINY)
+    monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
+    monkeypatch.setattr(newton_verification, "newton_cases", lambda target, quick: TINY_NEWTON)
+    monkeypatch.setattr(verification, "targets", lambda: [CPU])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_ulp_is_the_largest_rounding_error(dtype):
+    exponents = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 36 - 26
+    values = torch.exp2(exponents)  # float32: from float64 torch would round twice
+    allowed = half_ulp(values, dtype)
+    error = (values.to(dtype).double() - values.double()).abs()
+    assert (error <= allowed).all()
+    assert (error / allowed).max() > 0.99
+
+
+def test_budget_of_each_dtype():
+    truth = torch.tensor([0.3, 0.75], dtype=torch.float64)
+    plain = truth + torch.tensor([1e-7, -4e-7], dtype=torch.float64)
+    assert budget(truth, plain, torch.float32).tolist() == pytest.approx([1.8e-6] * 2)
+    assert budget(truth, plain, torch.float32, size=10.0).tolist() == pytest.approx([1.08e-5] * 2)
+    assert budget(truth, plain, torch.float64).tolist() == pytest.approx([1.2e-6 * 2**-29 + 1e-13] * 2)
+    assert budget(truth, plain, torch.bfloat16).tolist() == pytest.approx([1.8e-6 + 2**-10, 1.8e-6 + 2**-9])
+    assert budget(truth[:0], plain[:0], torch.float32).shape == (0,)
+
+
+def test_gradient_size_is_that_of_gradient_or_cotangent():
+    cotangent = torch.tensor([3.0, -4.0])
+    assert gradient_size(torch.tensor([0.1, -0.2]), cotangent) == pytest.approx(math.sqrt(12.5))
+    assert gradient_size(torch.tensor([0.1, -7.0]), cotangent) == 7.0
+    assert gradient_size(torch.empty(0), torch.empty(0)) == 0.0
+
+
+@pytest.mark.parametrize("option", ["", *verification.OPTIONS])
+def test_every_option_is_verified(option):
+    records = verify_case(Case((3, 4, 6), torch.float32, 1.0, 12, option), CPU)
+    assert [str(record) for record in records if not record.ok] == []
+    assert {record.group for record in records} == {"forward", "gradient", "sigma2", "bounds"}
+    assert ("stopping at tol" in {record.quantity for record in records}) == (option == "tol")
+
+
+def test_stopping_early_and_late_are_misses(monkeypatch):
+    genuine = verification.sinkhorn
+    case = Case((6, 4, 4), torch.float32, 1.0, 20, "tol")
+    for factor in (30.0, 1 / 30):
+        monkeypatch.setattr(
+            verification, "sinkhorn", lambda x, tol, factor=factor, **options: genuine(x, tol=tol * factor, **options)
+        )
+        misses = {record.quantity for record in verify_case(case, CPU) if not record.ok}
+        assert "stopping at tol" in misses
+
+
+def scaled(name, factor):
+    genuine = getattr(verification, name)
+
+    def wrong(x, **options):
+        found = genuine(x, **options)
+        if name == "sigma2":
+            return found * factor
+        if name == "sigma2_bounds":
+            return found[0] * factor, found[1]
+        if name == "sinkhorn_sigma2":
+            return found._replace(sigma2=found.sigma2 * factor)
+        # The value is right and the gradient is not.
+        return found[0].detach() + (found[0] - found[0].detach()) * factor, found[1]
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "missed"),
+    [
+        ("sinkhorn", "gradient of logits"),
+        ("sinkhorn_sigma2", "sigma2 of the call"),
+        ("sigma2", "sigma2 of a plan"),
+        ("sigma2_bounds", "sigma2 outside its bounds"),
+    ],
+)
+def test_an_error_of_a_thousandth_is_a_miss(monkeypatch, name, missed):
+    monkeypatch.setattr(verification, name, scaled(name, 1.001))
+    misses = {record.quantity for record in verify_case(Case((4, 4, 4), torch.float32, 1.0), CPU) if not record.ok}
+    assert misses == {missed}
+
+
+@pytest.mark.parametrize("case", TINY_NEWTON)
+def test_newton_is_verified(monkeypatch, case):
+    records = verify_newton_case(case, CPU)
+    assert [str(record) for record in records if not record.ok] == []
+    assert {record.quantity for record in records} == {"plan", "residual", "gradient of logits"}
+    monkeypatch.setattr(verification, "sinkhorn", scaled("sinkhorn", 1.001))
+    genuine = newton_verification.sinkhorn
+    monkeypatch.setattr(newton_verification, "sinkhorn", verification.sinkhorn)
+    assert [record.quantity for record in verify_newton_case(case, CPU) if not record.ok] == ["gradient of logits"]
+    monkeypatch.setattr(newton_verification, "sinkhorn", lambda x, tol=0, **options: genuine(x, tol=1e-2, **options))
+    assert "residual" in [record.quantity for record in verify_newton_case(case, CPU) if not record.ok]
+
+
+def test_nan_and_exceptions_are_misses(monkeypatch):
+    monkeypatch.setattr(verification, "sigma2", lambda plan, **options: reference.sigma2(plan, mask=None) * math.nan)
+    misses = [record for record in verify_case(TINY[0], CPU) if not record.ok]
+    assert [record.quantity for record in misses] == ["sigma2 of a plan"]
+    assert misses[0].share == math.inf
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(verification, "sinkhorn", broken)
+    (record,) = verify_case(TINY[0], CPU)
+    assert not record.ok
+    assert record.quantity == "raised RuntimeError: no such kernel"
+
+
+def test_the_interpreter_is_a_target_with_a_tiny_grid():
+    target = Target("triton", "cpu")
+    assert target in verification.targets()
+    shapes = {case.shape for case in verification.cases(target)}
+    assert max(math.prod(shape) for shape in shapes if max(shape) <= 256) <= 256
+    assert [math.prod(shape) for shape in shapes if max(shape) > 256] == [6 * 264]  # the stream family
+    assert len(verification.cases(target, quick=True)) < len(verification.cases(target))
+
+
+@pytest.mark.usefixtures("tiny_grid")
+def test_verify_passes_and_writes_json(tmp_path):
+    path = tmp_path / "numbers" / "verify.json"
+    result = run("verify", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "every one within its budget" in result.output
+    for word in ("forward", "gradient", "sigma2", "bounds", "newton", "bfloat16"):
+        assert word in result.output
+    rows = json.loads(path.read_text())["comparisons"]
+    assert {row["dtype"] for row in rows} == {"float32", "float64", "bfloat16"}
+    assert all(row["ok"] and row["error"] <= row["budget"] for row in rows)
+
+
+@pytest.mark.usefixtures("tiny_grid")
+def test_verify_exits_with_1_on_a_miss(monkeypatch, tmp_path):
+    genuine = verification.sinkhorn
+    monkeypatch.setattr(verification, "sinkhorn", lambda x, n_iters, **options: genuine(x, n_iters=n_iters - 1, **options))
+    result = run("verify", "--json", str(tmp_path / "verify.json"))
+    assert result.exit_code == 1
+    assert "over budget" in result.output
+    rows = json.loads((tmp_path / "verify.json").read_text())["comparisons"]
+    assert {row["quantity"] for row in rows if not row["ok"]} >= {"plan", "residual"}
+
+
+def test_verify_without_the_backend(monkeypatch):
+    monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
+    monkeypatch.setattr(verification, "targets", lambda: [CPU])
+    result = run("verify", "--backend", "triton")
+    assert result.exit_code == 2
+    assert "TRITON_INTERPRET=1" in result.output
+
+
+def test_info_names_versions_and_backends():
+    result = run("info")
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.output
+    for words in ("256 x 256", "cpu threads", "triton interpreter", "on"):
+        assert words in result.output
+    rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if " x " in line and "│" in line}
+    assert "registers" in rows["4 x 4"]
+    assert [cell.strip() for cell in rows["512 x 512"].split("│")[2:-1]][:2] == ["PyTorch", "stream"]
+    assert rows["4096 x 4096"].count("stream") == 4
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "demo", "bench"])
+def test_help_shows_examples(command):
+    assert command in run("--help").output
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples" in result.output
+    assert f"fastdsm {command}" in result.output
+
+
+def test_module_runs_and_its_import_is_light():
+    code = (
+        "import sys, runpy; sys.argv = ['fastdsm', '--help']\n"
+        "try: runpy.run_module('fastdsm', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'matplotlib', 'transformers', 'pytest', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "Usage: fastdsm" in found.stdout

@@ -1,0 +1,141 @@
+"""Gradients: the adjoint of the PyTorch path against autograd through the oracle, to first and second order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastdsm
+from fastdsm import reference
+
+from ..tolerances import assert_within
+
+
+def gradient(call: object, logits: Tensor, cotangent: Tensor, **options: object) -> Tensor:
+    """Of sum(plan * cotangent) in the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    (found,) = torch.autograd.grad(call(leaf, **options), leaf, cotangent)  # type: ignore[operator]
+    return found
+
+
+def check(logits: Tensor, **options: object) -> None:
+    cotangent = torch.randn(logits.shape).to(logits.dtype)
+    truth, plain = (
+        gradient(reference.sinkhorn, logits.to(dtype), cotangent.to(dtype), **options)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within(gradient(fastdsm.sinkhorn, logits, cotangent, **options), truth, plain, cotangent=cotangent)
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0, 8.0, 50.0, 200.0])
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1), (300, 2, 2), (3, 4, 4), (300, 4, 4), (700, 8, 5), (4, 16, 16), (3, 33, 20), (2, 64, 64)]
+)
+def test_sizes_and_scales(shape: tuple[int, ...], std: float) -> None:
+    for n_iters in (0, 1, 3, 20, 100):
+        check(torch.randn(shape) * std, n_iters=n_iters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    check((torch.randn(300, 4, 4) * 2).to(dtype))
+    check((torch.randn(4, 20, 20) * 2).to(dtype), first="row")
+
+
+@pytest.mark.parametrize("first", ["col", "row"])
+@pytest.mark.parametrize("batch", [2, 200])
+def test_every_operand(first: str, batch: int) -> None:
+    n, m = 4, 5
+    logits = torch.randn(batch, n, m, dtype=torch.float64)
+    row, col = torch.rand(batch, n, dtype=torch.float64) + 0.2, torch.rand(batch, m, dtype=torch.float64) + 0.2
+    row = row.index_fill(1, torch.tensor([2]), 0.0)
+    mask = (torch.rand(batch, n, m) > 0.2) | (torch.arange(m) == 0)
+    operands = {
+        "temperature": torch.rand(batch, dtype=torch.float64) + 0.5,
+        "f0": torch.randn(batch, n if first == "col" else m, dtype=torch.float64),
+    }
+    both = {"row_marginal": row, "col_marginal": col * row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True)}
+    cotangent = torch.randn_like(logits)
+    for extra in (both, {"row_marginal": row}, {"col_marginal": col}, {}):
+        for n_iters in (1, 6):
+            leaves = {"logits": logits, **operands, **extra}
+            gradients = []
+            for call in (fastdsm.sinkhorn, reference.sinkhorn):
+                copies = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+                rest = dict(copies)
+                plan = call(rest.pop("logits"), first=first, n_iters=n_iters, mask=mask, **rest)
+                gradients.append(torch.autograd.grad(plan, list(copies.values()), cotangent))
+            for name, found, truth in zip(leaves, *gradients, strict=True):
+                torch.testing.assert_close(found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}")
+
+
+@pytest.mark.parametrize("batch", [5, 200])
+def test_of_the_sweeps_done(batch: int) -> None:
+    scale = torch.linspace(0.2, 5, batch, dtype=torch.float64)
+    logits = torch.randn(batch, 4, 4, dtype=torch.float64) * scale[:, None, None]
+    cotangent = torch.randn_like(logits)
+    options = {"tol": 1e-5, "n_iters": 50}
+    torch.testing.assert_close(
+        gradient(fastdsm.sinkhorn, logits, cotangent, **options),
+        gradient(reference.sinkhorn, logits, cotangent, **options),
+    )
+
+
+def test_a_log_domain_problem_with_stops() -> None:
+    row = torch.tensor([1.0, 1e-15, 0.5, 1e-3], dtype=torch.float64).expand(6, 4)
+    logits = torch.randn(6, 4, 4, dtype=torch.float64) * torch.linspace(0.2, 5, 6, dtype=torch.float64)[:, None, None]
+    cotangent = torch.randn_like(logits)
+    options = {"tol": 1e-4, "n_iters": 30, "row_marginal": row}
+    torch.testing.assert_close(
+        gradient(fastdsm.sinkhorn, logits, cotangent, **options),
+        gradient(reference.sinkhorn, logits, cotangent, **options),
+    )
+
+
+def test_masked_entries_ignore_what_the_loss_does_there() -> None:
+    logits = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1], mask[2, 3] = False, False
+    plan = fastdsm.sinkhorn(logits, mask=mask)
+    entropy = -(plan * plan.log()).masked_fill(~mask, 0.0).sum()
+    (found,) = torch.autograd.grad(entropy, logits)
+    assert bool(found.isfinite().all())
+    assert bool((found[:, ~mask] == 0).all())
+
+
+def test_numerically() -> None:
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=True)
+    row = (torch.rand(2, 3, dtype=torch.float64) + 0.3).requires_grad_()
+    f0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(logits: Tensor, temperature: Tensor, row: Tensor, f0: Tensor) -> tuple[Tensor, Tensor]:
+        found = fastdsm.sinkhorn_sigma2(logits, n_iters=4, temperature=temperature, row_marginal=row, f0=f0)
+        return found.plan, found.sigma2
+
+    assert gradcheck(call, (logits, temperature, row, f0))
+    assert gradgradcheck(call, (logits, temperature, row, f0))
+
+
+def test_double_backward_of_a_mixed_loss() -> None:
+    """A loss with a constant cotangent beside a varying one: where once-differentiable Functions go silently wrong."""
+    seconds = []
+    logits = torch.randn(3, 4, 4, dtype=torch.float64)
+    for call in (fastdsm.sinkhorn, reference.sinkhorn):
+        leaf = logits.clone().requires_grad_()
+        plan = call(leaf, n_iters=6)
+        loss = (plan * torch.arange(4.0)).sum() + (plan**3).sum()
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        seconds.append(torch.autograd.grad((first**2).sum(), leaf)[0])
+    torch.testing.assert_close(*seconds)
+
+
+def test_unrolled_gradient_takes_no_matrix_per_sweep() -> None:
+    """What autograd saves is the input alone."""
+    saved: list[Tensor] = []
+    logits = torch.randn(300, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        fastdsm.sinkhorn(logits)
+    assert sum(x.numel() for x in saved) == logits.numel()
