@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops.marginals import marginals, valid_entries
 from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum, default_tol
 
 
@@ -21,35 +22,6 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
     top = top.masked_fill(top == -torch.inf, 0.0)
     total = (x - top).exp().sum(dim)
     return torch.where(total == 0, 0.0, total.where(total != 0, 1.0).log() + top.squeeze(dim))
-
-
-def valid_entries(mask: Tensor | None, like: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
-    """Entries that take part: not masked, and on no line whose marginal is zero."""
-    valid = torch.ones_like(like, dtype=torch.bool) if mask is None else mask.expand(like.shape)
-    if row is not None:
-        valid = valid & (row != 0).unsqueeze(-1)
-    if col is not None:
-        valid = valid & (col != 0).unsqueeze(-2)
-    return valid
-
-
-def _marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row."""
-    rows, cols = valid.any(-1).to(dtype), valid.any(-2).to(dtype)
-    n_rows, n_cols = rows.sum(-1, keepdim=True).clamp(min=1), cols.sum(-1, keepdim=True).clamp(min=1)
-    if row is not None:
-        total = (row * rows).sum(-1, keepdim=True)
-    else:
-        total = rows.sum(-1, keepdim=True) if col is None else (col * cols).sum(-1, keepdim=True)
-    r = total / n_rows if row is None else row
-    c = total / n_cols if col is None else col
-    return torch.where(rows > 0, r, 0.0), torch.where(cols > 0, c, 0.0)
-
-
-def marginals_of(logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The marginals (r, c) that :func:`sinkhorn` uses for these logits, differentiable in those given."""
-    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
-    return _marginals(valid, row, col, torch.promote_types(logits.dtype, torch.float32))
 
 
 def sinkhorn(
@@ -84,7 +56,7 @@ def sinkhorn(
         return (plan, info) if return_info else plan
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
-    r, c = _marginals(valid, row_marginal, col_marginal, dtype)
+    r, c = marginals(valid, row_marginal, col_marginal, dtype)
     tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
     scaled = (logits.masked_fill(~valid, 0.0).to(dtype) / tau).masked_fill(~valid, -torch.inf)
     log_r, log_c = r.where(r != 0, 1.0).log(), c.where(c != 0, 1.0).log()
@@ -153,7 +125,7 @@ class _Equations:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
         self.poisoned = (valid & ~(logits < torch.inf)).flatten(-2).any(-1)
-        r, c = _marginals(valid, row_marginal, col_marginal, dtype)
+        r, c = marginals(valid, row_marginal, col_marginal, dtype)
         tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
         tame = logits.masked_fill(~valid | self.poisoned[..., None, None], 0.0)
         scaled = (tame.to(dtype) / tau).masked_fill(~valid, -torch.inf)
@@ -264,16 +236,11 @@ def sigma2(
     return norm.masked_fill(broken, torch.nan)
 
 
-def marginals_of_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The marginals (r, c) that :func:`sigma2` takes a plan for."""
-    return _marginals(valid_entries(mask, plan, row, col), row, col, torch.promote_types(plan.dtype, torch.float32))
-
-
 def deflated_plan(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
     """:func:`deflated` with the default marginals of what the mask leaves."""
     dtype = torch.promote_types(plan.dtype, torch.float32)
     valid = valid_entries(mask, plan, row, col)
-    return deflated(plan.masked_fill(~valid, 0.0).to(dtype), *_marginals(valid, row, col, dtype))
+    return deflated(plan.masked_fill(~valid, 0.0).to(dtype), *marginals(valid, row, col, dtype))
 
 
 def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:

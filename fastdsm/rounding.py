@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
 from ._ops import arguments
+from ._ops.marginals import marginals_of, valid_entries
 
 
 def round_to_birkhoff(
@@ -51,8 +51,8 @@ def round_to_birkhoff(
     col = arguments.line_vector(col_marginal, "col_marginal", plan, plan.shape[-1], "column")
     arguments.check_marginals(row, col)
     mask = arguments.mask_of(mask, plan)
-    r, c = reference.marginals_of(plan, row, col, mask)
-    P = torch.where(reference.valid_entries(mask, plan, row, col), plan, 0.0).to(r.dtype)
+    r, c = marginals_of(plan, row, col, mask)
+    P = torch.where(valid_entries(mask, plan, row, col), plan, 0.0).to(r.dtype)
     P = P * _reduction(P.sum(-1), r).unsqueeze(-1)
     P = P * _reduction(P.sum(-2), c).unsqueeze(-2)
     rows, cols = (r - P.sum(-1)).clamp(min=0.0), (c - P.sum(-2)).clamp(min=0.0)

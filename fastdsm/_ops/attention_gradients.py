@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .gradients import Gradients, differentiable_calls, padded, save, saved, through
+from .gradients import Calls, Gradients, padded, save, saved, through
 
 
 def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -19,7 +19,7 @@ def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     save(ctx, inputs, f, g, sweeps)
 
 
-def _gradient(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients:
+def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients:
     inputs, kept = saved(ctx)
     if grad_out is None:
         return (None,) * len(inputs)
@@ -37,10 +37,10 @@ def _gradient(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients
         if dtypes[0] != query.dtype and inputs[-1] == "triton":
             # Tensor cores add up narrow products in their own way: with potentials of their logits, the line sums of these
             # would be off by an ulp of a logit, which more than doubles the error of that sum.
-            _, f, g, _, sweeps = differentiable_calls().sinkhorn_attention(*inputs, False, True)
+            _, f, g, _, sweeps = calls.sinkhorn_attention(*inputs, False, True)
             kept = [f, g, sweeps]
     with_bias = bias is not None and (needed[3] or needed[5])
-    results = differentiable_calls().sinkhorn_attention_backward(grad_out, *kept, with_bias, *inputs)
+    results = calls.sinkhorn_attention_backward(grad_out, *kept, with_bias, *inputs)
     d_query, d_key, d_value, d_bias = results
     found: list[Tensor | None] = [d_query, d_key, d_value, d_bias if needed[3] else None]
     if needed[5]:
@@ -95,7 +95,7 @@ def _backward_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None
     save(ctx, inputs)
 
 
-def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
     return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
 

@@ -4,28 +4,35 @@ First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjo
 one, sigma2 is bilinear in its fixed vectors. Both backwards are themselves differentiable: their gradient is autograd through
 the oracle, twice, so that double backward is right whatever enters the loss. sigma2's second derivative likewise goes through
 the oracle's SVD.
+
+A gradient takes ``calls`` first: who makes the operators' calls it is made of. It is the same gradient whoever makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from .marginals import marginals_of, valid_entries
 from .problem import compute_dtype
 
-
-def differentiable_calls() -> Any:
-    """The differentiable calls, which are made of these gradients and therefore imported late."""
-    from . import transforms
-
-    return transforms
-
-
 Gradients = tuple[Tensor | None, ...]
+
+
+class Calls(Protocol):
+    """The calls that gradients are made of, as of the operators of these names."""
+
+    sinkhorn_backward: Callable[..., Any]
+    fixed_point_backward: Callable[..., Any]
+    sigma2: Callable[..., Any]
+    sinkhorn_attention: Callable[..., Any]
+    sinkhorn_attention_backward: Callable[..., Any]
+
+
 _TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
 _OPTIONS = 5  # scale, n_iters, columns_first, tol, backend end them
 
@@ -80,7 +87,7 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inp
     keywords = _oracle_keywords(options)
     if temperature is not None:
         keywords["temperature"] = temperature
-    r, c = reference.marginals_of(logits, row, col, mask)
+    r, c = marginals_of(logits, row, col, mask)
     side = r if keywords["first"] == "col" else c
     start = torch.zeros_like(side) if f0 is None else f0
 
@@ -97,7 +104,7 @@ def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, lines:
     """What ``fixed_point_backward`` returns, from the oracle."""
     logits, temperature, _, row, col, mask, scale, _, columns_first, *_ = inputs
     first = "col" if columns_first else "row"
-    r, c = reference.marginals_of(logits, row, col, mask)
+    r, c = marginals_of(logits, row, col, mask)
 
     def plan(logits: Tensor, r: Tensor, c: Tensor) -> Tensor:
         return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
@@ -119,12 +126,12 @@ def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...
     save(ctx, inputs)
 
 
-def _backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
     return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
 
 
-def _fixed_point_backward_gradient(ctx: Any, *cotangents: Tensor) -> Gradients:
+def _fixed_point_backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
     return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad, cotangents)
 
@@ -149,7 +156,7 @@ def _projection(needed: Sequence[bool], grad_plan: Tensor, backward: Backward, i
         product = torch.where(d_logits == 0, 0.0, d_logits * logits)
         gradients[1] = (-product.sum((-2, -1), dtype=torch.float64) / temperature).to(temperature.dtype)
     if needed[3] or needed[4]:
-        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
         d_log_row, d_log_col = (x.to(compute_dtype(dtype)) for x in (d_log_row, d_log_col))
         gradients[3] = _of_marginal(row, d_log_row, None if col is not None else d_log_col, valid.any(-1))
         gradients[4] = _of_marginal(col, d_log_col, None if row is not None else d_log_row, valid.any(-2))
@@ -167,23 +174,23 @@ def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Ten
     return gradient + torch.where(valid, other.sum(-1, keepdim=True) / total, 0.0)
 
 
-def _unrolled(sweeps: Tensor | None) -> Backward:
+def _unrolled(calls: Calls, sweeps: Tensor | None) -> Backward:
     """The adjoint of the sweeps done."""
-    return lambda grad_plan, lines, *inputs: differentiable_calls().sinkhorn_backward(grad_plan, sweeps, lines, *inputs)
+    return lambda grad_plan, lines, *inputs: calls.sinkhorn_backward(grad_plan, sweeps, lines, *inputs)
 
 
-def _implicit(f: Tensor, g: Tensor) -> Backward:
+def _implicit(calls: Calls, f: Tensor, g: Tensor) -> Backward:
     """The adjoint of the fixed point at these potentials."""
-    return lambda grad_plan, lines, *inputs: differentiable_calls().fixed_point_backward(grad_plan, f, g, lines, *inputs)
+    return lambda grad_plan, lines, *inputs: calls.fixed_point_backward(grad_plan, f, g, lines, *inputs)
 
 
 def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     save(ctx, inputs)
 
 
-def _sinkhorn_gradient(ctx: Any, grad: Tensor) -> Gradients:
+def _sinkhorn_gradient(calls: Calls, ctx: Any, grad: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return padded(_projection(ctx.needs_input_grad, grad, _unrolled(None), inputs), inputs)
+    return padded(_projection(ctx.needs_input_grad, grad, _unrolled(calls, None), inputs), inputs)
 
 
 def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -194,11 +201,11 @@ def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -
     save(ctx, inputs, sweeps, plan)
 
 
-def _info_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+def _info_gradient(calls: Calls, ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
     inputs, (sweeps, plan) = saved(ctx)
     *projection, _ = inputs
     tol = projection[-2]
-    return _both(ctx, inputs, projection, plan, _unrolled(sweeps if tol >= 0 else None), grad_plan, others[-1])
+    return _both(calls, ctx, inputs, projection, plan, _unrolled(calls, sweeps if tol >= 0 else None), grad_plan, others[-1])
 
 
 def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -209,15 +216,16 @@ def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, 
     save(ctx, inputs, f, g, plan)
 
 
-def _fixed_point_gradient(ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+def _fixed_point_gradient(calls: Calls, ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
     inputs, (f, g, plan) = saved(ctx)
     assert f is not None
     assert g is not None
     *projection, _, _, _ = inputs
-    return _both(ctx, inputs, projection, plan, _implicit(f, g), grad_plan, others[-1])
+    return _both(calls, ctx, inputs, projection, plan, _implicit(calls, f, g), grad_plan, others[-1])
 
 
 def _both(
+    calls: Calls,
     ctx: Any,
     inputs: Sequence[Any],
     projection: Sequence[Any],
@@ -233,13 +241,13 @@ def _both(
     needed, d_row, d_col = ctx.needs_input_grad, None, None
     if grad_sigma2 is not None:
         logits, _, _, row, col, mask = projection[:_TENSORS]
-        valid = reference.valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+        valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
         lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
         d_plan, d_row, d_col, _ = _of_sigma2(
             (plan, row, col, lines),
             (True, needed[3], needed[4], False),
             grad_sigma2,
-            lambda: differentiable_calls().sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
+            lambda: calls.sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
         )
         assert d_plan is not None
         grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
@@ -277,7 +285,7 @@ def _sigma2_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...])
     save(ctx, inputs, u, v)
 
 
-def _sigma2_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
+def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
     inputs, (u, v) = saved(ctx)
     if grad is None:
         return (None,) * len(inputs)

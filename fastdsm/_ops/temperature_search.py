@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..projection import sinkhorn
-from ..reference import marginals_of, valid_entries
 from ..spectrum import sigma2
 from . import backends, transforms
+from .marginals import marginals_of, valid_entries
 
 _PLAN_TOL = 1e-7  # residual of a plan that counts as converged; sigma2 then errs by about as much over 1 - sigma2
 _SIGMA2_TOL = 1e-6  # where refining stops

@@ -8,6 +8,8 @@ its rule for vmap. Forward-mode derivatives are an error there, not a silent zer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from . import attention_gradients, gradients
 from .attention_operators import LIBRARY
 
 _AUTOGRAD = {**gradients.AUTOGRAD, **attention_gradients.AUTOGRAD}
+CALLS: Any = SimpleNamespace()  # what gradients are made of: the differentiable calls below
 
 
 def _composable(name: str) -> Callable[..., Any]:
     """A call of ``torch.ops.fastdsm.<name>``, its gradient registered both ways."""
     operator = getattr(torch.ops.fastdsm, name).default
     context, gradient = _AUTOGRAD[name]
+    gradient = partial(gradient, CALLS)
     torch.library.register_autograd(f"fastdsm::{name}", gradient, setup_context=context, lib=LIBRARY)
     members = {
         "generate_vmap_rule": True,
@@ -37,6 +41,7 @@ def _composable(name: str) -> Callable[..., Any]:
             return function.apply(*inputs)
         return operator(*inputs)
 
+    setattr(CALLS, name, call)
     return call
 
 

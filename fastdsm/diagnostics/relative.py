@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._ops import arguments
+from .._ops.marginals import marginals_of, valid_entries
 from .._ops.problem import compute_dtype
-from ..reference import marginals_of, valid_entries
 
 
 class RelativePlan(NamedTuple):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._ops.problem import Problem, part_of
-from .layout import BatchLast, Layout, Ring, choose_layout, copy
+from .layout import BatchLast, Layout, choose_layout, copy
+from .ring import Ring
 from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that

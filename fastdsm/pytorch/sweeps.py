@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Ring
+from .layout import Layout
+from .ring import Ring
 
 TAME_RANGE = 20.0
 _LOG2_GAIN = 45.0

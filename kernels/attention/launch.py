@@ -1,8 +1,8 @@
 """Launching the passes of attention over logits that are never stored; symbols and derivation in ``attention_tile``.
 
 ``over`` names the axis a pass sums along: "cols" leaves one result per query, "rows" one per key. The contract is that of
-``Passes`` in ``fastdsm/_ops/streamed``, for query and key of at most 32 bits. Nothing here compiles for a shape: the head dimension is
-padded to a block, everything else is a run-time number.
+``Passes`` in ``fastdsm/_ops/streamed``, for query and key of at most 32 bits. Nothing here compiles for a shape: the head
+dimension is padded to a block, everything else is a run-time number.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from fastdsm._ops.problem import compute_dtype
 
 from ..common.configuration import Configuration
 from .lanczos_forward import _sigma2_lanczos_bounds_fwd_kernel, _sigma2_lanczos_fwd_kernel
-from .squaring import SQUARINGS, _sigma2_bounds_fwd_kernel, _sigma2_fwd_kernel
+from .squaring import SQUARINGS
+from .squaring_forward import _sigma2_bounds_fwd_kernel, _sigma2_fwd_kernel
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 MAX_LINES = 256

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdsm.pytorch.spectrum import krylov_vector, noise
-from fastdsm.reference import marginals_of_plan
+from fastdsm._ops.krylov import krylov_vector, noise
+from fastdsm._ops.marginals import marginals_of_plan
 
 from .launch import MAX_SIZE, aligned, by_rows, programs_of
 from .table import CHUNK, ELEMENTS, GRAM, REDUCE_GRAM

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdsm import reference
+from fastdsm._ops.marginals import marginals_of, valid_entries
 from fastdsm._ops.problem import compute_dtype
 from fastdsm.kernels.common.configuration import Configuration, finite_jit
 from fastdsm.kernels.spectrum import launch as spectrum
@@ -108,7 +109,7 @@ def assert_spectrum(
     assert (lower.double() <= expected + fine).all()
     assert (upper.double() >= expected - fine).all()
 
-    valid = reference.valid_entries(mask, plan, row, col)
+    valid = valid_entries(mask, plan, row, col)
     r, c = reference._marginals(valid, row, col, compute_dtype(plan.dtype))
     matrix = reference.deflated(plan.masked_fill(~valid, 0.0).double(), r.double(), c.double())
     attained = torch.einsum("bi,bij,bj->b", u2.double(), matrix, v2.double())
@@ -268,7 +269,7 @@ def test_lanczos_from_logits_and_potentials() -> None:
     logits = torch.randn(n, m, generator=torch.Generator().manual_seed(2))
     plan, info = reference.sinkhorn(logits.double(), mask=mask, temperature=temperature, n_iters=50, return_info=True)
     expected = reference.sigma2(plan, mask=mask)
-    r, c = reference.marginals_of(logits, None, None, mask)
+    r, c = marginals_of(logits, None, None, mask)
     configuration = Configuration(
         _logits_sigma2_fwd_kernel, {"mask_ptr": "u8"} | dict.fromkeys(("logits_ptr",), "fp32"), {"COLS": 32}, 4, 1
     )

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from fastdsm import reference
+from fastdsm._ops.marginals import marginals_of
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 from fastdsm._verify.sinkhorn import Case, Target, verify_case
 from fastdsm.kernels.common import configuration
@@ -80,7 +81,7 @@ def _marginals(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if row is None and col is None and not problem.unit_rows:
         col = torch.ones(problem.logits.shape[0], problem.logits.shape[2], dtype=problem.compute_dtype)
     row, col = (None if x is None else x.to(dtype) for x in (row, col))
-    return reference.marginals_of(problem.logits.to(dtype), row, col, problem.mask)
+    return marginals_of(problem.logits.to(dtype), row, col, problem.mask)
 
 
 def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype) -> Result:

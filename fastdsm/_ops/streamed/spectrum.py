@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...pytorch.spectrum import lanczos_of, noise
+from ..krylov import lanczos_of, noise
 from ..problem import Attention, Potentials
 from .sweeps import Passes, State, Sweeps, attention_forward, centred, final_potentials, valid_lines, weighed
 
