@@ -8,8 +8,9 @@ from torch import Tensor
 
 import fastdsm
 from fastdsm import reference
+from fastdsm._ops.krylov import _top_on_device
 from fastdsm.pytorch import spectrum
-from fastdsm.pytorch.spectrum import METHODS, _top_on_device
+from fastdsm.pytorch.spectrum import METHODS
 
 SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 12), (64, 64), (100, 100))
 
