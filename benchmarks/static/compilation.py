@@ -14,7 +14,6 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fastdsm import kernels
 from fastdsm.kernels.common.configuration import Configuration
@@ -47,12 +46,7 @@ class Resources:
 
 def compile_configuration(configuration: Configuration, target: str) -> Compiled:
     """Compile for ``target``, "sm_80", "sm_90" or "sm_100". Not under TRITON_INTERPRET, which replaces the compiler."""
-    source = ASTSource(configuration.kernel, configuration.signature(), constexprs=dict(configuration.constants))
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
-        options=configuration.options(),
-    )
+    kernel = configuration.compile(GPUTarget("cuda", int(target.removeprefix("sm_")), 32))
     ptx = kernel.asm["ptx"]
     declared = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\];", ptx))
     return Compiled(kernel.asm["cubin"], ptx, kernel.metadata.shared + declared)

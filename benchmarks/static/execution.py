@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .integers import INTEGER_OPERATIONS, Machine
 from .sass import JUMPS, Instruction, Program, count
@@ -44,18 +45,25 @@ class Execution:
         return total
 
 
-def parameter_words(signature: Mapping[str, str], arguments: Mapping[str, float], target: str) -> dict[int, int]:
+def parameter_words(signature: Mapping[str, Any], arguments: Mapping[str, Any], target: str) -> dict[int, int]:
     """Constant bank 0 as a launch of many programs fills it: 32-bit words by byte offset. Pointers are addresses."""
     data = bytearray()
-    for name, kind in signature.items():
-        if kind == "constexpr":
-            continue
+    for kind, value in scalars((kind, arguments.get(name)) for name, kind in signature.items()):
         form = "Q" if kind.startswith("*") else _FORMATS[kind]
-        data += bytes(-len(data) % struct.calcsize(form)) + struct.pack(form, arguments[name])
+        data += bytes(-len(data) % struct.calcsize(form)) + struct.pack(form, value)
     data += bytes(-len(data) % 4)
     base = _PARAMETERS_AT[target]
     words = {base + 4 * index: word for index, (word,) in enumerate(struct.iter_unpack("I", data))}
     return {**words, _PROGRAMS_AT[target]: _PROGRAMS}
+
+
+def scalars(arguments: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """Types and values of what is passed, tuples taken apart and constants left out."""
+    for kind, value in arguments:
+        if isinstance(kind, tuple):
+            yield from scalars(zip(kind, value, strict=True))
+        elif kind != "constexpr":
+            yield kind, value
 
 
 def execute(program: Program, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> Execution | None:

@@ -30,7 +30,7 @@ class Launch:
 
     configuration: Configuration
     programs: int
-    arguments: Mapping[str, float]
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,19 @@ class Call:
         return launches
 
 
+def _address(argument: Any) -> Any:
+    if hasattr(argument, "_make"):
+        return argument._make(map(_address, argument))
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Launches made inside the block, in order; none of them runs."""
     launches: list[Launch] = []
 
     def record(configuration: Configuration, programs: int, **arguments: Any) -> None:
-        values = {n: v.data_ptr() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
-        launches.append(Launch(configuration, programs, values))
+        launches.append(Launch(configuration, programs, {name: _address(value) for name, value in arguments.items()}))
 
     with patch.object(Configuration, "launch", record):
         yield launches

@@ -30,8 +30,8 @@ class Usage:
     """An ordinary call, of SWEEPS sweeps: its arguments, and those for FEWER_SWEEPS if they take the same kernel."""
 
     call: Call
-    arguments: Mapping[str, float]
-    fewer: Mapping[str, float] | None
+    arguments: Mapping[str, Any]
+    fewer: Mapping[str, Any] | None
 
 
 def usages(calls: Iterable[Call]) -> Iterator[tuple[Configuration, Usage]]:
@@ -84,7 +84,7 @@ def analyse(configuration: Configuration, target: str, calls: Sequence[Usage]) -
     return {**row, "executed": executed}
 
 
-def _executed(configuration: Configuration, program: Program, signature: Mapping[str, str], target: str, usage: Usage) -> Row:
+def _executed(configuration: Configuration, program: Program, signature: Mapping[str, Any], target: str, usage: Usage) -> Row:
     row: Row = {**usage.call.describe(), **({"n_iters": SWEEPS} if usage.call.sweeps else {})}
     run = execute(program, parameter_words(signature, usage.arguments, target))
     if run is None:

@@ -7,6 +7,7 @@ A kernel exists for each element type of query and key and block of features; wi
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def _tiled(
 def _whole(element: str, block_d: int, lines: int, online: bool) -> Configuration:
     """The one way to run a whole sweep with ``lines`` on chip."""
     rest = (element, "half"), block_d, "fp32", False, {"ONLINE": online}
-    anywhere, on_hopper = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
+    tiled = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
+    anywhere, on_hopper = (replace(x, pointers={**x.pointers, "total_ptr": "fp32"}) for x in tiled)
     return anywhere.with_own(on_hopper, "sm_90")
 
 

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .arithmetic import INTERPRET
 
 HISTORY_BYTES = 1 << 28  # of all programs of a backward together, at the most; long iterations run in fewer programs
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -22,7 +26,11 @@ _SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "f
 
 
 def finite_jit(function: Callable[..., None]) -> Any:
-    """``triton.jit`` that specialises on nothing: every scalar carries a dtype annotation, pointers end in ``_ptr``."""
+    """``triton.jit`` that specialises on nothing: every scalar carries a dtype annotation, pointers end in ``_ptr``.
+
+    Parameters that always come together may be one, annotated with a NamedTuple whose fields are annotated likewise; fields
+    may be such tuples themselves.
+    """
     names = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
     names = [name for name in names if "constexpr" not in str(function.__annotations__.get(name, ""))]
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
@@ -43,9 +51,9 @@ def history_programs(blocks: int, per_sm: int, bytes_of_one: int, device: torch.
 class Configuration:
     """One launchable kernel.
 
-    kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}.
-    constants: every constexpr argument. matrices: matrices handled by one program. targets: what it is compiled for; where
-    one of them has a configuration of its own, ``own``, the others.
+    kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}, in tuples
+    by path, {"line.ptr": "fp16"}. constants: every constexpr argument. matrices: matrices handled by one program. targets:
+    what it is compiled for; where one of them has a configuration of its own, ``own``, the others.
     """
 
     kernel: Any
@@ -81,35 +89,46 @@ class Configuration:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
-    def signature(self) -> dict[str, str]:
-        """Argument types as ahead-of-time compilation wants them."""
-        types = {}
-        for parameter in inspect.signature(self.kernel.fn).parameters.values():
-            name = parameter.name
-            if name in self.constants:
-                types[name] = "constexpr"
-            elif name in self.pointers:
-                types[name] = "*" + self.pointers[name]
-            else:
-                types[name] = _SCALARS[parameter.annotation]
-        return types
+    def signature(self) -> dict[str, Any]:
+        """Argument types as the compiler wants them: of a NamedTuple, one of types."""
+        parameters = inspect.signature(self.kernel.fn).parameters.values()
+        return {parameter.name: self._type(parameter.name, parameter.annotation) for parameter in parameters}
+
+    def _type(self, name: str, annotation: Any) -> Any:
+        if name in self.constants:
+            return "constexpr"
+        if name in self.pointers:
+            return "*" + self.pointers[name]
+        if hasattr(annotation, "_fields"):
+            return annotation(*(self._type(f"{name}.{field}", x) for field, x in annotation.__annotations__.items()))
+        return _SCALARS[annotation]
+
+    def compile(self, target: GPUTarget | None = None) -> Any:
+        """The compiled kernel, for the current device unless ``target`` names another; from Triton's cache if it is there."""
+        source = ASTSource(self.kernel, self.signature(), constexprs=dict(self.constants))
+        return triton.compile(source, target=target, options=self.options())
 
     def launch(self, programs: int, **arguments: Any) -> None:
-        """Run ``programs`` programs where the first argument, a tensor, lies; nothing to do when there are none.
+        """Run ``programs`` programs where the first tensor among the arguments lies; nothing to do when there are none.
 
-        Triton works out at every launch which compiled kernel the arguments ask for, in up to 50 us with as many arguments as
-        ours. As nothing is specialised on, it is always the one of the first launch.
+        What is compiled is what the table says, at the first launch and ahead of time alike: Triton's own launch would take
+        the types from the arguments, specialise on the numbers in tuples, and spend up to 50 us on that every time.
         """
         if not programs:
             return
-        device = next(iter(arguments.values())).device
+        values = {**arguments, **self.constants}
+        if INTERPRET:
+            self.kernel[(programs,)](**values)
+            return
+        first = next(iter(arguments.values()))
+        while isinstance(first, tuple):
+            first = first[0]
+        device = first.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.launch(programs, **arguments)
             return
         compiled = self.compiled.get(device.index)
         if compiled is None:
-            self.compiled[device.index] = self.kernel[(programs,)](**arguments, **self.constants, **self.options())
-        else:
-            values = {**arguments, **self.constants}
-            compiled[(programs, 1, 1)](*[values[name] for name in self.kernel.arg_names])
+            compiled = self.compiled[device.index] = self.compile()
+        compiled[(programs, 1, 1)](*[values[name] for name in self.kernel.arg_names])

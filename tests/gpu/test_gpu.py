@@ -12,6 +12,7 @@ from fastdsm import reference
 from fastdsm._verify.attention import attention_cases, verify_attention_case
 from fastdsm._verify.sinkhorn import Target, cases, verify_case
 
+from ..kernels import test_configuration as tuples
 from ..tolerances import assert_within
 
 pytestmark = pytest.mark.gpu
@@ -291,3 +292,10 @@ def test_offsets_beyond_int32() -> None:
     expected = reference.sinkhorn(logits[-1:].double()).half()
     torch.testing.assert_close(plan[-1:], expected, rtol=0, atol=2**-11)  # one unit below 1: each side rounds once
     torch.testing.assert_close(plan[0], torch.full((4, 4), 0.25, device="cuda", dtype=torch.float16))
+
+
+def test_members_of_tuples_arrive() -> None:
+    configuration = tuples.configuration()
+    for value in tuples.VALUES:
+        tuples.check(configuration, value, "cuda")
+    assert len(configuration.compiled) == 1
