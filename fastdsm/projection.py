@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
 from . import reference
 from ._ops import arguments, transforms
+from ._ops.plain import KeptCalls
+from ._ops.runs import Forward, Run
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
 
 
@@ -72,20 +74,8 @@ def sinkhorn(
     Clason, Lorenz and Wirth (arXiv 1710.06635); its safeguard is derived in ``fastdsm.pytorch.newton``, the implicit gradient
     and its condition number in ``fastdsm.pytorch.implicit``.
     """
-    grad = _resolve_method(solver, grad)
-    problem = _Checked(
-        logits, n_iters, temperature, first, _tol_of(solver, tol, logits), f0, row_marginal, col_marginal, mask, backend
-    )
-    if problem.backend == "reference":
-        return reference.sinkhorn(logits, solver=solver, grad=grad, return_info=return_info, **problem.keywords)
-    if grad == "unrolled" and tol is None and not return_info:
-        return problem.restore(transforms.sinkhorn(*problem.inputs))
-    plan, residual, sweeps, f, g, _ = problem.projected(solver, grad, return_info, False)
-    if not return_info:
-        return problem.restore(plan)
-    residual, sweeps, f, g = map(problem.restore, (residual, sweeps, f, g))
-    converged = residual <= (default_tol(residual.dtype) if tol is None else tol)
-    return problem.restore(plan), SinkhornInfo(residual, converged, sweeps, f, g)
+    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
+    return _calls(tensors, (n_iters, first, tol, solver, grad, return_info, backend, False))
 
 
 def sinkhorn_sigma2(
@@ -109,14 +99,8 @@ def sinkhorn_sigma2(
     take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
     respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
     """
-    grad = _resolve_method(solver, grad)
-    problem = _Checked(
-        logits, n_iters, temperature, first, _tol_of(solver, tol, logits), f0, row_marginal, col_marginal, mask, backend
-    )
-    if problem.backend == "reference":
-        return reference.sinkhorn_sigma2(logits, solver=solver, grad=grad, **problem.keywords)
-    plan, residual, sweeps, f, g, sigma2 = map(problem.restore, problem.projected(solver, grad, True, True))
-    return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
+    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
+    return _calls(tensors, (n_iters, first, tol, solver, grad, True, backend, True))
 
 
 def _resolve_method(solver: str, grad: str | None) -> str:
@@ -133,71 +117,119 @@ def _resolve_method(solver: str, grad: str | None) -> str:
     return grad
 
 
-def _tol_of(solver: str, tol: float | None, logits: Tensor) -> float | None:
-    """As given; Newton's method always has one."""
-    if solver != "newton" or tol is not None or not isinstance(logits, Tensor):
-        return tol
-    return default_tol(logits.dtype)
-
-
-class _Checked:
-    """A call's arguments, checked, broadcast over the batch and flattened to (B, n, m)."""
+class _Call:
+    """A call whose arguments have the right forms: how they come to an operator, (B, n, m) and (B, n), and its results back."""
 
     def __init__(
         self,
-        logits: Tensor,
+        tensors: tuple[Any, ...],
         n_iters: int,
-        temperature: float | Tensor,
         first: str,
         tol: float | None,
-        f0: Tensor | None,
-        row_marginal: Tensor | None,
-        col_marginal: Tensor | None,
-        mask: Tensor | None,
+        solver: str,
+        grad: str | None,
+        with_info: bool,
         backend: str,
+        with_sigma2: bool,
     ) -> None:
+        logits, temperature, f0, row, col, mask = tensors
+        self.grad = _resolve_method(solver, grad)
         arguments.check_matrices(logits, "logits")
         arguments.check_count(n_iters, "n_iters")
         arguments.check_choice(first, "first", ("col", "row"))
         arguments.check_tol(tol)
+        if solver == "newton" and tol is None:
+            tol = default_tol(logits.dtype)
         self.backend = arguments.resolve_backend(backend, logits)
         n, m = logits.shape[-2:]
-        scale = arguments.temperature_of(temperature, logits)
-        start = arguments.line_vector(f0, "f0", logits, n if first == "col" else m, "row" if first == "col" else "column")
-        row = arguments.line_vector(row_marginal, "row_marginal", logits, n, "row")
-        col = arguments.line_vector(col_marginal, "col_marginal", logits, m, "column")
-        arguments.check_marginals(row, col)
-        mask = arguments.mask_of(mask, logits)
         self.batch = logits.shape[:-2]
-        count = math.prod(self.batch)
-
-        def flat(x: Any) -> Any:
-            if not isinstance(x, Tensor) or len(self.batch) == 1:
-                return x
-            return x.reshape((count, *x.shape[len(self.batch) :]))
-
-        tau = scale if isinstance(scale, Tensor) else None
-        tensors = (logits, tau, start, row, col, mask)
-        self.keywords: dict[str, Any] = {
-            "n_iters": n_iters, "temperature": scale, "first": first, "tol": tol, "f0": start,
-            "row_marginal": row, "col_marginal": col, "mask": mask,
-        }  # fmt: skip
-        self.inputs = (
-            *map(flat, tensors),
-            1.0 if isinstance(scale, Tensor) else scale,
-            n_iters,
-            first == "col",
-            -1.0 if tol is None else float(tol),
-            self.backend,
+        side, role = (n, "row") if first == "col" else (m, "column")
+        formed = (
+            logits,
+            arguments.temperature_of(temperature, logits),
+            arguments.line_vector(f0, "f0", logits, side, role),
+            arguments.line_vector(row, "row_marginal", logits, n, "row"),
+            arguments.line_vector(col, "col_marginal", logits, m, "column"),
+            arguments.mask_of(mask, logits),
         )
+        self.flatten = arguments.flattening(tensors, formed, len(self.batch))
+        self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
+        self.with_info = with_info
+        self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
+        self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
+        self.run: Run | None = None  # without a gradient
+        self.trained: Run | None = None  # with one
 
-    def projected(self, solver: str, grad: str, with_info: bool, with_sigma2: bool) -> tuple[Tensor, ...]:
-        """Plan, residual, sweeps, f, g and sigma2, flat; what was not asked for may be empty."""
-        if grad == "unrolled":
-            return transforms.sinkhorn_info(*self.inputs, with_sigma2)
-        with_info = with_info or transforms.backward_may_follow(self.inputs)
-        return transforms.fixed_point(*self.inputs, solver, with_info, with_sigma2)
+    def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
+        scale = tensors[1]
+        if isinstance(scale, Tensor):
+            scale = 1.0
+        else:
+            if type(scale) is not float or not scale > 0:
+                arguments.check_temperature(scale)
+                scale = float(scale)
+            tensors = (tensors[0], None, *tensors[2:])
+        if self.backend == "reference":
+            return self._reference(tensors, scale)
+        if self.flatten is not None:
+            tensors = self.flatten(tensors)
+        if self.looked_at:
+            arguments.check_temperatures(tensors[1])
+            arguments.check_marginals(tensors[3], tensors[4])
+        follows = transforms.backward_may_follow(tensors)
+        if plain and not follows:
+            if self.run is None:
+                self.run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, self.with_info, self.with_sigma2)
+            return self._restored(cast(tuple[Tensor, ...], self.run(tensors, scale)))
+        call: transforms.Call = transforms.sinkhorn
+        more: tuple[Any, ...] = ()
+        if self.grad == "implicit":
+            call, more = transforms.fixed_point, (self.solver, self.with_info or follows, self.with_sigma2)
+        elif self.tol is not None or self.with_info:
+            call, more = transforms.sinkhorn_info, (self.with_sigma2,)
+        inputs = (*tensors, scale, self.n_iters, *self.ends, *more)
+        if not plain:
+            results = call(*inputs)
+        else:
+            if self.trained is None:
+                self.trained = Forward(tensors[0], self.n_iters, *self.ends, self.solver, bool(more), self.with_sigma2)
+            results = call.trained(self.trained, *inputs)
+        return self._restored(results if more else (results,))
 
-    def restore(self, x: Tensor) -> Tensor:
-        """Give a result its batch shape back."""
-        return x if len(self.batch) == 1 else x.reshape((*self.batch, *x.shape[1:]))
+    def _restored(self, results: Sequence[Tensor]) -> Any:
+        """What the caller gets, in the logits' batch shape."""
+        if len(self.batch) != 1:
+            kept = results if self.with_info else results[:1]
+            results = [x if x is None else x.reshape((*self.batch, *x.shape[1:])) for x in kept]
+        if not self.with_info:
+            return results[0]
+        plan, residual, sweeps, f, g = results[:5]
+        if self.with_sigma2:
+            return SinkhornSpectrum(plan, results[5], residual, sweeps, f, g)
+        converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)
+        return plan, SinkhornInfo(residual, converged, sweeps, f, g)
+
+    def _reference(self, tensors: tuple[Any, ...], scale: float) -> Any:
+        """The oracle's answer."""
+        logits, temperature, f0, row, col, mask = tensors
+        n, m = logits.shape[-2:]
+        keywords: dict[str, Any] = {
+            "n_iters": self.n_iters,
+            "temperature": scale if temperature is None else arguments.temperature_of(temperature, logits),
+            "first": self.first,
+            "tol": self.tol,
+            "f0": arguments.line_vector(f0, "f0", logits, n if self.first == "col" else m, "line"),
+            "row_marginal": arguments.line_vector(row, "row_marginal", logits, n, "row"),
+            "col_marginal": arguments.line_vector(col, "col_marginal", logits, m, "column"),
+            "mask": arguments.mask_of(mask, logits),
+            "solver": self.solver,
+            "grad": self.grad,
+        }
+        arguments.check_marginals(keywords["row_marginal"], keywords["col_marginal"])
+        if self.with_sigma2:
+            return reference.sinkhorn_sigma2(logits, **keywords)
+        return reference.sinkhorn(logits, return_info=self.with_info, **keywords)
+
+
+_calls = KeptCalls(_Call)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from ._ops import arguments, transforms
+from ._ops.plain import KeptCalls
+from ._ops.runs import Bounds, Run, Sigma2
 from .pytorch.spectrum import JACOBI_MAX_SIDE, METHODS
 
 
@@ -47,32 +50,8 @@ def sigma2(
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
         marginals; at multiplicity one element of the subdifferential.
     """
-    arguments.check_matrices(plan, "plan")
-    arguments.check_choice(method, "method", ("auto", *METHODS))
-    if not tol > 0:
-        raise ValueError(f"tol must be > 0, a relative accuracy such as 1e-4, got {tol}")
-    if max_iters is not None:
-        arguments.check_count(max_iters, "max_iters")
-    if method == "jacobi" and min(plan.shape[-2:]) > JACOBI_MAX_SIDE:
-        raise ValueError(
-            f'method="jacobi" serves min(n, m) <= {JACOBI_MAX_SIDE}, got {tuple(plan.shape)}; use "squaring" or "auto"'
-        )
-    if v0 is not None and method != "power":
-        raise ValueError(f'v0 is the start of method="power" alone, got method={method!r}; leave one of them out')
-    resolved = arguments.resolve_backend(backend, plan)
-    start = arguments.line_vector(v0, "v0", plan, plan.shape[-1], "column")
-    row, col, mask = _lines(plan, row_marginal, col_marginal, mask)
-    if resolved == "reference":
-        if return_vectors:
-            raise ValueError('backend="reference" gives no vectors; use return_vectors=False or another backend')
-        return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask)
-    count = math.prod(plan.shape[:-2])
-    flat = [x if x is None else x.reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask, start)]
-    if plan.requires_grad and torch.is_grad_enabled():
-        tol = tol * tol
-    found = transforms.sigma2(*flat, method, tol, max_iters or 0, resolved)
-    value, u, v = (x.reshape((*plan.shape[:-2], *x.shape[1:])) for x in found)
-    return (value, u, v) if return_vectors else value
+    tensors = (plan, row_marginal, col_marginal, mask, v0)
+    return _values(tensors, (method, tol, max_iters, return_vectors, backend))
 
 
 def sigma2_bounds(
@@ -91,22 +70,102 @@ def sigma2_bounds(
     upper / lower <= 1.001 for n <= 64.
     Arguments and errors as for :func:`sigma2`.
     """
-    arguments.check_matrices(plan, "plan")
-    resolved = arguments.resolve_backend(backend, plan)
-    row, col, mask = _lines(plan, row_marginal, col_marginal, mask)
-    count = math.prod(plan.shape[:-2])
-    flat = [x if x is None else x.detach().reshape((count, *x.shape[plan.dim() - 2 :])) for x in (plan, row, col, mask)]
-    if resolved == "reference":
-        lower = upper = reference.sigma2(plan.detach().double(), row_marginal=row, col_marginal=col, mask=mask)
-    else:
-        lower, upper = transforms.sigma2_bounds(*flat, resolved)
-    return lower.reshape(plan.shape[:-2]), upper.reshape(plan.shape[:-2])
+    return _intervals((plan, row_marginal, col_marginal, mask), (backend,))
 
 
-def _lines(
-    plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    row = arguments.line_vector(row, "row_marginal", plan, plan.shape[-2], "row")
-    col = arguments.line_vector(col, "col_marginal", plan, plan.shape[-1], "column")
-    arguments.check_marginals(row, col)
-    return row, col, arguments.mask_of(mask, plan)
+class _OfPlans:
+    """A call for plans whose arguments have the right forms: (B, n, m), (B, n) and (B, m) in it, and batches of its results."""
+
+    def __init__(self, tensors: tuple[Any, ...], backend: str) -> None:
+        plan, row, col, mask, *start = tensors
+        arguments.check_matrices(plan, "plan")
+        self.backend = arguments.resolve_backend(backend, plan)
+        n, m = plan.shape[-2:]
+        self.batch = plan.shape[:-2]
+        formed = (
+            plan,
+            arguments.line_vector(row, "row_marginal", plan, n, "row"),
+            arguments.line_vector(col, "col_marginal", plan, m, "column"),
+            arguments.mask_of(mask, plan),
+            *(arguments.line_vector(x, "v0", plan, m, "column") for x in start),
+        )
+        self.flatten = arguments.flattening(tensors, formed, len(self.batch))
+
+    def flat(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors as an operator takes them, their values looked at."""
+        if self.flatten is not None:
+            tensors = self.flatten(tensors)
+        arguments.check_marginals(tensors[1], tensors[2])
+        return tensors
+
+    def restored(self, results: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Results in the plans' batch shape."""
+        if len(self.batch) == 1:
+            return results
+        return [x.reshape((*self.batch, *x.shape[1:])) for x in results]
+
+
+class _Value(_OfPlans):
+    def __init__(
+        self,
+        tensors: tuple[Any, ...],
+        method: str,
+        tol: float,
+        max_iters: int | None,
+        return_vectors: bool,
+        backend: str,
+    ) -> None:
+        plan, *_, v0 = tensors
+        arguments.check_matrices(plan, "plan")
+        arguments.check_choice(method, "method", ("auto", *METHODS))
+        if not tol > 0:
+            raise ValueError(f"tol must be > 0, a relative accuracy such as 1e-4, got {tol}")
+        if max_iters is not None:
+            arguments.check_count(max_iters, "max_iters")
+        if method == "jacobi" and min(plan.shape[-2:]) > JACOBI_MAX_SIDE:
+            raise ValueError(
+                f'method="jacobi" serves min(n, m) <= {JACOBI_MAX_SIDE}, got {tuple(plan.shape)}; use "squaring" or "auto"'
+            )
+        if v0 is not None and method != "power":
+            raise ValueError(f'v0 is the start of method="power" alone, got method={method!r}; leave one of them out')
+        super().__init__(tensors, backend)
+        if self.backend == "reference" and return_vectors:
+            raise ValueError('backend="reference" gives no vectors; use return_vectors=False or another backend')
+        self.method, self.tol, self.max_iters, self.vectors = method, tol, max_iters or 0, return_vectors
+        self.run: Run | None = None
+
+    def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        plan, row, col, mask = (tensors := self.flat(tensors))[:4]
+        if self.backend == "reference":
+            return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask).reshape(self.batch)
+        tol = self.tol
+        if plan.requires_grad and torch.is_grad_enabled():
+            tol = tol * tol
+        if plain and not transforms.backward_may_follow(tensors):
+            self.run = self.run or Sigma2(plan, self.method, tol, self.max_iters, self.backend)
+            found: Any = self.run(tensors)
+        else:
+            found = transforms.sigma2(*tensors, self.method, tol, self.max_iters, self.backend)
+        results = self.restored(found)
+        return tuple(results) if self.vectors else results[0]
+
+
+class _Interval(_OfPlans):
+    def __init__(self, tensors: tuple[Any, ...], backend: str) -> None:
+        super().__init__(tensors, backend)
+        self.run: Run | None = None
+
+    def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        flat: Any = tuple([x if x is None else x.detach() for x in self.flat(tensors)])
+        plan, row, col, mask = flat
+        if self.backend == "reference":
+            lower = upper = reference.sigma2(plan.double(), row_marginal=row, col_marginal=col, mask=mask)
+            return tuple(self.restored((lower, upper)))
+        if plain:
+            self.run = self.run or Bounds(plan, self.backend)
+            found: Any = self.run(flat)
+            return tuple(self.restored(found))
+        return tuple(self.restored(torch.ops.fastdsm.sigma2_bounds(*flat, self.backend)))
+
+
+_values, _intervals = KeptCalls(_Value), KeptCalls(_Interval)

@@ -21,8 +21,11 @@ from ._ops.operators import LIBRARY, implement
 from ._ops.problem import compute_dtype
 from ._ops.temperature_search import matrices_of, root_gradients, search
 
-_INPUTS = "Tensor logits, Tensor target, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, SymInt n_iters, str backend"
-LIBRARY.define(f"temperature_for_sigma2({_INPUTS}, Tensor? needed) -> (Tensor, Tensor)")
+_INPUTS = (
+    "Tensor logits, Tensor target, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, "
+    "Tensor? needed, SymInt n_iters, str backend"
+)
+LIBRARY.define(f"temperature_for_sigma2({_INPUTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
     f"temperature_for_sigma2_backward(Tensor grad, Tensor temperature, Tensor reached, {_INPUTS}) -> (Tensor, Tensor)"
 )
@@ -96,7 +99,7 @@ def temperature_where(
     resolved = arguments.resolve_backend(backend, logits)
     tensors = (logits, wanted, row, col, arguments.mask_of(mask, logits), needed)
     flat = [x if x is None else x.reshape((math.prod(batch), *x.shape[len(batch) :])) for x in tensors]
-    temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(*flat[:-1], n_iters, resolved, flat[-1])
+    temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(*flat, n_iters, resolved)
     return temperature.reshape(batch), reached.reshape(batch)
 
 
@@ -107,9 +110,9 @@ def _search(
     row: Tensor | None,
     col: Tensor | None,
     mask: Tensor | None,
+    needed: Tensor | None,
     n_iters: int,
     backend: str,
-    needed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     matrices, rounding = matrices_of(logits, row, col, mask, n_iters, backend)
     temperature, reached = search(matrices, rounding, target.double(), needed, logits.dtype)
@@ -118,8 +121,8 @@ def _search(
 
 @implement("temperature_for_sigma2_backward")
 def _backward(grad: Tensor, temperature: Tensor, reached: Tensor, logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    target, *options = inputs
-    matrices, _ = matrices_of(logits, *options)
+    target, row, col, mask, _, *options = inputs
+    matrices, _ = matrices_of(logits, row, col, mask, *options)
     d_logits, d_target = root_gradients(matrices, temperature, reached, grad)
     return d_logits.to(logits.dtype), d_target.to(target.dtype)
 
@@ -147,9 +150,7 @@ def _gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
     inputs, (temperature, reached) = saved(ctx)
     if torch.is_grad_enabled():
         raise NotImplementedError("temperature_for_sigma2 has no second derivative; use backward without create_graph=True")
-    return padded(
-        torch.ops.fastdsm.temperature_for_sigma2_backward(grad.contiguous(), temperature, reached, *inputs[:-1]), inputs
-    )
+    return padded(torch.ops.fastdsm.temperature_for_sigma2_backward(grad.contiguous(), temperature, reached, *inputs), inputs)
 
 
 torch.library.register_autograd("fastdsm::temperature_for_sigma2", _gradient, setup_context=_context, lib=LIBRARY)

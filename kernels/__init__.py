@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .._ops.problem import Gradients, Outputs, Problem
 from . import attention, panel, registers, spectrum, stream, tile
-from .common.configuration import Configuration
+from .common.configuration import Configuration, recorded
 
 __all__ = [
     "configurations",
     "implicit_backward",
     "newton_forward",
+    "on_chip",
+    "recorded",
     "sigma2",
     "sigma2_bounds",
     "sinkhorn_backward",
@@ -38,6 +40,11 @@ def configurations() -> list[Configuration]:
         attention.launch,
     )
     return [x for family in families for x in family.configurations()]
+
+
+def on_chip(matrices: Tensor) -> bool:
+    """Whether a matrix stays on chip, so that a call that kernels serve is launches and nothing else between them."""
+    return max(matrices.shape[-2:]) <= panel.launch.BLOCKS_M[-1]
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> bool:

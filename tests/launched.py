@@ -36,7 +36,7 @@ def misfits(configuration: Configuration, arguments: dict[str, Any]) -> list[str
 
 def _fits(kind: str, value: Any) -> bool:
     if kind in ELEMENTS:
-        return isinstance(value, torch.Tensor) and value.dtype == ELEMENTS[kind]
+        return value is None or (isinstance(value, torch.Tensor) and value.dtype == ELEMENTS[kind])
     if kind in BITS:
         return type(value) is int and -(1 << BITS[kind]) <= value < 1 << BITS[kind]
     return type(value) in (int, float)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from fastdsm import kernels
@@ -76,23 +78,27 @@ def kernel_name(configuration: Configuration) -> str:
 
 
 def source(configuration: Configuration) -> str:
-    """Hash of the files of the kernel and of the device functions it may call.
+    """Hash of the text of the kernel, of the device functions that it calls, and of the constants that these name.
 
-    Triton's own hash of a kernel depends on which kernels were hashed before it.
+    Host code beside them and where files lie are no part of it. Triton's own hash of a kernel depends on which kernels were
+    hashed before it.
     """
-    return _hash_of_files(configuration.kernel.fn.__module__)
+    return _hash_of_device_code(configuration.kernel.fn)
 
 
 @cache
-def _hash_of_files(name: str) -> str:
-    found, new = set(), {name}
+def _hash_of_device_code(kernel: Callable[..., None]) -> str:
+    found: set[Any] = set()
+    new: set[Any] = {kernel}
+    texts: set[str] = set()
     while new:
         found |= new
-        device_functions = (getattr(x, "fn", None) for module in new for x in vars(sys.modules[module]).values())
-        new = {function.__module__ for function in device_functions if callable(function)} - found
-        new = {module for module in new if module.startswith(kernels.__name__)}
-    texts = (Path(str(sys.modules[module].__file__)).read_bytes() for module in sorted(found))
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+        texts |= {inspect.getsource(function) for function in new}
+        named = [(name, function.__globals__.get(name)) for function in new for name in function.__code__.co_names]
+        texts |= {f"{name} = {value.value!r}" for name, value in named if isinstance(value, tl.constexpr)}
+        ours = (getattr(value, "fn", None) for _, value in named)
+        new = {x for x in ours if inspect.isfunction(x) and x.__module__.startswith(kernels.__name__)} - found
+    return hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()[:16]
 
 
 def describe(configuration: Configuration) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from fastdsm import kernels
 from fastdsm._ops.problem import Gradients, Outputs, Problem, compute_dtype
-from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.common.configuration import Launch
 
 BATCH = 512
 """Matrices of a recorded call; a multiple of what any program handles."""
@@ -22,15 +21,6 @@ _SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
 # Square matrices of 5 to 8 lines are the register family's; 7x8 is the tile family's.
 SHAPES = sorted([*((n, n) for n in _SIZES), (7, 8)])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch: its configuration, programs, and arguments with pointers as addresses."""
-
-    configuration: Configuration
-    programs: int
-    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,21 +72,20 @@ class Call:
 
 
 def _address(argument: Any) -> Any:
+    """Pointers as addresses, 0 where absent."""
     if hasattr(argument, "_make"):
         return argument._make(map(_address, argument))
+    if argument is None:
+        return 0
     return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Launches made inside the block, in order; none of them runs."""
-    launches: list[Launch] = []
-
-    def record(configuration: Configuration, programs: int, **arguments: Any) -> None:
-        launches.append(Launch(configuration, programs, {name: _address(value) for name, value in arguments.items()}))
-
-    with patch.object(Configuration, "launch", record):
+    """Launches made inside the block, in order, with addresses for pointers when it is left; none of them runs."""
+    with kernels.recorded() as launches:
         yield launches
+    launches[:] = [replace(x, arguments={name: _address(value) for name, value in x.arguments.items()}) for x in launches]
 
 
 def ordinary_calls() -> Iterator[Call]:

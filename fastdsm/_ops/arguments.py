@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,34 @@ def line_vector(x: Tensor | None, name: str, like: Tensor, length: int, role: st
     return broadcast(x, name, (*like.shape[:-2], length)).to(compute_dtype(like.dtype))
 
 
+Flattening = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+
+def flattening(given: tuple[Any, ...], formed: tuple[Any, ...], batch: int) -> Flattening | None:
+    """What brings tensors like those ``given`` to the shapes and dtypes of those ``formed``, ``batch`` dimensions made one.
+
+    None where they are so already.
+    """
+    steps: list[tuple[Any, ...] | None] = []
+    for x, y in zip(given, formed, strict=True):
+        if not isinstance(y, Tensor):
+            steps.append(None)
+            continue
+        flat = y.shape if batch == 1 else (math.prod(y.shape[:batch]), *y.shape[batch:])
+        steps.append(None if (x.shape, x.dtype) == (flat, y.dtype) else (y.shape, y.dtype, flat))
+    if not any(steps):
+        return None
+
+    def flatten(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple([x if step is None else _formed(x, *step) for x, step in zip(tensors, steps, strict=True)])
+
+    return flatten
+
+
+def _formed(x: Tensor, shape: torch.Size, dtype: torch.dtype, flat: tuple[int, ...]) -> Tensor:
+    return x.expand(shape).to(dtype).reshape(flat)
+
+
 def broadcast(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     """``x.expand(shape)`` with an error that names the argument."""
     try:
@@ -87,18 +117,29 @@ def mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return broadcast(mask, "mask", tuple(like.shape))
 
 
+def check_temperature(temperature: float) -> None:
+    """A positive number."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+
+
+def check_temperatures(temperature: Tensor | None) -> None:
+    """Positive, as far as values can be looked at."""
+    if temperature is not None and _may_look(temperature) and not _least(temperature) > 0:
+        raise _bad(temperature > 0, temperature, "temperature must be > 0 everywhere")
+
+
 def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:
     """A positive float, or a tensor broadcast to the batch shape in the compute dtype."""
     if not isinstance(temperature, Tensor):
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
-            raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
+        check_temperature(temperature)
         return float(temperature)
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
     check_device(temperature, "temperature", like)
-    _check_values(temperature > 0, temperature, "temperature must be > 0 everywhere")
+    check_temperatures(temperature)
     batch = tuple(like.shape[:-2])
     try:
         return temperature.expand(batch).to(compute_dtype(like.dtype))
@@ -121,34 +162,49 @@ def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> Tensor:
     if not target.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {target.dtype}")
     check_device(target, name, like)
-    _check_values((target > 0) & (target < 1), target, f"{name} must lie in (0, 1) everywhere")
+    good = (target > 0) & (target < 1)
+    if _may_look(target) and not bool(good.all()):
+        raise _bad(good, target, f"{name} must lie in (0, 1) everywhere")
     return broadcast(target, name, batch).to(compute_dtype(like.dtype))
 
 
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
     """Non-negative, and with the same total. Values on an accelerator are not looked at: it would stall the host."""
     for x, name in ((row, "row_marginal"), (col, "col_marginal")):
-        if x is not None:
-            _check_values(x >= 0, x, f"{name} must be >= 0 everywhere")
-    if row is not None and col is not None:
-        rows, cols = row.sum(-1), col.sum(-1)
-        close = (rows - cols).abs() <= _TOTAL_TOLERANCE * torch.maximum(rows, cols)
-        _check_values(
-            close,
-            rows - cols,
-            f"row_marginal and col_marginal must have equal totals (to {_TOTAL_TOLERANCE:g} relative); scale one of them",
-            "the difference is",
-        )
+        if x is not None and _may_look(x) and not _least(x) >= 0:
+            raise _bad(x >= 0, x, f"{name} must be >= 0 everywhere")
+    if row is None or col is None or not (_may_look(row) and _may_look(col)) or 0 in (row.numel(), col.numel()):
+        return
+    rows, cols = row.detach().sum(-1), col.detach().sum(-1)
+    apart = rows - cols
+    low, high = apart.aminmax()
+    if max(-float(low), float(high)) <= _TOTAL_TOLERANCE * float(rows.min()):
+        return  # closer than asked of the smallest total
+    close = apart.abs() <= _TOTAL_TOLERANCE * torch.maximum(rows, cols)
+    if not bool(close.all()):
+        message = f"row_marginal and col_marginal must have equal totals (to {_TOTAL_TOLERANCE:g} relative); scale one of them"
+        raise _bad(close, apart, message, "the difference is")
 
 
-def _check_values(good: Tensor, shown: Tensor, message: str, verb: str = "got") -> None:
-    """Raise where a CPU value is bad; silent for values that cannot be read (accelerator, tracing, transforms)."""
-    if good.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if isinstance(good, torch._subclasses.FakeTensor) or bool(good.all()):
-        return
-    worst = shown.masked_fill(good, 0.0).flatten()
-    raise ValueError(f"{message}, {verb} {worst[worst != 0][:1].tolist() or [0.0]}".replace("[", "").replace("]", ""))
+def _may_look(x: Tensor) -> bool:
+    """Whether values can be read: not on an accelerator, in a trace or a transform."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(x, torch._subclasses.FakeTensor)
+    )
+
+
+def _least(x: Tensor) -> float:
+    """The smallest value, NaN where one is; inf of none."""
+    return float(x.detach().min()) if x.numel() else math.inf
+
+
+def _bad(good: Tensor, shown: Tensor, message: str, verb: str = "got") -> ValueError:
+    """The error of values that are not good, with the first of them."""
+    worst = shown.detach().masked_fill(good, 0.0).flatten()
+    return ValueError(f"{message}, {verb} {worst[worst != 0][:1].tolist() or [0.0]}".replace("[", "").replace("]", ""))
 
 
 def resolve_backend(backend: str, x: Tensor) -> str:

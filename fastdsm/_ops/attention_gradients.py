@@ -40,7 +40,7 @@ def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None
             _, f, g, _, sweeps = calls.sinkhorn_attention(*inputs, False, True)
             kept = [f, g, sweeps]
     with_bias = bias is not None and (needed[3] or needed[5])
-    results = calls.sinkhorn_attention_backward(grad_out, *kept, with_bias, *inputs)
+    results = calls.sinkhorn_attention_backward(grad_out, *kept, *inputs, with_bias)
     d_query, d_key, d_value, d_bias = results
     found: list[Tensor | None] = [d_query, d_key, d_value, d_bias if needed[3] else None]
     if needed[5]:
@@ -54,12 +54,10 @@ def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None
     return padded([*cast, *found[4:]], [*inputs, None, None])
 
 
-def _oracle_backward(
-    grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, with_bias: bool, *inputs: Any
-) -> tuple[Tensor, ...]:
+def _oracle_backward(grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """What ``sinkhorn_attention_backward`` returns, from the oracle."""
     query, key, value, bias, mask, temperature, query_padding, key_padding, seed, scale, tau, n_iters, *others = inputs
-    columns_first, tol, _, implicit, _ = others
+    columns_first, tol, _, implicit, _, with_bias = others
     if seed is not None or tol >= 0 or implicit:
         raise NotImplementedError(
             "sinkhorn_attention has a second derivative for dropout_p=0, tol=None and the unrolled gradient; otherwise use "
@@ -90,14 +88,14 @@ def _oracle_backward(
 
 
 def _backward_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    if not inputs[4]:
+    if not inputs[-1]:
         ctx.mark_non_differentiable(output[3])
     save(ctx, inputs)
 
 
 def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
+    return through(_oracle_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
 
 
 AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

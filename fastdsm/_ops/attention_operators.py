@@ -27,8 +27,8 @@ _INPUTS = (
 TENSORS = 9  # the tensors lead
 LIBRARY.define(f"sinkhorn_attention({_INPUTS}, bool residual, bool saving) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    "sinkhorn_attention_backward(Tensor grad_out, Tensor f, Tensor g, Tensor sweeps, bool with_bias, "
-    f"{_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "sinkhorn_attention_backward(Tensor grad_out, Tensor f, Tensor g, Tensor sweeps, "
+    f"{_INPUTS}, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     f"sinkhorn_attention_sigma2({_INPUTS}, float accuracy, int max_steps, bool bounds) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -107,14 +107,13 @@ def _attention_backward(
     f: Tensor,
     g: Tensor,
     sweeps: Tensor,
-    with_bias: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
+    n_iters, columns_first, tol, p, implicit, backend, with_bias = inputs[-7:]
     d_query, d_key, d_value, d_bias = results = _gradients_like(with_bias, query, key, value, inputs[0])
-    n_iters, columns_first, tol, p, implicit, backend = inputs[-6:]
     backends.attention_backward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
@@ -155,7 +154,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "fastdsm::sinkhorn_attention_backward",
-    lambda grad_out, f, g, sweeps, with_bias, query, key, value, bias, *_: _gradients_like(with_bias, query, key, value, bias),
+    lambda grad_out, f, g, sweeps, query, key, value, bias, *inputs: _gradients_like(inputs[-1], query, key, value, bias),
     lib=LIBRARY,
 )
 
@@ -191,7 +190,7 @@ def _over_batch(operator: Any, query_at: int, gradient_of_bias: int | None) -> C
 
 for _name, _at, _bias in (
     ("sinkhorn_attention", 0, None),
-    ("sinkhorn_attention_backward", 5, 3),
+    ("sinkhorn_attention_backward", 4, 3),
     ("sinkhorn_attention_sigma2", 0, None),
 ):
     _rule = _over_batch(getattr(torch.ops.fastdsm, _name).default, _at, _bias)

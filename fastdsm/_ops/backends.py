@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -26,6 +26,23 @@ def _kernels(backend: str) -> ModuleType | None:
     from .. import kernels
 
     return kernels
+
+
+def prepared(
+    serve: Callable[[ModuleType], bool], matrices: Tensor, inputs: Mapping[str, Tensor | None], results: Sequence[Tensor | None]
+) -> Any:
+    """The launches by which kernels ``serve`` a call, to be made again for others of its form; None where that is not all.
+
+    inputs: by the names that kernels have for them.
+    """
+    from .. import kernels
+    from ..kernels.common.prepared import Prepared
+
+    if not kernels.on_chip(matrices):
+        return None
+    with kernels.recorded() as launches:
+        served = serve(kernels)
+    return Prepared(launches, inputs, results) if served and launches else None
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs, backend: str) -> None:

@@ -34,21 +34,22 @@ class Calls(Protocol):
 
 
 _TENSORS = 6  # logits, temperature, f0, row_marginal, col_marginal, mask lead a projection's inputs
-_OPTIONS = 5  # scale, n_iters, columns_first, tol, backend end them
 
 
 def save(ctx: Any, inputs: Sequence[Any], *extra: Tensor | None) -> None:
-    """Keep an operator's inputs for its gradient, and extra tensors."""
-    ctx.kinds = [x is None or isinstance(x, Tensor) for x in inputs]
-    ctx.save_for_backward(*(x for x, kept in zip(inputs, ctx.kinds, strict=True) if kept), *extra)
-    ctx.options = [x for x, kept in zip(inputs, ctx.kinds, strict=True) if not kept]
+    """Keep an operator's inputs for its gradient, its tensors leading, and extra tensors."""
+    count = 0
+    while count < len(inputs) and (inputs[count] is None or isinstance(inputs[count], Tensor)):
+        count += 1
+    ctx.options = inputs[count:]
+    ctx.save_for_backward(*inputs[:count], *extra)
+    ctx.count = count
 
 
-def saved(ctx: Any) -> tuple[list[Any], list[Tensor | None]]:
+def saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor | None]]:
     """The inputs as they came, and the extra tensors."""
-    tensors, options = list(ctx.saved_tensors), list(ctx.options)
-    inputs = [tensors.pop(0) if kept else options.pop(0) for kept in ctx.kinds]
-    return inputs, tensors
+    tensors = ctx.saved_tensors
+    return [*tensors[: ctx.count], *ctx.options], tensors[ctx.count :]
 
 
 def padded(gradients: Sequence[Tensor | None], inputs: Sequence[Any]) -> Gradients:
@@ -81,9 +82,9 @@ def _oracle_keywords(options: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """What ``sinkhorn_backward`` returns, from the oracle."""
-    logits, temperature, f0, row, col, mask, *options = inputs
+    logits, temperature, f0, row, col, mask, *options, lines = inputs
     keywords = _oracle_keywords(options)
     if temperature is not None:
         keywords["temperature"] = temperature
@@ -100,9 +101,9 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, lines: bool, *inp
     return _by_line(lines, r, c, *pull(grad_plan))
 
 
-def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, lines: bool, *inputs: Any) -> tuple[Tensor, ...]:
+def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """What ``fixed_point_backward`` returns, from the oracle."""
-    logits, temperature, _, row, col, mask, scale, _, columns_first, *_ = inputs
+    logits, temperature, _, row, col, mask, scale, _, columns_first, *_, lines = inputs
     first = "col" if columns_first else "row"
     r, c = marginals_of(logits, row, col, mask)
 
@@ -121,19 +122,19 @@ def _by_line(lines: bool, r: Tensor, c: Tensor, d_logits: Tensor, d_f0: Tensor, 
 
 
 def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    if not inputs[-1 - _OPTIONS - _TENSORS]:
-        ctx.mark_non_differentiable(*output[1:])
+    if not inputs[-1]:
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
     save(ctx, inputs)
 
 
 def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return through(_oracle_backward, inputs, ctx.needs_input_grad, cotangents)
+    return through(_oracle_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
 
 
 def _fixed_point_backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad, cotangents)
+    return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
 
 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -176,12 +177,12 @@ def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Ten
 
 def _unrolled(calls: Calls, sweeps: Tensor | None) -> Backward:
     """The adjoint of the sweeps done."""
-    return lambda grad_plan, lines, *inputs: calls.sinkhorn_backward(grad_plan, sweeps, lines, *inputs)
+    return lambda grad_plan, lines, *inputs: calls.sinkhorn_backward(grad_plan, sweeps, *inputs, lines)
 
 
 def _implicit(calls: Calls, f: Tensor, g: Tensor) -> Backward:
     """The adjoint of the fixed point at these potentials."""
-    return lambda grad_plan, lines, *inputs: calls.fixed_point_backward(grad_plan, f, g, lines, *inputs)
+    return lambda grad_plan, lines, *inputs: calls.fixed_point_backward(grad_plan, f, g, *inputs, lines)
 
 
 def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -197,7 +198,8 @@ def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -
     plan, residual, sweeps, f, g, sigma2 = output
     with_sigma2 = inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    fixed = (residual, sweeps, f, g) if with_sigma2 else (residual, sweeps, f, g, sigma2)
+    ctx.mark_non_differentiable(*[x for x in fixed if x is not None])
     save(ctx, inputs, sweeps, plan)
 
 
@@ -212,7 +214,8 @@ def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, 
     plan, residual, sweeps, f, g, sigma2 = output
     with_sigma2 = inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(residual, sweeps, f, g, *(() if with_sigma2 else (sigma2,)))
+    fixed = (residual, sweeps, f, g) if with_sigma2 else (residual, sweeps, f, g, sigma2)
+    ctx.mark_non_differentiable(*[x for x in fixed if x is not None])
     save(ctx, inputs, f, g, plan)
 
 

@@ -1,8 +1,8 @@
 """The operators torch sees: ``torch.ops.fastdsm.*``, with fake kernels and a rule for vmap.
 
 Tensors arrive validated and flattened: matrices (B, n, m), vectors (B, n) or (B, m), one entry per matrix (B,). One
-operator per direction; the backward recomputes what it needs. Autocast leaves dtypes alone: the arithmetic inside is
-float32 whatever comes in.
+operator per direction; the backward recomputes what it needs. How they run is ``runs.py``. Autocast leaves dtypes alone: the
+arithmetic inside is float32 whatever comes in.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .problem import Gradients, Outputs, Problem, compute_dtype
+from .problem import compute_dtype
+from .runs import Backward, Bounds, Forms, Forward, Run, Sigma2, Tensors, run_of
 
 LIBRARY = torch.library.Library("fastdsm", "DEF")
 
-# What every projection operator takes; the names are those of the public call.
+# What every projection operator takes; the names are those of the public call. Tensors lead every operator's inputs.
 _INPUTS = (
     "Tensor logits, Tensor? temperature, Tensor? f0, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, "
     "float scale, SymInt n_iters, bool columns_first, float tol, str backend"
@@ -26,13 +26,13 @@ _INPUTS = (
 LIBRARY.define(f"sinkhorn({_INPUTS}) -> Tensor")
 LIBRARY.define(f"sinkhorn_info({_INPUTS}, bool with_sigma2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    f"sinkhorn_backward(Tensor grad_plan, Tensor? sweeps, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"sinkhorn_backward(Tensor grad_plan, Tensor? sweeps, {_INPUTS}, bool lines) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     f"fixed_point({_INPUTS}, str solver, bool with_info, bool with_sigma2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"fixed_point_backward(Tensor grad_plan, Tensor f, Tensor g, bool lines, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"fixed_point_backward(Tensor grad_plan, Tensor f, Tensor g, {_INPUTS}, bool lines) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "sigma2(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, Tensor? v0, str method, float tol, "
@@ -43,44 +43,36 @@ LIBRARY.define(
 )
 
 
-def implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function is operator ``name`` on the CPU and on CUDA."""
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What each operator does on the CPU and on CUDA; None for a result that was not asked for.
+
+``run``, or else the ``forms`` of the operator's tensors, is passed where it is known.
+"""
+
+
+def implement(
+    name: str, absent: Callable[..., Sequence[Tensor]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function is operator ``name`` on the CPU and on CUDA.
+
+    absent: of the operator's inputs, empty results, which an operator returns where the function returns None.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        IMPLEMENTATIONS[name] = function
+
+        def filled(*inputs: Any) -> Any:
+            results = function(*inputs)
+            if isinstance(results, Tensor) or all(isinstance(x, Tensor) for x in results):
+                return results
+            assert absent is not None
+            return tuple(y if x is None else x for x, y in zip(results, absent(*inputs), strict=True))
+
         for key in ("CPU", "CUDA"):
-            LIBRARY.impl(name, function, key)
+            LIBRARY.impl(name, filled, key)
         return function
 
     return register
-
-
-def _problem(
-    logits: Tensor,
-    temperature: Tensor | None,
-    f0: Tensor | None,
-    row_marginal: Tensor | None,
-    col_marginal: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    n_iters: int,
-    columns_first: bool,
-    tol: float,
-) -> Problem:
-    """Canonical form: a projection that ends with columns is the transposed one that ends with rows."""
-    if not columns_first:
-        logits, mask = logits.mT, None if mask is None else mask.mT
-        row_marginal, col_marginal = col_marginal, row_marginal
-    return Problem(
-        logits=logits,
-        n_iters=n_iters,
-        temperature=scale if temperature is None else temperature,
-        f0=f0 if n_iters > 0 else None,
-        row_marginal=row_marginal,
-        col_marginal=col_marginal,
-        unit_rows=columns_first,
-        mask=mask,
-        tol=tol,
-    )
 
 
 def _info_like(logits: Tensor, with_info: bool, with_sigma2: bool) -> tuple[Tensor, ...]:
@@ -98,40 +90,6 @@ def _info_like(logits: Tensor, with_info: bool, with_sigma2: bool) -> tuple[Tens
     )
 
 
-@implement("sinkhorn")
-def _sinkhorn(logits: Tensor, *inputs: Any) -> Tensor:
-    plan = logits.new_empty(logits.shape)
-    *problem, backend = inputs
-    columns_first = problem[-2]
-    backends.sinkhorn_forward(_problem(logits, *problem), Outputs(plan if columns_first else plan.mT), backend)
-    return plan
-
-
-@implement("sinkhorn_info")
-def _sinkhorn_info(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *problem, with_sigma2 = inputs
-    return _with_info(backends.sinkhorn_forward, True, with_sigma2, logits, *problem)
-
-
-@implement("fixed_point")
-def _fixed_point(logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *problem, solver, with_info, with_sigma2 = inputs
-    forward = backends.newton_forward if solver == "newton" else backends.sinkhorn_forward
-    return _with_info(forward, with_info, with_sigma2, logits, *problem)
-
-
-def _with_info(
-    forward: Callable[..., None], with_info: bool, with_sigma2: bool, logits: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    *problem, backend = inputs
-    plan, residual, sweeps, f, g, sigma2 = results = _info_like(logits, with_info, with_sigma2)
-    plan, f, g = (plan, f, g) if problem[-2] else (plan.mT, g, f)
-    wanted = sigma2 if with_sigma2 else None
-    outputs = Outputs(plan, residual, sweeps, f, g, wanted) if with_info else Outputs(plan, sigma2=wanted)
-    forward(_problem(logits, *problem), outputs, backend)
-    return results
-
-
 def _gradients_like(logits: Tensor, lines: bool, columns_first: bool) -> tuple[Tensor, ...]:
     batch, n, m = logits.shape
     dtype = compute_dtype(logits.dtype)
@@ -139,44 +97,59 @@ def _gradients_like(logits: Tensor, lines: bool, columns_first: bool) -> tuple[T
     return logits.new_empty(logits.shape), *(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@implement("sinkhorn_backward")
-def _sinkhorn_backward(
-    grad_plan: Tensor, sweeps: Tensor | None, lines: bool, logits: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    *problem, backend = inputs
-    results, cotangent, gradients = _backward_of(grad_plan, lines, logits, problem[-2])
-    backends.sinkhorn_backward(_problem(logits, *problem), cotangent, gradients, sweeps, backend)
-    return results
+def _no_info(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _info_like(logits[:0], False, False)
 
 
-@implement("fixed_point_backward")
+def _no_vectors(grad_plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(grad_plan[:0].to(compute_dtype(grad_plan.dtype)), False, True)
+
+
+@implement("sinkhorn")
+def _sinkhorn(*inputs: Any, run: Run | None = None, forms: Forms = None) -> Tensor:
+    tensors = inputs[:6]
+    run = run or run_of(Forward, tensors[0], tensors, forms, *inputs[7:])
+    plan = run(tensors, inputs[6])[0]
+    assert plan is not None
+    return plan
+
+
+@implement("sinkhorn_info", _no_info)
+def _sinkhorn_info(*inputs: Any, run: Run | None = None, forms: Forms = None) -> Tensors:
+    tensors = inputs[:6]
+    run = run or run_of(Forward, tensors[0], tensors, forms, *inputs[7:-1], "sinkhorn", True, inputs[-1])
+    return run(tensors, inputs[6])
+
+
+@implement("fixed_point", _no_info)
+def _fixed_point(*inputs: Any, run: Run | None = None, forms: Forms = None) -> Tensors:
+    tensors = inputs[:6]
+    run = run or run_of(Forward, tensors[0], tensors, forms, *inputs[7:])
+    return run(tensors, inputs[6])
+
+
+@implement("sinkhorn_backward", _no_vectors)
+def _sinkhorn_backward(*inputs: Any, run: Run | None = None, forms: Forms = None) -> Tensors:
+    tensors, (scale, *options, lines) = inputs[:8], inputs[8:]
+    run = run or run_of(Backward, tensors[2], tensors, forms, False, lines, *options)
+    return run(tensors, scale)
+
+
+@implement("fixed_point_backward", _no_vectors)
 def _fixed_point_backward(
-    grad_plan: Tensor, f: Tensor, g: Tensor, lines: bool, logits: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    *problem, backend = inputs
-    columns_first = problem[-2]
-    results, cotangent, gradients = _backward_of(grad_plan, lines, logits, columns_first)
-    first = g if columns_first else f  # of the two potentials the one that the other follows from
-    backends.implicit_backward(_problem(logits, *problem), cotangent, first, gradients, backend)
-    return results
-
-
-def _backward_of(
-    grad_plan: Tensor, lines: bool, logits: Tensor, columns_first: bool
-) -> tuple[tuple[Tensor, ...], Tensor, Gradients]:
-    """The outputs of a backward; the cotangent and the same outputs as the canonical problem has them."""
-    d_logits, d_f0, d_row, d_col = results = _gradients_like(logits, lines, columns_first)
-    target, rows, cols = d_logits, d_row, d_col
-    if not columns_first:
-        target, grad_plan, rows, cols = target.mT, grad_plan.mT, cols, rows
-    return results, grad_plan, Gradients(target, d_f0, rows, cols) if lines else Gradients(target)
+    grad_plan: Tensor, f: Tensor, g: Tensor, *inputs: Any, run: Run | None = None, forms: Forms = None
+) -> Tensors:
+    scale, *options, lines = inputs[6:]
+    columns_first = inputs[8]
+    tensors = (grad_plan, g if columns_first else f, *inputs[:6])  # the potential that the other follows from
+    run = run or run_of(Backward, inputs[0], tensors, forms, True, lines, *options)
+    return run(tensors, scale)
 
 
 @implement("sigma2")
-def _sigma2(plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    results = _vectors_like(plan)
-    backends.sigma2(results, plan, *inputs)
-    return results
+def _sigma2(*inputs: Any, run: Run | None = None, forms: Forms = None) -> Tensors:
+    run = run or run_of(Sigma2, inputs[0], inputs[:5], forms, *inputs[5:])
+    return run(inputs[:5])
 
 
 def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,10 +159,8 @@ def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @implement("sigma2_bounds")
-def _sigma2_bounds(plan: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    results = _bounds_like(plan)
-    backends.sigma2_bounds(results, plan, *inputs)
-    return results
+def _sigma2_bounds(*inputs: Any, forms: Forms = None) -> Tensors:
+    return run_of(Bounds, inputs[0], inputs[:4], forms, *inputs[4:])(inputs[:4])
 
 
 def _bounds_like(plan: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,13 +172,13 @@ torch.library.register_fake("fastdsm::sinkhorn", lambda logits, *_: logits.new_e
 torch.library.register_fake("fastdsm::sinkhorn_info", lambda logits, *inputs: _info_like(logits, True, inputs[-1]), lib=LIBRARY)
 torch.library.register_fake(
     "fastdsm::sinkhorn_backward",
-    lambda grad_plan, sweeps, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
+    lambda grad_plan, sweeps, logits, *inputs: _gradients_like(logits, inputs[-1], inputs[-4]),
     lib=LIBRARY,
 )
 torch.library.register_fake("fastdsm::fixed_point", lambda logits, *inputs: _info_like(logits, *inputs[-2:]), lib=LIBRARY)
 torch.library.register_fake(
     "fastdsm::fixed_point_backward",
-    lambda grad_plan, f, g, lines, logits, *inputs: _gradients_like(logits, lines, inputs[-3]),
+    lambda grad_plan, f, g, logits, *inputs: _gradients_like(logits, inputs[-1], inputs[-4]),
     lib=LIBRARY,
 )
 torch.library.register_fake("fastdsm::sigma2", lambda plan, *_: _vectors_like(plan), lib=LIBRARY)

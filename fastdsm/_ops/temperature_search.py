@@ -249,8 +249,8 @@ def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, gra
     assert not isinstance(spectrum, Tensor)
     u, v = (x * torch.where(mass == 0, 0.0, mass.rsqrt()) for x, mass in zip(spectrum[1:], matrices.marginals, strict=True))
     G = transforms.fixed_point_backward(
-        u.unsqueeze(-1) * v.unsqueeze(-2), found.f, found.g, False, L / tau[:, None, None], None, None, matrices.row,
-        matrices.col, None, 1.0, 0, True, _PLAN_TOL, matrices.backend,
+        u.unsqueeze(-1) * v.unsqueeze(-2), found.f, found.g, L / tau[:, None, None], None, None, matrices.row,
+        matrices.col, None, 1.0, 0, True, _PLAN_TOL, matrices.backend, False,
     )[0]  # fmt: skip
     slope = (G * L.masked_fill(L.isneginf(), 0.0)).sum((-2, -1))
     factor = torch.where(reached, grad.double() * tau / slope, 0.0)

@@ -1,8 +1,10 @@
 """Calls of the operators, differentiable inside functorch's transforms as well as outside.
 
-Outside, an operator's own autograd registration serves. Inside ``torch.func`` (grad, vmap, jacrev, ...) that registration
-does not compose, so that there the operator and the same gradient are wrapped in an ``autograd.Function`` that generates
-its rule for vmap. Forward-mode derivatives are an error there, not a silent zero.
+In a plain thread, on plain tensors (``plain.py``), a call goes past the dispatcher: to the operator's implementation, where a
+gradient may be wanted inside an ``autograd.Function``. Elsewhere it goes to the operator, whose own autograd registration
+serves, except inside ``torch.func`` (grad, vmap, jacrev, ...), where that does not compose: there the operator stands in an
+``autograd.Function`` that generates its rule for vmap. The gradient is one and the same on all three ways. Forward-mode
+derivatives are an error, not a silent zero.
 """
 
 from __future__ import annotations
@@ -10,54 +12,100 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import attention_gradients, gradients
 from .attention_operators import LIBRARY
+from .operators import IMPLEMENTATIONS
+from .plain import forms_of, has_tangents, thread_is_plain
+from .runs import Run
 
 _AUTOGRAD = {**gradients.AUTOGRAD, **attention_gradients.AUTOGRAD}
 CALLS: Any = SimpleNamespace()  # what gradients are made of: the differentiable calls below
 
 
-def _composable(name: str) -> Callable[..., Any]:
-    """A call of ``torch.ops.fastdsm.<name>``, its gradient registered both ways."""
-    operator = getattr(torch.ops.fastdsm, name).default
-    context, gradient = _AUTOGRAD[name]
-    gradient = partial(gradient, CALLS)
-    torch.library.register_autograd(f"fastdsm::{name}", gradient, setup_context=context, lib=LIBRARY)
-    members = {
-        "generate_vmap_rule": True,
-        "forward": staticmethod(operator),
-        "setup_context": staticmethod(context),
-        "backward": staticmethod(gradient),
-    }
-    function: Any = type(f"Fastdsm_{name}", (torch.autograd.Function,), members)
+class Call:
+    """A call of ``torch.ops.fastdsm.<name>``, by whichever way is open.
 
-    def call(*inputs: Any) -> Any:
+    by_form: its implementation takes the run, or the forms of its tensors, where these are known.
+    """
+
+    def __init__(self, name: str, by_form: bool = True) -> None:
+        context, gradient = _AUTOGRAD[name]
+        self._name = name
+        self._operator = getattr(torch.ops.fastdsm, name).default
+        bare = IMPLEMENTATIONS[name]
+
+        def implementation(*inputs: Any, run: Run | None = None, forms: Any = None) -> Any:
+            return bare(*inputs)
+
+        if by_form:
+            implementation = bare
+        self._implementation = implementation
+        self._tensors = sum("Tensor" in str(x.type) for x in self._operator._schema.arguments)  # they lead
+        gradient = partial(gradient, CALLS)
+        torch.library.register_autograd(f"fastdsm::{name}", gradient, setup_context=context, lib=LIBRARY)
+        backward = staticmethod(gradient)
+        forward, setup_context = staticmethod(self._operator), staticmethod(context)
+        members = {"generate_vmap_rule": True, "forward": forward, "setup_context": setup_context, "backward": backward}
+        self._transformed: Any = type(f"Fastdsm_{name}", (torch.autograd.Function,), members)
+
+        def run(ctx: Any, *inputs: Any) -> Any:
+            *inputs, known = inputs  # type: ignore[assignment]
+            results = implementation(*inputs, run=known)
+            context(ctx, inputs, results)
+            return results
+
+        def back(ctx: Any, *cotangents: Any) -> Any:
+            return *gradient(ctx, *cotangents), None
+
+        members = {"forward": staticmethod(run), "backward": staticmethod(back)}
+        function = type(f"Fastdsm_{name}", (torch.autograd.Function,), members)
+        # Function.apply first takes off functorch's wrappers, which no plain tensor has.
+        base: Any = super(torch.autograd.Function, cast(Any, function))
+        self._apply: Callable[..., Any] = base.apply
+        setattr(CALLS, name, self)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The operator's results."""
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
-        return operator(*inputs)
+            return self._transformed.apply(*inputs)
+        forms = forms_of(inputs[: self._tensors]) if thread_is_plain() else None
+        if forms is None:
+            if has_tangents(inputs[: self._tensors]):
+                raise NotImplementedError(
+                    f"{self._name} has no forward-mode derivative; use reverse mode (torch.autograd.grad, torch.func.vjp) "
+                    'or backend="reference", or detach what carries a tangent'
+                )
+            return self._operator(*inputs)
+        if backward_may_follow(inputs[: self._tensors]):
+            return self.trained(None, *inputs)
+        return self._implementation(*inputs, forms=forms)
 
-    setattr(CALLS, name, call)
-    return call
+    def trained(self, run: Run | None, *inputs: Any) -> Any:
+        """The same with a gradient to come, for plain tensors in a plain thread, by ``run`` where that is known."""
+        return self._apply(*inputs, run)
 
 
 def backward_may_follow(inputs: Iterable[Any]) -> bool:
     """Whether a call of these inputs has to keep what only its gradient needs."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
-sinkhorn = _composable("sinkhorn")
-sinkhorn_info = _composable("sinkhorn_info")
-sinkhorn_backward = _composable("sinkhorn_backward")
-fixed_point = _composable("fixed_point")
-fixed_point_backward = _composable("fixed_point_backward")
-sigma2 = _composable("sigma2")
-sinkhorn_attention = _composable("sinkhorn_attention")
-sinkhorn_attention_backward = _composable("sinkhorn_attention_backward")
-sigma2_bounds: Callable[..., Any] = torch.ops.fastdsm.sigma2_bounds.default
+sinkhorn = Call("sinkhorn")
+sinkhorn_info = Call("sinkhorn_info")
+sinkhorn_backward = Call("sinkhorn_backward")
+fixed_point = Call("fixed_point")
+fixed_point_backward = Call("fixed_point_backward")
+sigma2 = Call("sigma2")
+sinkhorn_attention = Call("sinkhorn_attention", by_form=False)
+sinkhorn_attention_backward = Call("sinkhorn_attention_backward", by_form=False)

@@ -7,9 +7,11 @@ the launch numbers alone; batch size, strides, temperature and sweeps never comp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -113,22 +115,91 @@ class Configuration:
 
         What is compiled is what the table says, at the first launch and ahead of time alike: Triton's own launch would take
         the types from the arguments, specialise on the numbers in tuples, and spend up to 50 us on that every time.
+
+        An absent tensor is None. Inside :func:`recorded` nothing runs.
         """
         if not programs:
             return
-        values = {**arguments, **self.constants}
-        if INTERPRET:
-            self.kernel[(programs,)](**values)
+        launches = getattr(_recording, "launches", None)
+        if launches is not None:
+            launches.append(Launch(self, programs, arguments))
             return
         first = next(iter(arguments.values()))
         while isinstance(first, tuple):
             first = first[0]
         device = first.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self.launch(programs, **arguments)
-            return
+        with current(device):
+            self.runner(programs, device)(*self.values(arguments, device))
+
+    def values(self, arguments: Mapping[str, Any], device: torch.device) -> list[Any]:
+        """Arguments and constants in the kernel's order; a tensor that no kernel reads stands in for one that is absent."""
+        known = {**arguments, **self.constants}
+        return [
+            stand_in(device, self.pointers[name]) if known[name] is None and name in self.pointers else known[name]
+            for name in self.kernel.arg_names
+        ]
+
+    def check_pointer(self, name: str, x: torch.Tensor) -> None:
+        """``x`` has the type that the machine code takes it for."""
+        if x.dtype != _ELEMENTS[self.pointers[name]]:
+            kernel = self.kernel.fn.__name__
+            raise TypeError(f"{kernel} takes {name} as {self.pointers[name]}, and got {x.dtype}: its configuration is wrong")
+
+    def runner(self, programs: int, device: torch.device) -> Callable[..., None]:
+        """What runs ``programs`` programs with :meth:`values` on ``device``, the current one.
+
+        Machine code is what the table says: compiled by it once for each device, never by what arguments happen to be.
+        """
         compiled = self.compiled.get(device.index)
         if compiled is None:
+            if INTERPRET:
+                return partial(self._interpret, programs)
             compiled = self.compiled[device.index] = self.compile()
-        compiled[(programs, 1, 1)](*[values[name] for name in self.kernel.arg_names])
+        run: Callable[..., None] = compiled[(programs, 1, 1)]
+        return run
+
+    def _interpret(self, programs: int, *values: Any) -> None:
+        self.kernel[(programs,)](**dict(zip(self.kernel.arg_names, values, strict=True)), **self.options())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its configuration, programs, and arguments by name; an absent tensor is None."""
+
+    configuration: Configuration
+    programs: int
+    arguments: Mapping[str, Any]
+
+
+_recording = threading.local()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches that this thread makes inside the block, in order; none of them runs."""
+    launches: list[Launch] = []
+    outer, _recording.launches = getattr(_recording, "launches", None), launches
+    try:
+        yield launches
+    finally:
+        _recording.launches = outer
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one where it is not."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
+_ELEMENTS = {
+    "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
+
+
+@cache
+def stand_in(device: torch.device, element: str) -> torch.Tensor:
+    """A tensor of one element for a pointer that is never followed."""
+    return torch.zeros(1, dtype=_ELEMENTS[element], device=device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration, history_programs
+from ..common.operands import scale_of, strides_of
 from .backward import _sinkhorn_panel_bwd_kernel
 from .forward import _sinkhorn_panel_fwd_kernel
 
@@ -123,45 +124,34 @@ def _uniform_period(n: int, m: int) -> int:
 
 
 def _inputs(problem: Problem) -> dict[str, Any]:
-    """Arguments that both kernels share. What is absent is never read: any tensor of the right dtype stands in for it."""
-    logits, device = problem.logits, problem.logits.device
-    absent = torch.empty((1, 1, 1), dtype=problem.compute_dtype, device=device)
-    mask = torch.empty((1, 1, 1), dtype=torch.uint8, device=device) if problem.mask is None else problem.mask.view(torch.uint8)
-    vectors = {"row": problem.row_marginal, "col": problem.col_marginal, "f0": problem.f0}
-    vector = {name: absent[0] if given is None else given for name, given in vectors.items()}
-    per_matrix = isinstance(problem.temperature, Tensor)
-    temperature = problem.temperature if isinstance(problem.temperature, Tensor) else absent[0, 0]
+    """Arguments that both kernels share."""
+    logits, row, col, f0 = problem.logits, problem.row_marginal, problem.col_marginal, problem.f0
+    mask = None if problem.mask is None else problem.mask.view(torch.uint8)
+    temperature = problem.temperature
+    per_matrix = temperature if isinstance(temperature, Tensor) else None
     return {
         "logits_ptr": logits,
         "mask_ptr": mask,
-        "row_ptr": vector["row"],
-        "col_ptr": vector["col"],
-        "f0_ptr": vector["f0"],
-        "temperature_ptr": temperature,
+        "row_ptr": row,
+        "col_ptr": col,
+        "f0_ptr": f0,
+        "temperature_ptr": per_matrix,
         "stride_b": logits.stride(0),
         "stride_n": logits.stride(1),
         "stride_m": logits.stride(2),
-        "mask_stride_b": mask.stride(0),
-        "mask_stride_n": mask.stride(1),
-        "mask_stride_m": mask.stride(2),
-        "row_stride_b": vector["row"].stride(0),
-        "row_stride_n": vector["row"].stride(1),
-        "col_stride_b": vector["col"].stride(0),
-        "col_stride_m": vector["col"].stride(1),
-        "f0_stride_b": vector["f0"].stride(0),
-        "f0_stride_n": vector["f0"].stride(1),
-        "temperature_stride": temperature.stride(0),
+        **strides_of({"mask": ("bnm", mask), "row": ("bn", row), "col": ("bm", col), "f0": ("bn", f0)}),
+        "temperature_stride": 0 if per_matrix is None else per_matrix.stride(0),
         "n": logits.shape[1],
         "m": logits.shape[2],
         "n_iters": problem.n_iters,
         "uniform_period": _uniform_period(*logits.shape[1:]),
-        "has_mask": int(problem.mask is not None),
-        "has_row": int(problem.row_marginal is not None),
-        "has_col": int(problem.col_marginal is not None),
-        "has_f0": int(problem.f0 is not None),
-        "has_temperature": int(per_matrix),
+        "has_mask": int(mask is not None),
+        "has_row": int(row is not None),
+        "has_col": int(col is not None),
+        "has_f0": int(f0 is not None),
+        "has_temperature": int(per_matrix is not None),
         "unit_rows": int(problem.unit_rows),
-        "scale": 1.0 if per_matrix else math.log2(math.e) / float(problem.temperature),
+        "scale": scale_of(temperature),
     }
 
 
@@ -170,22 +160,21 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     logits, plan = problem.logits, outputs.plan
     batch, n, _ = logits.shape
     work = torch.empty(batch * 2 * n, dtype=problem.compute_dtype, device=logits.device)
-    has_info = outputs.residual is not None
     kind = _kind(logits, plan)
     (_FORWARD[kind] if outputs.sigma2 is None else _SIGMA2[kind[:2]]).launch(
         batch,
         **_inputs(problem),
         work_ptr=work,
         plan_ptr=plan,
-        residual_ptr=outputs.residual if has_info else work,
-        sweeps_ptr=outputs.sweeps if has_info else work.view(torch.int32),
-        f_ptr=outputs.f if has_info else work,
-        g_ptr=outputs.g if has_info else work,
-        sigma2_ptr=work if outputs.sigma2 is None else outputs.sigma2,
+        residual_ptr=outputs.residual,
+        sweeps_ptr=outputs.sweeps,
+        f_ptr=outputs.f,
+        g_ptr=outputs.g,
+        sigma2_ptr=outputs.sigma2,
         plan_stride_b=plan.stride(0),
         plan_stride_n=plan.stride(1),
         plan_stride_m=plan.stride(2),
-        has_info=int(has_info),
+        has_info=int(outputs.residual is not None),
         tol=problem.tol,
     )
 
@@ -201,17 +190,16 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     slot = (segments + 1) * n + segments * m + 2 * length * (n + m)
     programs = history_programs(batch, PROGRAMS_PER_SM, slot * dtype.itemsize, device)
     work = torch.empty(programs * slot, dtype=dtype, device=device)
-    has_vectors = gradients.f0 is not None
     _BACKWARD[_kind(logits, grad_plan, grad)].launch(
         programs,
         **_inputs(problem),
         work_ptr=work,
         grad_plan_ptr=grad_plan,
-        sweeps_ptr=work.view(torch.int32) if sweeps is None else sweeps,
+        sweeps_ptr=sweeps,
         grad_logits_ptr=grad,
-        grad_f0_ptr=gradients.f0 if has_vectors else work,
-        grad_row_ptr=gradients.log_row if has_vectors else work,
-        grad_col_ptr=gradients.log_col if has_vectors else work,
+        grad_f0_ptr=gradients.f0,
+        grad_row_ptr=gradients.log_row,
+        grad_col_ptr=gradients.log_col,
         grad_plan_stride_b=grad_plan.stride(0),
         grad_plan_stride_n=grad_plan.stride(1),
         grad_plan_stride_m=grad_plan.stride(2),
@@ -222,5 +210,5 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
         slot=slot,
         segments=segments,
         has_sweeps=int(sweeps is not None),
-        has_vectors=int(has_vectors),
+        has_vectors=int(gradients.f0 is not None),
     )

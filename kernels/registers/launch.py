@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration, history_programs
+from ..common.operands import scale_of
 from .backward import MAX_BACKWARD_SWEEPS, _sinkhorn_bwd_kernel
 from .forward import _sinkhorn_fwd_kernel
 from .history import _sinkhorn_history_bwd_kernel
@@ -142,27 +142,24 @@ def configurations() -> list[Configuration]:
     return [_forward(*which) for which in forwards()] + small + wide
 
 
-def inputs(problem: Problem, spare: Tensor) -> dict[str, Tensor | int | float]:
-    """Kernel arguments that describe matrices and temperature; ``spare`` stands in for what is absent and is never read."""
-    logits, mask, temperature = problem.logits, problem.mask, problem.temperature
-    if isinstance(temperature, Tensor):
-        temperatures, stride, shared = temperature, temperature.stride(0), 1.0
-    else:
-        temperatures, stride, shared = spare.view(torch.float32), 0, temperature
-    bits = spare.view(torch.uint8) if mask is None else mask.view(torch.uint8)
+def inputs(problem: Problem) -> dict[str, Any]:
+    """Kernel arguments that describe matrices and temperature."""
+    logits, temperature = problem.logits, problem.temperature
+    per_matrix = temperature if isinstance(temperature, Tensor) else None
+    bits = None if problem.mask is None else problem.mask.view(torch.uint8)
     return {
         "logits_ptr": logits,
         "mask_ptr": bits,
-        "temperature_ptr": temperatures,
+        "temperature_ptr": per_matrix,
         "batch": logits.shape[0],
         "n": logits.shape[1],
         "m": logits.shape[2],
         **strides("logits", logits),
-        **(strides("mask", bits) if mask is not None else dict.fromkeys(strides("mask", logits), 0)),
-        "temperature_stride": stride,
-        "scale": math.log2(math.e) / shared,
-        "has_mask": int(mask is not None),
-        "has_temperature": int(temperatures is temperature),
+        **(dict.fromkeys(strides("mask", logits), 0) if bits is None else strides("mask", bits)),
+        "temperature_stride": 0 if per_matrix is None else per_matrix.stride(0),
+        "scale": scale_of(temperature),
+        "has_mask": int(bits is not None),
+        "has_temperature": int(per_matrix is not None),
         "unit_rows": int(problem.unit_rows),
     }
 
@@ -177,17 +174,16 @@ def launch_forward(configured: Callable[..., Configuration], problem: Problem, o
     with_info, with_sigma2 = outputs.f is not None, outputs.sigma2 is not None
     packed = is_packed(problem, outputs.plan)
     configuration = configured(problem.logits.dtype, lines(problem), packed, with_info, with_sigma2)
-    spare = torch.empty(1, dtype=torch.float32, device=problem.logits.device)
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
-        **inputs(problem, spare),
+        **inputs(problem),
         n_iters=problem.n_iters,
         plan_ptr=outputs.plan,
-        residual_ptr=outputs.residual if with_info else spare,
-        sweeps_ptr=outputs.sweeps if with_info else spare.view(torch.int32),
-        f_ptr=outputs.f if with_info else spare,
-        g_ptr=outputs.g if with_info else spare,
-        sigma2_ptr=outputs.sigma2 if with_sigma2 else spare,
+        residual_ptr=outputs.residual,
+        sweeps_ptr=outputs.sweeps,
+        f_ptr=outputs.f,
+        g_ptr=outputs.g,
+        sigma2_ptr=outputs.sigma2,
         **strides("plan", outputs.plan),
         **arguments,
     )
@@ -209,7 +205,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     configuration = _backward(problem.logits.dtype, is_packed(problem, grad_plan, gradients.logits))
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
-        **inputs(problem, torch.empty(1, dtype=torch.float32, device=problem.logits.device)),
+        **inputs(problem),
         n_iters=problem.n_iters,
         grad_plan_ptr=grad_plan,
         grad_logits_ptr=gradients.logits,
@@ -230,7 +226,7 @@ def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) ->
     blocks = triton.cdiv(logits.shape[0], configuration.matrices)
     programs = history_programs(blocks, _PROGRAMS_PER_SM, 4 * max(stride + matrices, 1), logits.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
-    known = inputs(problem, new(1))
+    known = inputs(problem)
     configuration.launch(
         programs,
         **{name: value for name, value in known.items() if name in configuration.kernel.arg_names},

@@ -90,7 +90,7 @@ def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients:
     configuration = _backward(problem.logits.dtype, lines(problem), is_packed(problem, grad_plan, gradients.logits))
     configuration.launch(
         triton.cdiv(problem.logits.shape[0], configuration.matrices),
-        **inputs(problem, torch.empty(1, dtype=torch.float32, device=problem.logits.device)),
+        **inputs(problem),
         g_ptr=g,
         grad_plan_ptr=grad_plan,
         grad_logits_ptr=gradients.logits,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configuration import Configuration, finite_jit
+from ..common.operands import strides_of
 from ..spectrum.jacobi import DOUBLE_ROUNDS, SINGLE_ROUNDS, deflate, largest_singular_pair, lift
 from .memory import load_strided
 
@@ -123,20 +124,13 @@ def sigma2(
     compute dtype; the vectors are 0 on excluded lines, and altogether where M is 0.
     """
     configuration = _configuration(plan.dtype)
-    bits = value.view(torch.uint8) if mask is None else mask.view(torch.uint8)
-    row = value if row_marginal is None else row_marginal
-    col = value if col_marginal is None else col_marginal
-    steps = {
-        "plan": dict(zip("bnm", plan.stride(), strict=True)),
-        "mask": dict.fromkeys("bnm", 0) if mask is None else dict(zip("bnm", bits.stride(), strict=True)),
-        "row": dict.fromkeys("bn", 0) if row_marginal is None else dict(zip("bn", row.stride(), strict=True)),
-        "col": dict.fromkeys("bm", 0) if col_marginal is None else dict(zip("bm", col.stride(), strict=True)),
-    }
+    bits = None if mask is None else mask.view(torch.uint8)
+    given = {"plan": ("bnm", plan), "mask": ("bnm", bits), "row": ("bn", row_marginal), "col": ("bm", col_marginal)}
     configuration.launch(
         triton.cdiv(plan.shape[0], configuration.matrices),
         plan_ptr=plan,
-        row_ptr=row,
-        col_ptr=col,
+        row_ptr=row_marginal,
+        col_ptr=col_marginal,
         mask_ptr=bits,
         value_ptr=value,
         u2_ptr=u2,
@@ -144,7 +138,7 @@ def sigma2(
         batch=plan.shape[0],
         n=plan.shape[1],
         m=plan.shape[2],
-        **{f"{name}_stride_{axis}": step for name, axes in steps.items() for axis, step in axes.items()},
+        **strides_of(given),
         has_mask=int(mask is not None),
         has_row=int(row_marginal is not None),
         has_col=int(col_marginal is not None),

@@ -7,6 +7,7 @@ program. Lanczos (``lanczos_forward.py``) beyond: one matrix a program, the plan
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastdsm._ops.problem import compute_dtype
 
 from ..common.configuration import Configuration
+from ..common.operands import strides_of
 from .lanczos_forward import _sigma2_lanczos_bounds_fwd_kernel, _sigma2_lanczos_fwd_kernel
 from .squaring import SQUARINGS
 from .squaring_forward import _sigma2_bounds_fwd_kernel, _sigma2_fwd_kernel
@@ -77,42 +79,29 @@ def _configuration(dtype: torch.dtype, size: int, bounds: bool) -> Configuration
     return _squaring(dtype, size, bounds) if size in _SINGLE else _lanczos(dtype, size, bounds)
 
 
-def _launch(plan: Tensor, bounds: bool, tol: float, max_steps: int, **arguments: Tensor | int) -> None:
+def _launch(plan: Tensor, bounds: bool, tol: float, max_steps: int, **arguments: Any) -> None:
     size = max(4, triton.next_power_of_2(max(plan.shape[-2:])))
     configuration = _configuration(plan.dtype, size, bounds)
-    more: dict[str, Tensor | int | float] = {}
+    more: dict[str, Any] = {}
     if "used_row_ptr" in configuration.pointers:
         used_row = plan.new_empty(plan.shape[:2], dtype=compute_dtype(plan.dtype))
         more = {"used_row_ptr": used_row, "tol": tol, "max_steps": max_steps}
     configuration.launch(triton.cdiv(plan.shape[0], configuration.matrices), **arguments, **more)
 
 
-def _inputs(
-    plan: Tensor, row_marginal: Tensor | None, col_marginal: Tensor | None, mask: Tensor | None, spare: Tensor
-) -> dict[str, Tensor | int]:
-    """Kernel arguments that describe the plans; ``spare`` (compute dtype) stands in for what is absent, never read."""
-    row = spare if row_marginal is None else row_marginal
-    col = spare if col_marginal is None else col_marginal
-    bits = spare.view(torch.uint8) if mask is None else mask.view(torch.uint8)
-    strides = {
-        "plan": ("bnm", plan.stride()),
-        "mask": ("bnm", (0, 0, 0) if mask is None else bits.stride()),
-        "row": ("bn", (0, 0) if row_marginal is None else row.stride()),
-        "col": ("bm", (0, 0) if col_marginal is None else col.stride()),
-    }
+def _inputs(plan: Tensor, row_marginal: Tensor | None, col_marginal: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
+    """Kernel arguments that describe the plans."""
+    bits = None if mask is None else mask.view(torch.uint8)
+    given = {"plan": ("bnm", plan), "mask": ("bnm", bits), "row": ("bn", row_marginal), "col": ("bm", col_marginal)}
     return {
         "plan_ptr": plan,
         "mask_ptr": bits,
-        "row_ptr": row,
-        "col_ptr": col,
+        "row_ptr": row_marginal,
+        "col_ptr": col_marginal,
         "batch": plan.shape[0],
         "n": plan.shape[1],
         "m": plan.shape[2],
-        **{
-            f"{name}_stride_{axis}": step
-            for name, (axes, steps) in strides.items()
-            for axis, step in zip(axes, steps, strict=True)
-        },
+        **strides_of(given),
         "has_mask": int(mask is not None),
         "has_row": int(row_marginal is not None),
         "has_col": int(col_marginal is not None),
@@ -143,10 +132,10 @@ def sigma2(
         False,
         tol,
         max_steps,
-        **_inputs(plan, row_marginal, col_marginal, mask, value),
+        **_inputs(plan, row_marginal, col_marginal, mask),
         sigma2_ptr=value,
-        u_ptr=value if u2 is None else u2,
-        v_ptr=value if v2 is None else v2,
+        u_ptr=u2,
+        v_ptr=v2,
         has_vectors=int(u2 is not None),
     )
 
@@ -168,7 +157,7 @@ def sigma2_bounds(
         True,
         1e-4,
         MAX_STEPS,
-        **_inputs(plan, row_marginal, col_marginal, mask, lower),
+        **_inputs(plan, row_marginal, col_marginal, mask),
         lower_ptr=lower,
         upper_ptr=upper,
     )

@@ -2,8 +2,7 @@
 
 float32 and narrower: a float64 tile takes twice the registers and spills, and the panel family has every dtype.
 
-What is absent (mask, marginals, f0, temperatures, info, vector gradients) is told by a run-time flag and never read or
-written: any tensor of the right dtype stands in for it.
+What is absent (mask, marginals, f0, temperatures, info, vector gradients) is told by a run-time flag, and None.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration, history_programs
+from ..common.operands import inverse_of, strides_of
 from ..spectrum.squaring import SQUARINGS
 from .backward import _sinkhorn_tile_bwd_kernel
 from .forward import _sinkhorn_tile_fwd_kernel
@@ -132,13 +132,10 @@ def uniform_scalings(n: int, m: int) -> int:
 
 def inputs(problem: Problem) -> dict[str, Any]:
     """Arguments that the forward and the backward share."""
-    logits = problem.logits
-    device = logits.device
-    absent = torch.empty((1, 1), dtype=problem.compute_dtype, device=device)
-    mask = torch.empty((1, 1, 1), dtype=torch.uint8, device=device) if problem.mask is None else problem.mask.view(torch.uint8)
-    row, col, f0 = (absent if given is None else given for given in (problem.row_marginal, problem.col_marginal, problem.f0))
+    logits, row, col, f0 = problem.logits, problem.row_marginal, problem.col_marginal, problem.f0
+    mask = None if problem.mask is None else problem.mask.view(torch.uint8)
     temperature = problem.temperature
-    per_matrix = temperature if isinstance(temperature, Tensor) else absent[0]
+    per_matrix = temperature if isinstance(temperature, Tensor) else None
     return {
         "logits_ptr": logits,
         "mask_ptr": mask,
@@ -152,21 +149,15 @@ def inputs(problem: Problem) -> dict[str, Any]:
         "n_iters": problem.n_iters,
         "uniform_scalings": uniform_scalings(*logits.shape[1:]),
         **strides("", logits),
-        **strides("mask_", mask),
-        "row_stride_b": row.stride(0),
-        "row_stride_n": row.stride(1),
-        "col_stride_b": col.stride(0),
-        "col_stride_m": col.stride(1),
-        "f0_stride_b": f0.stride(0),
-        "f0_stride_n": f0.stride(1),
-        "temperature_stride": per_matrix.stride(0),
-        "has_mask": int(problem.mask is not None),
-        "has_row": int(problem.row_marginal is not None),
-        "has_col": int(problem.col_marginal is not None),
-        "has_f0": int(problem.f0 is not None),
-        "has_temperature": int(isinstance(temperature, Tensor)),
+        **strides_of({"mask": ("bnm", mask), "row": ("bn", row), "col": ("bm", col), "f0": ("bn", f0)}),
+        "temperature_stride": 0 if per_matrix is None else per_matrix.stride(0),
+        "has_mask": int(mask is not None),
+        "has_row": int(row is not None),
+        "has_col": int(col is not None),
+        "has_f0": int(f0 is not None),
+        "has_temperature": int(per_matrix is not None),
         "unit_rows": int(problem.unit_rows),
-        "inverse_temperature": 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature,
+        "inverse_temperature": inverse_of(temperature),
     }
 
 
@@ -179,19 +170,17 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write what ``outputs`` asks for; see :func:`supports_forward`."""
     logits, plan, sigma2 = problem.logits, outputs.plan, outputs.sigma2
     configuration = _FORWARD_TABLE[logits.dtype, size_of(problem), sigma2 is not None]
-    has_info = outputs.residual is not None
-    absent = torch.empty(1, dtype=problem.compute_dtype, device=logits.device)
     configuration.launch(
         triton.cdiv(logits.shape[0], configuration.matrices),
         **inputs(problem),
         plan_ptr=plan,
         **strides("plan_", plan),
-        residual_ptr=outputs.residual if has_info else absent,
-        sweeps_ptr=outputs.sweeps if has_info else absent.view(torch.int32),
-        f_ptr=outputs.f if has_info else absent,
-        g_ptr=outputs.g if has_info else absent,
-        sigma2_ptr=absent if sigma2 is None else sigma2,
-        has_info=int(has_info),
+        residual_ptr=outputs.residual,
+        sweeps_ptr=outputs.sweeps,
+        f_ptr=outputs.f,
+        g_ptr=outputs.g,
+        sigma2_ptr=sigma2,
+        has_info=int(outputs.residual is not None),
         tol=problem.tol,
     )
 
@@ -209,19 +198,18 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     blocks = triton.cdiv(logits.shape[0], configuration.matrices)
     programs = history_programs(blocks, _PROGRAMS_PER_SM, slot * problem.compute_dtype.itemsize, logits.device)
     history = torch.empty(programs * slot, dtype=problem.compute_dtype, device=logits.device)
-    has_vectors = gradients.f0 is not None
     configuration.launch(
         programs,
         **inputs(problem),
-        sweeps_ptr=history.view(torch.int32) if sweeps is None else sweeps,
+        sweeps_ptr=sweeps,
         grad_plan_ptr=grad_plan,
         **strides("grad_plan_", grad_plan),
         history_ptr=history,
         grad_logits_ptr=gradients.logits,
         **strides("grad_logits_", gradients.logits),
-        grad_f0_ptr=gradients.f0 if has_vectors else history,
-        grad_row_ptr=gradients.log_row if has_vectors else history,
-        grad_col_ptr=gradients.log_col if has_vectors else history,
+        grad_f0_ptr=gradients.f0,
+        grad_row_ptr=gradients.log_row,
+        grad_col_ptr=gradients.log_col,
         has_sweeps=int(sweeps is not None),
-        has_vectors=int(has_vectors),
+        has_vectors=int(gradients.f0 is not None),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration
+from ..common.operands import strides_of
 from ..spectrum.squaring import SQUARINGS
 from .implicit import _implicit_tile_bwd_kernel
 from .launch import ELEMENTS, configuration_with_own, inputs, sinkhorn_forward, size_of, strides, uniform_scalings
@@ -89,18 +90,16 @@ def newton_forward(problem: Problem, outputs: Outputs) -> None:
         full = outputs.with_info(problem)
         sinkhorn_forward(replace(problem, n_iters=_SWEEPS), full)
         problem = replace(problem, f0=full.f)
-    has_info = full.residual is not None
-    absent = torch.empty(1, dtype=problem.compute_dtype, device=problem.logits.device)
     _launch(
         _FORWARD[problem.logits.dtype, size_of(problem)],
         problem,
         plan_ptr=full.plan,
         **strides("plan_", full.plan),
-        residual_ptr=full.residual if has_info else absent,
-        sweeps_ptr=full.sweeps if has_info else absent.view(torch.int32),
-        f_ptr=full.f if has_info else absent,
-        g_ptr=full.g if has_info else absent,
-        has_info=int(has_info),
+        residual_ptr=full.residual,
+        sweeps_ptr=full.sweeps,
+        f_ptr=full.f,
+        g_ptr=full.g,
+        has_info=int(full.residual is not None),
         continues=int(continues),
         tol=problem.tol,
     )
@@ -111,7 +110,6 @@ def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients:
 
     Any strides; see :func:`supports_backward`.
     """
-    has_vectors = gradients.f0 is not None
     _launch(
         _BACKWARD[problem.logits.dtype, size_of(problem)],
         problem,
@@ -122,10 +120,10 @@ def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients:
         **strides("grad_plan_", grad_plan),
         grad_logits_ptr=gradients.logits,
         **strides("grad_logits_", gradients.logits),
-        grad_f0_ptr=gradients.f0 if has_vectors else g,
-        grad_row_ptr=gradients.log_row if has_vectors else g,
-        grad_col_ptr=gradients.log_col if has_vectors else g,
-        has_vectors=int(has_vectors),
+        grad_f0_ptr=gradients.f0,
+        grad_row_ptr=gradients.log_row,
+        grad_col_ptr=gradients.log_col,
+        has_vectors=int(gradients.f0 is not None),
     )
 
 
@@ -150,12 +148,11 @@ def temperature_search(
     the temperature to walk down from, NaN where nothing is searched. n_iters: steps of Newton's method at most for one plan.
     """
     configuration = _TEMPERATURE[max(4, triton.next_power_of_2(max(logits.shape[1:])))].on(logits.device)
-    absent = start.view(1, -1)
     configuration.launch(
         triton.cdiv(logits.shape[0], configuration.matrices),
         logits_ptr=logits,
-        row_ptr=absent if row is None else row,
-        col_ptr=absent if col is None else col,
+        row_ptr=row,
+        col_ptr=col,
         target_ptr=target,
         start_ptr=start,
         temperature_ptr=temperature,
@@ -166,10 +163,7 @@ def temperature_search(
         n_iters=n_iters,
         uniform_scalings=uniform_scalings(*logits.shape[1:]),
         **strides("", logits),
-        row_stride_b=0 if row is None else row.stride(0),
-        row_stride_n=0 if row is None else row.stride(1),
-        col_stride_b=0 if col is None else col.stride(0),
-        col_stride_m=0 if col is None else col.stride(1),
+        **strides_of({"row": ("bn", row), "col": ("bm", col)}),
         has_row=int(row is not None),
         has_col=int(col is not None),
     )

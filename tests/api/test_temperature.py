@@ -177,7 +177,7 @@ def test_compiles_and_checks() -> None:
     (eager,) = torch.autograd.grad(loss(logits), logits)
     (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(logits), logits)
     torch.testing.assert_close(compiled, eager)
-    inputs = (logits, torch.full((3,), 0.5), None, None, None, 200, "torch", None)
+    inputs = (logits, torch.full((3,), 0.5), None, None, None, None, 200, "torch")
     torch.library.opcheck(torch.ops.fastdsm.temperature_for_sigma2.default, inputs)
 
 

@@ -135,7 +135,7 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
     opcheck(ops.sinkhorn.default, (leaf, temperature, *_projection_inputs(leaf)[2:]))
     opcheck(ops.sinkhorn_info.default, (*_projection_inputs(leaf), True))
     opcheck(ops.sinkhorn_info.default, (*_projection_inputs(leaf), False))
-    opcheck(ops.sinkhorn_backward.default, (x, None, True, *_projection_inputs(leaf)))
+    opcheck(ops.sinkhorn_backward.default, (x, None, *_projection_inputs(leaf), True))
     opcheck(ops.sigma2.default, (leaf, None, None, None, None, "auto", 1e-4, 0, "torch"))
     opcheck(ops.sigma2_bounds.default, (x, None, None, None, "torch"))
 
@@ -146,7 +146,7 @@ def test_opcheck_of_the_fixed_point() -> None:
     temperature = torch.full((2,), 0.7, requires_grad=True)
     opcheck(ops.fixed_point.default, (leaf, temperature, *_projection_inputs(leaf)[2:9], 1e-3, "torch", "newton", True, True))
     opcheck(ops.fixed_point.default, (x, None, *_projection_inputs(x)[2:], "newton", False, False))
-    opcheck(ops.fixed_point_backward.default, (x, torch.zeros(2, 4), torch.zeros(2, 3), True, *_projection_inputs(leaf)))
+    opcheck(ops.fixed_point_backward.default, (x, torch.zeros(2, 4), torch.zeros(2, 3), *_projection_inputs(leaf), True))
 
 
 def test_autocast_leaves_dtypes_alone() -> None:
