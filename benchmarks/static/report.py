@@ -132,7 +132,7 @@ def faults(row: Row) -> list[str]:
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
     found += [f"no {name}: compiled to nothing" for name in ("STG", "MUFU") if not row["instructions"].get(name)]
-    if row["target"] == "sm_90" and row["pointers"].get("stream_ptr") in ("bf16", "fp16"):
+    if row["target"] == "sm_90" and row["pointers"].get("operands.stream_ptr") in ("bf16", "fp16"):
         found += ["no HGMMA"] * (not row["instructions"].get("HGMMA"))
     return found
 

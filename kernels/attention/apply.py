@@ -13,82 +13,48 @@ import triton.language as tl
 
 from ..common.arithmetic import LN_2, exp2
 from ..common.configuration import finite_jit
+from .arguments import EntryStrides, Logits, Operands, Scales, Sizes, Strides, VectorStrides
 from .tile import (
     accumulate,
     accumulated,
+    at_head,
     drop,
     entries_of,
     exponent,
     first_unit,
     head_scales,
+    line_potential,
+    line_side,
     load_entries,
     load_lines,
     load_potential,
     load_side,
     log_sum,
     product,
-    side_of,
     store_lines,
+    stream_potential,
+    stream_side,
     used_lines,
 )
 
 
 @finite_jit
 def _attention_apply_fwd_kernel(
-    line_ptr,
-    stream_ptr,
-    bias_ptr,
-    bias32_ptr,
-    mask_ptr,
-    line_padding_ptr,
-    stream_padding_ptr,
-    temperature_ptr,
-    line_base_ptr,
-    line_fine_ptr,
-    stream_base_ptr,
-    stream_fine_ptr,
+    operands: Operands,
     x_ptr,
     seed_ptr,
     out_ptr,
-    line_stride_b: tl.int64,
-    line_stride_h: tl.int64,
-    line_stride_n: tl.int64,
-    stream_stride_b: tl.int64,
-    stream_stride_h: tl.int64,
-    stream_stride_n: tl.int64,
-    bias_stride_b: tl.int64,
-    bias_stride_h: tl.int64,
-    bias_stride_line: tl.int64,
-    bias_stride_stream: tl.int64,
-    mask_stride_b: tl.int64,
-    mask_stride_h: tl.int64,
-    mask_stride_line: tl.int64,
-    mask_stride_stream: tl.int64,
-    x_stride_b: tl.int64,
-    x_stride_h: tl.int64,
-    x_stride_n: tl.int64,
-    out_stride_b: tl.int64,
-    out_stride_h: tl.int64,
-    out_stride_n: tl.int64,
-    out_stride_e: tl.int64,
-    heads: tl.int32,
-    stream_group: tl.int32,
-    n_lines: tl.int32,
-    n_stream: tl.int32,
-    d: tl.int32,
-    bias_kind: tl.int32,
-    has_mask: tl.int32,
-    has_line_padding: tl.int32,
-    has_stream_padding: tl.int32,
-    has_temperature: tl.int32,
+    strides: Strides,
+    x_strides: VectorStrides,
+    out_strides: EntryStrides,
+    sizes: Sizes,
     e: tl.int32,
     out_e: tl.int32,
     heads_per_out: tl.int32,
     line_is_key: tl.int32,
     dropout_p: tl.float32,
     dropout_scale: tl.float32,
-    scale: tl.float32,
-    bias_scale: tl.float32,
+    scales: Scales,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,17 +65,16 @@ def _attention_apply_fwd_kernel(
     STREAM_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
+    logits = Logits(operands, strides, sizes, scales)
     program = tl.program_id(0)
-    blocks = tl.cdiv(n_lines, BLOCK_L)
+    blocks = tl.cdiv(sizes.n_lines, BLOCK_L)
     chunks = tl.cdiv(out_e, BLOCK_E)
     first = (program % blocks) * BLOCK_L
     column = ((program // blocks) % chunks) * BLOCK_E
     out_head = (program // blocks // chunks).to(tl.int64)
-    outs = heads // heads_per_out
+    outs = sizes.heads // heads_per_out
     b, o = out_head // outs, out_head % outs
-    line_strides = (line_stride_b, line_stride_h, line_stride_n)
-    line = side_of(line_ptr, line_strides, line_padding_ptr, has_line_padding, n_lines, d, b, o)
-    stream_strides = (stream_stride_b, stream_stride_h, stream_stride_n)
+    line = line_side(logits, b, o)
     seed = tl.load(seed_ptr)
 
     line_used = used_lines(line, first, BLOCK_L)
@@ -118,87 +83,46 @@ def _attention_apply_fwd_kernel(
     unit = first_unit(BLOCK_L)
     for member in range(0, heads_per_out):
         h = o * heads_per_out + member
-        head = b * heads + h
-        stream_h = h // stream_group
-        stream = side_of(stream_ptr, stream_strides, stream_padding_ptr, has_stream_padding, n_stream, d, b, stream_h)
-        bias_strides = (bias_stride_b, bias_stride_h, bias_stride_line, bias_stride_stream)
-        mask_strides = (mask_stride_b, mask_stride_h, mask_stride_line, mask_stride_stream)
-        entries = entries_of(bias_ptr, bias32_ptr, bias_strides, bias_kind, mask_ptr, mask_strides, has_mask, b, h)
-        x_head_ptr = x_ptr + b * x_stride_b + stream_h * x_stride_h + column
-        k, k_bias = head_scales(temperature_ptr, has_temperature, scale, bias_scale, head)
-        potential = load_potential(line_base_ptr + head * n_lines, line_fine_ptr + head * n_lines, first, line_used)
-        base_ptr, fine_ptr = stream_base_ptr + head * n_stream, stream_fine_ptr + head * n_stream
-        for start in range(0, n_stream, BLOCK_S):
+        head = b * sizes.heads + h
+        stream_h = h // sizes.stream_group
+        stream = stream_side(logits, b, stream_h)
+        entries = entries_of(logits, b, h)
+        x_head_ptr = at_head(x_ptr, x_strides, b, stream_h) + column
+        k, k_bias = head_scales(logits, head)
+        line_values = load_potential(line_potential(logits, head * sizes.n_lines), first, line_used)
+        potential = stream_potential(logits, head * sizes.n_stream)
+        for start in range(0, sizes.n_stream, BLOCK_S):
             stream_used = used_lines(stream, start, BLOCK_S)
             if ENTRIES:
-                extra = load_entries(entries, k_bias, line_used, stream_used, first, start)
-            logits = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
+                extra = load_entries(entries, logits, k_bias, line_used, stream_used, first, start)
+            S = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
             if ENTRIES:
-                logits += extra
-            plan = exp2(exponent(logits, potential, base_ptr, fine_ptr, start, stream_used, STREAM_FIRST))
+                S += extra
+            plan = exp2(exponent(S, line_values, potential, start, stream_used, STREAM_FIRST))
             if HAS_DROPOUT:
                 plan = drop(plan, seed, dropout_p, dropout_scale, head, first, start, line_is_key)
-            x = load_lines(x_head_ptr, x_stride_n, e - column, start, stream_used, BLOCK_E)
+            x = load_lines(x_head_ptr, x_strides.n, e - column, start, stream_used, BLOCK_E)
             acc, unit = accumulate(acc, unit, plan, x, PIECES, PRECISION)
 
-    out_head_ptr = out_ptr + b * out_stride_b + o * out_stride_h + column * out_stride_e
+    out_head_ptr = at_head(out_ptr, out_strides, b, o) + column * out_strides.m
     acc = accumulated(acc, unit, x_ptr.dtype.element_ty)
-    exists = first + tl.arange(0, BLOCK_L) < n_lines
-    store_lines(out_head_ptr, out_stride_n, out_stride_e, out_e - column, first, exists, acc)
+    exists = first + tl.arange(0, BLOCK_L) < sizes.n_lines
+    store_lines(out_head_ptr, out_strides.n, out_strides.m, out_e - column, first, exists, acc)
 
 
 @finite_jit
 def _attention_attend_fwd_kernel(
-    line_ptr,
-    stream_ptr,
-    bias_ptr,
-    bias32_ptr,
-    mask_ptr,
-    line_padding_ptr,
-    stream_padding_ptr,
-    temperature_ptr,
-    line_base_ptr,
-    line_fine_ptr,
-    stream_base_ptr,
-    stream_fine_ptr,
+    operands: Operands,
     x_ptr,
     out_ptr,
-    total_ptr,
-    line_stride_b: tl.int64,
-    line_stride_h: tl.int64,
-    line_stride_n: tl.int64,
-    stream_stride_b: tl.int64,
-    stream_stride_h: tl.int64,
-    stream_stride_n: tl.int64,
-    bias_stride_b: tl.int64,
-    bias_stride_h: tl.int64,
-    bias_stride_line: tl.int64,
-    bias_stride_stream: tl.int64,
-    mask_stride_b: tl.int64,
-    mask_stride_h: tl.int64,
-    mask_stride_line: tl.int64,
-    mask_stride_stream: tl.int64,
-    x_stride_b: tl.int64,
-    x_stride_h: tl.int64,
-    x_stride_n: tl.int64,
-    out_stride_b: tl.int64,
-    out_stride_h: tl.int64,
-    out_stride_n: tl.int64,
-    out_stride_e: tl.int64,
-    heads: tl.int32,
-    stream_group: tl.int32,
-    n_lines: tl.int32,
-    n_stream: tl.int32,
-    d: tl.int32,
-    bias_kind: tl.int32,
-    has_mask: tl.int32,
-    has_line_padding: tl.int32,
-    has_stream_padding: tl.int32,
-    has_temperature: tl.int32,
+    lse_ptr,
+    strides: Strides,
+    x_strides: VectorStrides,
+    out_strides: EntryStrides,
+    sizes: Sizes,
     e: tl.int32,
     out_e: tl.int32,
-    scale: tl.float32,
-    bias_scale: tl.float32,
+    scales: Scales,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -208,106 +132,67 @@ def _attention_attend_fwd_kernel(
     ENTRIES: tl.constexpr,
     STREAM_FIRST: tl.constexpr,
 ):
+    logits = Logits(operands, strides, sizes, scales)
     program = tl.program_id(0)
-    blocks = tl.cdiv(n_lines, BLOCK_L)
+    blocks = tl.cdiv(sizes.n_lines, BLOCK_L)
     chunks = tl.cdiv(out_e, BLOCK_E)
     first = (program % blocks) * BLOCK_L
     column = ((program // blocks) % chunks) * BLOCK_E
     head = (program // blocks // chunks).to(tl.int64)
-    b, h = head // heads, head % heads
-    line_strides = (line_stride_b, line_stride_h, line_stride_n)
-    line = side_of(line_ptr, line_strides, line_padding_ptr, has_line_padding, n_lines, d, b, h)
-    stream_strides = (stream_stride_b, stream_stride_h, stream_stride_n)
-    stream_h = h // stream_group
-    stream = side_of(stream_ptr, stream_strides, stream_padding_ptr, has_stream_padding, n_stream, d, b, stream_h)
-    bias_strides = (bias_stride_b, bias_stride_h, bias_stride_line, bias_stride_stream)
-    mask_strides = (mask_stride_b, mask_stride_h, mask_stride_line, mask_stride_stream)
-    entries = entries_of(bias_ptr, bias32_ptr, bias_strides, bias_kind, mask_ptr, mask_strides, has_mask, b, h)
-    x_head_ptr = x_ptr + b * x_stride_b + stream_h * x_stride_h + column
-    k, k_bias = head_scales(temperature_ptr, has_temperature, scale, bias_scale, head)
+    b, h = head // sizes.heads, head % sizes.heads
+    line = line_side(logits, b, h)
+    stream_h = h // sizes.stream_group
+    stream = stream_side(logits, b, stream_h)
+    entries = entries_of(logits, b, h)
+    x_head_ptr = at_head(x_ptr, x_strides, b, stream_h) + column
+    k, k_bias = head_scales(logits, head)
 
     line_used = used_lines(line, first, BLOCK_L)
     vectors = load_side(line, first, line_used, BLOCK_D)
-    potential = load_potential(line_base_ptr + head * n_lines, line_fine_ptr + head * n_lines, first, line_used)
-    base_ptr, fine_ptr = stream_base_ptr + head * n_stream, stream_fine_ptr + head * n_stream
+    line_values = load_potential(line_potential(logits, head * sizes.n_lines), first, line_used)
+    potential = stream_potential(logits, head * sizes.n_stream)
     total = tl.zeros([BLOCK_L], tl.float32)
     acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     unit = first_unit(BLOCK_L)
-    for start in range(0, n_stream, BLOCK_S):
+    for start in range(0, sizes.n_stream, BLOCK_S):
         stream_used = used_lines(stream, start, BLOCK_S)
         if ENTRIES:
-            extra = load_entries(entries, k_bias, line_used, stream_used, first, start)
-        logits = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
+            extra = load_entries(entries, logits, k_bias, line_used, stream_used, first, start)
+        S = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
         if ENTRIES:
-            logits += extra
-        plan = exp2(exponent(logits, potential, base_ptr, fine_ptr, start, stream_used, STREAM_FIRST))
+            S += extra
+        plan = exp2(exponent(S, line_values, potential, start, stream_used, STREAM_FIRST))
         total += tl.sum(plan, axis=1)
-        x = load_lines(x_head_ptr, x_stride_n, e - column, start, stream_used, BLOCK_E)
+        x = load_lines(x_head_ptr, x_strides.n, e - column, start, stream_used, BLOCK_E)
         acc, unit = accumulate(acc, unit, plan, x, PIECES, PRECISION)
 
     lines = first + tl.arange(0, BLOCK_L)
     acc = accumulated(acc, unit, x_ptr.dtype.element_ty)
     divisor = tl.where(total == 0, 1.0, total)
-    out_head_ptr = out_ptr + b * out_stride_b + h * out_stride_h + column * out_stride_e
-    store_lines(out_head_ptr, out_stride_n, out_stride_e, out_e - column, first, lines < n_lines, acc / divisor[:, None])
-    tl.store(total_ptr + head * n_lines + lines, log_sum(total) * LN_2, mask=(lines < n_lines) & (column == 0))
+    out_head_ptr = at_head(out_ptr, out_strides, b, h) + column * out_strides.m
+    store_lines(
+        out_head_ptr, out_strides.n, out_strides.m, out_e - column, first, lines < sizes.n_lines, acc / divisor[:, None]
+    )
+    tl.store(lse_ptr + head * sizes.n_lines + lines, log_sum(total) * LN_2, mask=(lines < sizes.n_lines) & (column == 0))
 
 
 @finite_jit
 def _attention_products_bwd_kernel(
-    line_ptr,
-    stream_ptr,
-    bias_ptr,
-    bias32_ptr,
-    mask_ptr,
-    line_padding_ptr,
-    stream_padding_ptr,
-    temperature_ptr,
-    line_base_ptr,
-    line_fine_ptr,
-    stream_base_ptr,
-    stream_fine_ptr,
+    operands: Operands,
     line_v_ptr,
     stream_v_ptr,
     seed_ptr,
     out_ptr,
-    line_stride_b: tl.int64,
-    line_stride_h: tl.int64,
-    line_stride_n: tl.int64,
-    stream_stride_b: tl.int64,
-    stream_stride_h: tl.int64,
-    stream_stride_n: tl.int64,
-    bias_stride_b: tl.int64,
-    bias_stride_h: tl.int64,
-    bias_stride_line: tl.int64,
-    bias_stride_stream: tl.int64,
-    mask_stride_b: tl.int64,
-    mask_stride_h: tl.int64,
-    mask_stride_line: tl.int64,
-    mask_stride_stream: tl.int64,
-    line_v_stride_b: tl.int64,
-    line_v_stride_h: tl.int64,
-    line_v_stride_n: tl.int64,
-    stream_v_stride_b: tl.int64,
-    stream_v_stride_h: tl.int64,
-    stream_v_stride_n: tl.int64,
-    heads: tl.int32,
-    stream_group: tl.int32,
-    n_lines: tl.int32,
-    n_stream: tl.int32,
-    d: tl.int32,
-    bias_kind: tl.int32,
-    has_mask: tl.int32,
-    has_line_padding: tl.int32,
-    has_stream_padding: tl.int32,
-    has_temperature: tl.int32,
+    strides: Strides,
+    line_v_strides: VectorStrides,
+    stream_v_strides: VectorStrides,
+    sizes: Sizes,
     e: tl.int32,
     line_group: tl.int32,
     line_is_key: tl.int32,
     dropout_p: tl.float32,
     dropout_scale: tl.float32,
-    scale: tl.float32,
-    bias_scale: tl.float32,
+    scales: Scales,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -317,43 +202,40 @@ def _attention_products_bwd_kernel(
     STREAM_FIRST: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
+    logits = Logits(operands, strides, sizes, scales)
     program = tl.program_id(0)
-    blocks = tl.cdiv(n_lines, BLOCK_L)
+    blocks = tl.cdiv(sizes.n_lines, BLOCK_L)
     first = (program % blocks) * BLOCK_L
     head = (program // blocks).to(tl.int64)
-    b, h = head // heads, head % heads
-    line_h, stream_h = h // line_group, h // stream_group
-    line_strides = (line_stride_b, line_stride_h, line_stride_n)
-    line = side_of(line_ptr, line_strides, line_padding_ptr, has_line_padding, n_lines, d, b, line_h)
-    stream_strides = (stream_stride_b, stream_stride_h, stream_stride_n)
-    stream = side_of(stream_ptr, stream_strides, stream_padding_ptr, has_stream_padding, n_stream, d, b, stream_h)
-    bias_strides = (bias_stride_b, bias_stride_h, bias_stride_line, bias_stride_stream)
-    mask_strides = (mask_stride_b, mask_stride_h, mask_stride_line, mask_stride_stream)
-    entries = entries_of(bias_ptr, bias32_ptr, bias_strides, bias_kind, mask_ptr, mask_strides, has_mask, b, h)
-    k, k_bias = head_scales(temperature_ptr, has_temperature, scale, bias_scale, head)
-    line_v_head_ptr = line_v_ptr + b * line_v_stride_b + line_h * line_v_stride_h
-    stream_v_head_ptr = stream_v_ptr + b * stream_v_stride_b + stream_h * stream_v_stride_h
-    base_ptr, fine_ptr = stream_base_ptr + head * n_stream, stream_fine_ptr + head * n_stream
+    b, h = head // sizes.heads, head % sizes.heads
+    line_h, stream_h = h // line_group, h // sizes.stream_group
+    line = line_side(logits, b, line_h)
+    stream = stream_side(logits, b, stream_h)
+    entries = entries_of(logits, b, h)
+    k, k_bias = head_scales(logits, head)
+    line_v_head_ptr = at_head(line_v_ptr, line_v_strides, b, line_h)
+    stream_v_head_ptr = at_head(stream_v_ptr, stream_v_strides, b, stream_h)
+    potential = stream_potential(logits, head * sizes.n_stream)
     seed = tl.load(seed_ptr)
 
     line_used = used_lines(line, first, BLOCK_L)
     vectors = load_side(line, first, line_used, BLOCK_D)
-    line_v = load_lines(line_v_head_ptr, line_v_stride_n, e, first, line_used, BLOCK_E)
-    potential = load_potential(line_base_ptr + head * n_lines, line_fine_ptr + head * n_lines, first, line_used)
+    line_v = load_lines(line_v_head_ptr, line_v_strides.n, e, first, line_used, BLOCK_E)
+    line_values = load_potential(line_potential(logits, head * sizes.n_lines), first, line_used)
     total = tl.zeros([BLOCK_L], tl.float32)
-    for start in range(0, n_stream, BLOCK_S):
+    for start in range(0, sizes.n_stream, BLOCK_S):
         stream_used = used_lines(stream, start, BLOCK_S)
         if ENTRIES:
-            extra = load_entries(entries, k_bias, line_used, stream_used, first, start)
-        logits = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
+            extra = load_entries(entries, logits, k_bias, line_used, stream_used, first, start)
+        S = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
         if ENTRIES:
-            logits += extra
-        plan = exp2(exponent(logits, potential, base_ptr, fine_ptr, start, stream_used, STREAM_FIRST))
-        stream_v = load_lines(stream_v_head_ptr, stream_v_stride_n, e, start, stream_used, BLOCK_E)
+            S += extra
+        plan = exp2(exponent(S, line_values, potential, start, stream_used, STREAM_FIRST))
+        stream_v = load_lines(stream_v_head_ptr, stream_v_strides.n, e, start, stream_used, BLOCK_E)
         products = product(line_v, stream_v, PRECISION)
         if HAS_DROPOUT:
             products = drop(products, seed, dropout_p, dropout_scale, head, first, start, line_is_key)
         total += tl.sum(products * plan, axis=1)
 
     lines = first + tl.arange(0, BLOCK_L)
-    tl.store(out_ptr + head * n_lines + lines, total, mask=lines < n_lines)
+    tl.store(out_ptr + head * sizes.n_lines + lines, total, mask=lines < sizes.n_lines)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,15 @@ from torch import Tensor
 from fastdsm._ops.problem import Attention, Dropout, Potentials, Terms
 
 from ..common.configuration import Configuration
+from .arguments import EntryStrides, Logits
+from .gradient import Factors
 from .operands import (
+    by_line,
     dropout_arguments,
     drops,
     has_entries,
-    named_strides,
+    logits_of,
     oriented,
-    shared_arguments,
     stacked,
     stream_first,
     whole_lines,
@@ -70,9 +71,9 @@ def _block(size: int) -> int:
     return next(block for block in BLOCKS_D if size <= block)
 
 
-def _blocks(configuration: Configuration, inputs: dict[str, Any]) -> int:
+def _blocks(configuration: Configuration, logits: Logits) -> int:
     """Programs per head."""
-    return -(-inputs["n_lines"] // configuration.constants["BLOCK_L"])
+    return -(-logits.sizes.n_lines // configuration.constants["BLOCK_L"])
 
 
 def _sweep(
@@ -80,14 +81,14 @@ def _sweep(
 ) -> None:
     """Launch the sweep kernel."""
     query = problem.query
-    inputs = shared_arguments(problem, over, at)
+    logits = logits_of(problem, over, at)
     kind = _kind(query.dtype), _block(query.shape[3]), has_entries(problem), stream_first(at, over), what
     configuration = SWEEPS[kind].on(query.device)
     configuration.launch(
-        query.shape[0] * query.shape[1] * _blocks(configuration, inputs),
-        **inputs,
-        weight_ptr=inputs["line_base_ptr"] if w is None else w.contiguous(),
-        active_ptr=inputs["line_padding_ptr"] if active is None else active.contiguous().view(torch.uint8),
+        query.shape[0] * query.shape[1] * _blocks(configuration, logits),
+        **logits._asdict(),
+        weight_ptr=logits.operands.line_base_ptr if w is None else w.contiguous(),
+        active_ptr=logits.operands.line_padding_ptr if active is None else active.contiguous().view(torch.uint8),
         out_ptr=out,
         line_group=1 if over == "cols" else query.shape[1] // problem.key.shape[1],
         has_active=int(active is not None),
@@ -115,15 +116,15 @@ def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tens
     across = "rows" if over == "cols" else "cols"
     block = next(block for block in WHOLE_LINES if lines <= block)
     configuration = WHOLES[ELEMENTS[query.dtype], _block(d), block, online].on(query.device)
-    inputs, step = shared_arguments(problem, across, at), configuration.constants["BLOCK_S"]
-    heads, blocks = query.shape[0] * query.shape[1], -(-inputs["n_stream"] // step)
+    logits, step = logits_of(problem, across, at), configuration.constants["BLOCK_S"]
+    heads, blocks = query.shape[0] * query.shape[1], -(-logits.sizes.n_stream // step)
     chunk = step * min(max(heads * blocks // WHOLE_PROGRAMS, 1), WHOLE_STEPS)
-    chunks = -(-inputs["n_stream"] // chunk)
+    chunks = -(-logits.sizes.n_stream // chunk)
     total, top = torch.empty_like(out, dtype=torch.float32), torch.zeros_like(out, dtype=torch.float32)
     partial = torch.empty((*other.shape[:2], chunks, lines), dtype=torch.float32, device=query.device)
     configuration.launch(
         heads * chunks,
-        **inputs,
+        **logits._asdict(),
         active_ptr=active.contiguous().view(torch.uint8),
         total_ptr=total,
         top_ptr=top,
@@ -163,16 +164,16 @@ def attend(
         apply(problem, "cols", replace(at, f_base=base, f_fine=(f - base).float()), value, dropout, out)
         return
     value, e = whole_lines(value), value.shape[3]
-    inputs = shared_arguments(problem, "cols", at)
+    logits = logits_of(problem, "cols", at)
     configuration = ATTENDS[_kind(query.dtype), _block(query.shape[3]), has_entries(problem)].on(query.device)
     configuration.launch(
-        query.shape[0] * query.shape[1] * _blocks(configuration, inputs) * -(-e // configuration.constants["BLOCK_E"]),
-        **inputs,
+        query.shape[0] * query.shape[1] * _blocks(configuration, logits) * -(-e // configuration.constants["BLOCK_E"]),
+        **logits._asdict(),
         x_ptr=value,
         out_ptr=out,
-        total_ptr=line,
-        **named_strides("x", "b h n", value.stride()[:3]),
-        **named_strides("out", "b h n e", out.stride()),
+        lse_ptr=line,
+        x_strides=by_line(value),
+        out_strides=EntryStrides(*out.stride()),
         e=value.shape[3],
         out_e=e,
     )
@@ -195,14 +196,14 @@ def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dro
     dropped = drops(dropout)
     entries = dropped or has_entries(problem)
     configuration = APPLIES[(element, precision), _block(query.shape[3]), entries, stream_first(at, over), dropped]
-    configuration, inputs = configuration.on(query.device), shared_arguments(problem, over, at)
+    configuration, logits = configuration.on(query.device), logits_of(problem, over, at)
     configuration.launch(
-        out.shape[0] * out.shape[1] * _blocks(configuration, inputs) * -(-e // configuration.constants["BLOCK_E"]),
-        **inputs,
+        out.shape[0] * out.shape[1] * _blocks(configuration, logits) * -(-e // configuration.constants["BLOCK_E"]),
+        **logits._asdict(),
         x_ptr=x,
         out_ptr=target,
-        **named_strides("x", "b h n", x.stride()[:3]),
-        **named_strides("out", "b h n e", target.stride()),
+        x_strides=by_line(x),
+        out_strides=EntryStrides(*target.stride()),
         e=x.shape[3],
         out_e=e,
         heads_per_out=1 if over == "cols" else query.shape[1] // key.shape[1],
@@ -228,19 +229,19 @@ def products(
     query, e, kind, dropped = problem.query, value.shape[3], _kind(problem.query.dtype), drops(dropout)
     block = _block(max(query.shape[3], min(e, MAX_D)))
     configuration = PRODUCTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped]
-    configuration, inputs = configuration.on(query.device), shared_arguments(problem, over, at)
+    configuration, logits = configuration.on(query.device), logits_of(problem, over, at)
     step = configuration.constants["BLOCK_E"]
     for start in range(0, e, step):
         sides = [whole_lines(x[..., start : start + step]) for x in (grad_out, value)][:: 1 if over == "cols" else -1]
         part = out if start == 0 else torch.empty_like(out)
         configuration.launch(
-            query.shape[0] * query.shape[1] * _blocks(configuration, inputs),
-            **inputs,
+            query.shape[0] * query.shape[1] * _blocks(configuration, logits),
+            **logits._asdict(),
             line_v_ptr=sides[0],
             stream_v_ptr=sides[1],
             out_ptr=part,
-            **named_strides("line_v", "b h n", sides[0].stride()[:3]),
-            **named_strides("stream_v", "b h n", sides[1].stride()[:3]),
+            line_v_strides=by_line(sides[0]),
+            stream_v_strides=by_line(sides[1]),
             e=sides[0].shape[3],
             line_group=1 if over == "cols" else query.shape[1] // problem.key.shape[1],
             line_is_key=int(over == "rows"),
@@ -303,7 +304,7 @@ def _gradient(
         configuration = BIASES[kind, block, dropped]
     else:
         configuration = GRADIENTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped].on(device)
-    inputs = shared_arguments(problem, over, stacked([at, *terms.segments]))
+    logits = logits_of(problem, over, stacked([at, *terms.segments]))
     value, grad_out = whole_lines(value), whole_lines(grad_out)
     sides = ((grad_out, terms.x), (value, terms.y)) if over == "cols" else ((value, terms.y), (grad_out, terms.x))
     counts = [torch.full((1,), count, dtype=torch.int32, device=device) for count in (*terms.counts, -1)]
@@ -312,15 +313,13 @@ def _gradient(
         target = torch.empty(out.shape, dtype=dtype, device=device)
     group = query.shape[1] // key.shape[1]
     shared = {
-        **inputs,
-        "line_x_ptr": sides[0][1],
-        "stream_x_ptr": sides[1][1],
-        "counts_ptr": torch.cat(counts),
+        **logits._asdict(),
+        "factors": Factors(sides[0][1], sides[1][1], torch.cat(counts)),
         "line_v_ptr": sides[0][0],
         "stream_v_ptr": sides[1][0],
         "out_ptr": target,
-        **named_strides("line_v", "b h n", sides[0][0].stride()[:3]),
-        **named_strides("stream_v", "b h n", sides[1][0].stride()[:3]),
+        "line_v_strides": by_line(sides[0][0]),
+        "stream_v_strides": by_line(sides[1][0]),
         "e": value.shape[3],
         "batch": query.shape[0],
         "n_terms": terms.x.shape[2],
@@ -331,22 +330,22 @@ def _gradient(
         b, h, n, m = out.shape
         sums = {"sum_b": b < query.shape[0], "sum_h": h < query.shape[1]}
         of_lines, of_stream = (n, m) if over == "cols" else (m, n)
-        sums |= {"sum_lines": of_lines < inputs["n_lines"], "sum_stream": of_stream < inputs["n_stream"]}
-        line_blocks = 1 if sums["sum_lines"] else _blocks(configuration, inputs)
-        stream_blocks = 1 if sums["sum_stream"] else -(-inputs["n_stream"] // configuration.constants["BLOCK_S"])
+        sums |= {"sum_lines": of_lines < logits.sizes.n_lines, "sum_stream": of_stream < logits.sizes.n_stream}
+        line_blocks = 1 if sums["sum_lines"] else _blocks(configuration, logits)
+        stream_blocks = 1 if sums["sum_stream"] else -(-logits.sizes.n_stream // configuration.constants["BLOCK_S"])
         configuration.launch(
             b * h * line_blocks * stream_blocks,
             **shared,
-            **named_strides("out", "b h line stream", oriented(target, over)),
+            out_strides=oriented(target, over),
             **{name: int(value) for name, value in sums.items()},
             line_group=1 if over == "cols" else group,
         )
     else:
         chunks = -(-query.shape[3] // configuration.constants["BLOCK_O"])
         configuration.launch(
-            out.shape[0] * out.shape[1] * _blocks(configuration, inputs) * chunks,
+            out.shape[0] * out.shape[1] * _blocks(configuration, logits) * chunks,
             **shared,
-            **named_strides("out", "b h n d", target.stride()),
+            out_strides=EntryStrides(*target.stride()),
             out_d=query.shape[3],
             heads_per_out=1 if over == "cols" else group,
         )

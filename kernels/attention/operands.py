@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastdsm._ops.problem import Attention, Dropout, Potentials
 
+from .arguments import EntryStrides, Logits, Operands, Scales, Sizes, Strides, VectorStrides
+
 MAX_STRIDE = 1 << 24
 
 
@@ -39,19 +41,18 @@ def has_entries(problem: Attention) -> bool:
     return problem.bias is not None or problem.mask is not None
 
 
-def oriented(tensor: Tensor, over: str) -> tuple[int, int, int, int]:
-    """Strides of an entry: batch, head, line, stream."""
-    b, h, n, m = tensor.stride()
-    return (b, h, n, m) if over == "cols" else (b, h, m, n)
+def oriented(tensor: Tensor, over: str) -> EntryStrides:
+    """Strides of entries (B, H, N, M) by lines and stream."""
+    return EntryStrides(*(tensor if over == "cols" else tensor.mT).stride())
 
 
-def named_strides(prefix: str, names: str, values: tuple[int, ...]) -> dict[str, int]:
-    """Strides as the arguments of a kernel."""
-    return {f"{prefix}_stride_{name}": value for name, value in zip(names.split(), values, strict=True)}
+def by_line(tensor: Tensor) -> VectorStrides:
+    """Strides of vectors (B, heads, lines, features)."""
+    return VectorStrides(*tensor.stride()[:3])
 
 
-def shared_arguments(problem: Attention, over: str, at: Potentials) -> dict[str, Any]:
-    """Arguments that all passes share. What is absent is never read: any tensor of the right dtype stands in for it."""
+def logits_of(problem: Attention, over: str, at: Potentials) -> Logits:
+    """The arguments that all passes share. What is absent is never read: any tensor of the right dtype stands in for it."""
     query, key, bias = whole_lines(problem.query), whole_lines(problem.key), problem.bias
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     absent = torch.empty((1, 1, 1, 1), dtype=torch.float32, device=query.device)
@@ -61,47 +62,49 @@ def shared_arguments(problem: Attention, over: str, at: Potentials) -> dict[str,
         kind = 1 if bias.dtype == query.dtype else 2
         bias = near_entries(bias, bias.dtype if kind == 1 else torch.float32)
     mask = byte if problem.mask is None else near_entries(problem.mask, torch.bool).view(torch.uint8)
-    paddings = [
-        byte if padding is None else padding.contiguous().view(torch.uint8)
-        for padding in (problem.query_padding, problem.key_padding)
-    ]
-    has_padding = [int(padding is not None) for padding in (problem.query_padding, problem.key_padding)]
-    sides, potentials = [query, key], [(at.f_base, at.f_fine), (at.g_base, at.g_fine)]
-    if over == "rows":
-        sides, paddings, has_padding, potentials = sides[::-1], paddings[::-1], has_padding[::-1], potentials[::-1]
+    sides = (
+        (query, problem.query_padding, at.f_base, at.f_fine),
+        (key, problem.key_padding, at.g_base, at.g_fine),
+    )
+    (line, line_padding, f, f_fine), (stream, stream_padding, g, g_fine) = sides if over == "cols" else sides[::-1]
     temperature = problem.temperature
     per_head = isinstance(temperature, Tensor)
     one = math.log2(math.e) / (1.0 if per_head else float(temperature))
-    return {
-        "line_ptr": sides[0],
-        "stream_ptr": sides[1],
-        "bias_ptr": bias if kind == 1 else query,
-        "bias32_ptr": bias if kind == 2 else absent,
-        "mask_ptr": mask,
-        "line_padding_ptr": paddings[0],
-        "stream_padding_ptr": paddings[1],
-        "temperature_ptr": temperature.contiguous() if isinstance(temperature, Tensor) else absent,
-        "line_base_ptr": potentials[0][0].contiguous(),
-        "line_fine_ptr": potentials[0][1].contiguous(),
-        "stream_base_ptr": potentials[1][0].contiguous(),
-        "stream_fine_ptr": potentials[1][1].contiguous(),
-        **named_strides("line", "b h n", sides[0].stride()[:3]),
-        **named_strides("stream", "b h n", sides[1].stride()[:3]),
-        **named_strides("bias", "b h line stream", (0, 0, 0, 0) if bias is None else oriented(bias, over)),
-        **named_strides("mask", "b h line stream", oriented(mask, over)),
-        "heads": heads,
-        "stream_group": group if over == "cols" else 1,
-        "n_lines": sides[0].shape[2],
-        "n_stream": sides[1].shape[2],
-        "d": query.shape[3],
-        "bias_kind": kind,
-        "has_mask": int(problem.mask is not None),
-        "has_line_padding": has_padding[0],
-        "has_stream_padding": has_padding[1],
-        "has_temperature": int(per_head),
-        "scale": problem.scale * one,
-        "bias_scale": one,
-    }
+    return Logits(
+        Operands(
+            line_ptr=line,
+            stream_ptr=stream,
+            bias_ptr=bias if kind == 1 else query,
+            bias32_ptr=bias if kind == 2 else absent,
+            mask_ptr=mask,
+            line_padding_ptr=byte if line_padding is None else line_padding.contiguous().view(torch.uint8),
+            stream_padding_ptr=byte if stream_padding is None else stream_padding.contiguous().view(torch.uint8),
+            temperature_ptr=temperature.contiguous() if isinstance(temperature, Tensor) else absent,
+            line_base_ptr=f.contiguous(),
+            line_fine_ptr=f_fine.contiguous(),
+            stream_base_ptr=g.contiguous(),
+            stream_fine_ptr=g_fine.contiguous(),
+        ),
+        Strides(
+            line=by_line(line),
+            stream=by_line(stream),
+            bias=EntryStrides(0, 0, 0, 0) if bias is None else oriented(bias, over),
+            mask=oriented(mask, over),
+        ),
+        Sizes(
+            heads=heads,
+            stream_group=group if over == "cols" else 1,
+            n_lines=line.shape[2],
+            n_stream=stream.shape[2],
+            d=query.shape[3],
+            bias_kind=kind,
+            has_mask=int(problem.mask is not None),
+            has_line_padding=int(line_padding is not None),
+            has_stream_padding=int(stream_padding is not None),
+            has_temperature=int(per_head),
+        ),
+        Scales(problem.scale * one, one),
+    )
 
 
 def stream_first(at: Potentials, over: str) -> bool:

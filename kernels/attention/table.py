@@ -7,12 +7,11 @@ A kernel exists for each element type of query and key and block of features; wi
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..common.configuration import Configuration
+from ..common.configuration import Configuration, pointers_of
 from .apply import _attention_apply_fwd_kernel, _attention_attend_fwd_kernel, _attention_products_bwd_kernel
 from .gradient import _attention_bias_bwd_kernel, _attention_gradient_bwd_kernel
 from .sweep import _attention_sweep_fwd_kernel
@@ -123,16 +122,17 @@ def _tiled(
     kernel: Any, tile: Tile, kind: tuple[str, str], block_d: int, out: str, entries: bool, constants: dict[str, Any]
 ) -> Configuration:
     element, precision = kind
-    types = dict.fromkeys(("line_ptr", "stream_ptr", "bias_ptr"), element)
+    types = dict.fromkeys(("operands.line_ptr", "operands.stream_ptr", "operands.bias_ptr"), element)
     types |= dict.fromkeys(("x_ptr", "line_v_ptr", "stream_v_ptr"), "fp32" if precision == "mixed" else element)
-    types |= dict.fromkeys(("mask_ptr", "line_padding_ptr", "stream_padding_ptr", "active_ptr"), "u8")
-    types |= {"seed_ptr": "i64", "counts_ptr": "i32", "total_ptr": "fp64", "out_ptr": out}
+    masks = ("operands.mask_ptr", "operands.line_padding_ptr", "operands.stream_padding_ptr", "active_ptr")
+    types |= dict.fromkeys(masks, "u8")
+    types |= {"seed_ptr": "i64", "factors.counts_ptr": "i32", "lse_ptr": "fp64", "out_ptr": out}
     lines, stream, warps, stages, *registers = tile
     names = [constants["KIND"]] if "KIND" in constants else []
     label = f"{element} {precision} {block_d} {'entries' if entries else 'plain'}"
     return Configuration(
         kernel,
-        {name: types.get(name, "fp32") for name in kernel.arg_names if name.endswith("_ptr")},
+        {name: types.get(name, "fp32") for name in pointers_of(kernel)},
         {
             "BLOCK_L": lines,
             "BLOCK_S": stream,
@@ -152,8 +152,7 @@ def _tiled(
 def _whole(element: str, block_d: int, lines: int, online: bool) -> Configuration:
     """The one way to run a whole sweep with ``lines`` on chip."""
     rest = (element, "half"), block_d, "fp32", False, {"ONLINE": online}
-    tiled = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
-    anywhere, on_hopper = (replace(x, pointers={**x.pointers, "total_ptr": "fp32"}) for x in tiled)
+    anywhere, on_hopper = (_tiled(_attention_whole_fwd_kernel, tile, *rest) for tile in WHOLE_TILES[lines])
     return anywhere.with_own(on_hopper, "sm_90")
 
 

@@ -5,9 +5,7 @@ In base 2, with k = log2(e) scale / temperature and k' = log2(e) / temperature o
     x_ij = k q_i . k_j + k' bias_ij,    -inf where mask or padding exclude the entry,    P_ij = 2^(x_ij + f_i + g_j).
 
 A pass keeps a block of LINES on chip and streams the other side past it: the lines are queries and the stream keys where sums
-run over columns, the reverse where they run over rows. The code knows two sides only:
-
-    side = (pointer at its head, its stride of lines, padding pointer at its batch, has_padding, n, d).
+run over columns, the reverse where they run over rows. The code knows two sides only.
 
 Each potential is a base and a fine part, times log2(e) once per line. The exponent is formed in one order everywhere,
 ((x + first base) + last base) + (fine + fine), whichever side is streamed: large bases are then rounded alike in all passes.
@@ -21,37 +19,108 @@ that is not finished, and for derivatives: each line of P is brought to 2^14 .. 
 unit, which grows with what is streamed.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..common.arithmetic import INTERPRET, LOG2_E, narrow
 
 
-@triton.jit
-def head_scales(temperature_ptr, has_temperature, scale, bias_scale, head):
-    """k and k' of a head; ``scale`` and ``bias_scale`` are those at temperature 1 where each head has its own."""
-    temperature = tl.load(temperature_ptr + head, mask=has_temperature != 0, other=1.0)
-    return scale / temperature, bias_scale / temperature
+class Side(NamedTuple):
+    """One side at a head: its vectors, the padding of its batch, and how many lines and features there are."""
+
+    ptr: tl.pointer_type
+    stride_n: tl.int64
+    padding_ptr: tl.pointer_type
+    has_padding: tl.int32
+    n: tl.int32
+    d: tl.int32
+
+
+class Potential(NamedTuple):
+    """Base and fine part at a head."""
+
+    base_ptr: tl.pointer_type
+    fine_ptr: tl.pointer_type
+
+
+class Entries(NamedTuple):
+    """Bias and mask at a head; strides: those of the logits."""
+
+    bias_ptr: tl.pointer_type
+    bias32_ptr: tl.pointer_type
+    mask_ptr: tl.pointer_type
 
 
 @triton.jit
-def side_of(ptr, strides, padding_ptr, has_padding, n, d, b, h):
-    """One side of head ``h`` of batch ``b``; strides: of batch, head and line."""
-    return (ptr + b * strides[0] + h * strides[1], strides[2], padding_ptr + b * n, has_padding, n, d)
+def head_scales(logits, head):
+    """k and k' of a head."""
+    operands, sizes, scales = logits.operands, logits.sizes, logits.scales
+    temperature = tl.load(operands.temperature_ptr + head, mask=sizes.has_temperature != 0, other=1.0)
+    return scales.logits / temperature, scales.bias / temperature
+
+
+@triton.jit
+def at_head(ptr, strides, b, h):
+    """Where vectors of head ``h`` of batch ``b`` begin."""
+    return ptr + b * strides.b + h * strides.h
+
+
+@triton.jit
+def line_side(logits, b, h):
+    """The lines of head ``h``, of their own heads, of batch ``b``."""
+    operands, strides, sizes = logits.operands, logits.strides, logits.sizes
+    return Side(
+        ptr=at_head(operands.line_ptr, strides.line, b, h),
+        stride_n=strides.line.n,
+        padding_ptr=operands.line_padding_ptr + b * sizes.n_lines,
+        has_padding=sizes.has_line_padding,
+        n=sizes.n_lines,
+        d=sizes.d,
+    )
+
+
+@triton.jit
+def stream_side(logits, b, h):
+    """The same of the stream."""
+    operands, strides, sizes = logits.operands, logits.strides, logits.sizes
+    return Side(
+        ptr=at_head(operands.stream_ptr, strides.stream, b, h),
+        stride_n=strides.stream.n,
+        padding_ptr=operands.stream_padding_ptr + b * sizes.n_stream,
+        has_padding=sizes.has_stream_padding,
+        n=sizes.n_stream,
+        d=sizes.d,
+    )
+
+
+@triton.jit
+def line_potential(logits, offset):
+    """The lines' potential, ``offset`` lines on."""
+    operands = logits.operands
+    return Potential(base_ptr=operands.line_base_ptr + offset, fine_ptr=operands.line_fine_ptr + offset)
+
+
+@triton.jit
+def stream_potential(logits, offset):
+    """The same of the stream."""
+    operands = logits.operands
+    return Potential(base_ptr=operands.stream_base_ptr + offset, fine_ptr=operands.stream_fine_ptr + offset)
 
 
 @triton.jit
 def used_lines(side, first, BLOCK: tl.constexpr):
     """Which of BLOCK lines from ``first`` exist and are no padding."""
     lines = first + tl.arange(0, BLOCK)
-    used = lines < side[4]
-    return used & (tl.load(side[2] + lines, mask=used & (side[3] != 0), other=0) == 0)
+    used = lines < side.n
+    return used & (tl.load(side.padding_ptr + lines, mask=used & (side.has_padding != 0), other=0) == 0)
 
 
 @triton.jit
 def load_side(side, first, used, BLOCK_D: tl.constexpr):
     """Vectors of the lines of a side from ``first`` on."""
-    return load_lines(side[0], side[1], side[5], first, used, BLOCK_D)
+    return load_lines(side.ptr, side.stride_n, side.d, first, used, BLOCK_D)
 
 
 @triton.jit
@@ -92,9 +161,9 @@ def load_pair(left_ptr, right_ptr, first, used, other, factor):
 
 
 @triton.jit
-def load_potential(base_ptr, fine_ptr, first, used):
+def load_potential(potential, first, used):
     """Base and fine part of lines from ``first`` on, in base 2; the base is -inf where a line is not used."""
-    return load_pair(base_ptr, fine_ptr, first, used, -float("inf"), LOG2_E)
+    return load_pair(potential.base_ptr, potential.fine_ptr, first, used, -float("inf"), LOG2_E)
 
 
 @triton.jit
@@ -120,18 +189,18 @@ def product(left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def exponent(x, line_potential, stream_base_ptr, stream_fine_ptr, start, stream_used, STREAM_FIRST: tl.constexpr):
-    """x + f + g.
+def exponent(x, line_values, stream_potential, start, stream_used, STREAM_FIRST: tl.constexpr):
+    """x + f + g; line_values: the lines' potential as loaded.
 
     The potential of the stream is loaded here, behind the product that x is: 128 values of it are half a thread's registers
     where, as on Blackwell, a thread has a line of its own.
     """
-    base, fine = load_potential(stream_base_ptr, stream_fine_ptr, start, stream_used)
+    base, fine = load_potential(stream_potential, start, stream_used)
     if STREAM_FIRST:
-        x = (x + base[None, :]) + line_potential[0][:, None]
+        x = (x + base[None, :]) + line_values[0][:, None]
     else:
-        x = (x + line_potential[0][:, None]) + base[None, :]
-    return x + (line_potential[1][:, None] + fine[None, :])
+        x = (x + line_values[0][:, None]) + base[None, :]
+    return x + (line_values[1][:, None] + fine[None, :])
 
 
 @triton.jit
@@ -145,36 +214,39 @@ def log_sum(total):
 
 
 @triton.jit
-def entries_of(bias_ptr, bias32_ptr, bias_strides, bias_kind, mask_ptr, mask_strides, has_mask, b, h):
-    """What :func:`load_entries` reads at one head; strides: of batch, head, line and stream."""
-    bias_offset = b * bias_strides[0] + h * bias_strides[1]
-    mask_offset = b * mask_strides[0] + h * mask_strides[1]
-    bias = (bias_ptr + bias_offset, bias32_ptr + bias_offset, bias_strides[2], bias_strides[3], bias_kind)
-    return bias, (mask_ptr + mask_offset, mask_strides[2], mask_strides[3], has_mask)
+def entries_of(logits, b, h):
+    """What :func:`load_entries` reads at head ``h`` of batch ``b``."""
+    operands, strides = logits.operands, logits.strides
+    bias_offset = b * strides.bias.b + h * strides.bias.h
+    mask_offset = b * strides.mask.b + h * strides.mask.h
+    return Entries(
+        bias_ptr=operands.bias_ptr + bias_offset,
+        bias32_ptr=operands.bias32_ptr + bias_offset,
+        mask_ptr=operands.mask_ptr + mask_offset,
+    )
 
 
 @triton.jit
-def load_entries(entries, k_bias, line_used, stream_used, first_line, first_stream):
+def load_entries(entries, logits, k_bias, line_used, stream_used, first_line, first_stream):
     """What bias and mask add to x, (lines, streams); 0 on lines not used, where either may hold anything.
 
-    entries = ((bias, the same as float32, strides of line and stream, kind), (mask, strides, has_mask)); kind 0: no bias,
-    1: read the first pointer, of the dtype of the query, 2: the second. Inside a tile offsets are of 32 bits.
+    Inside a tile offsets are of 32 bits.
     """
-    bias, mask = entries
+    bias, mask, sizes = logits.strides.bias, logits.strides.mask, logits.sizes
     lines, streams = tl.arange(0, line_used.shape[0])[:, None], tl.arange(0, stream_used.shape[0])[None, :]
     inside = line_used[:, None] & stream_used[None, :]
     x = tl.zeros(inside.shape, tl.float32)
-    if bias[4] != 0:
-        at = first_line * bias[2] + first_stream * bias[3]
-        offsets = lines * bias[2].to(tl.int32) + streams * bias[3].to(tl.int32)
-        if bias[4] == 1:
-            x = tl.load(bias[0] + at + offsets, mask=inside, other=0.0).to(tl.float32)
+    if sizes.bias_kind != 0:
+        at = first_line * bias.n + first_stream * bias.m
+        offsets = lines * bias.n.to(tl.int32) + streams * bias.m.to(tl.int32)
+        if sizes.bias_kind == 1:
+            x = tl.load(entries.bias_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
         else:
-            x = tl.load(bias[1] + at + offsets, mask=inside, other=0.0)
-    if mask[3] != 0:
-        at = first_line * mask[1] + first_stream * mask[2]
-        offsets = lines * mask[1].to(tl.int32) + streams * mask[2].to(tl.int32)
-        used = tl.load(mask[0] + at + offsets, mask=inside, other=1) != 0
+            x = tl.load(entries.bias32_ptr + at + offsets, mask=inside, other=0.0)
+    if sizes.has_mask != 0:
+        at = first_line * mask.n + first_stream * mask.m
+        offsets = lines * mask.n.to(tl.int32) + streams * mask.m.to(tl.int32)
+        used = tl.load(entries.mask_ptr + at + offsets, mask=inside, other=1) != 0
         x = tl.where(used, x, -float("inf"))
     return x * k_bias
 

@@ -16,55 +16,35 @@ import triton.language as tl
 
 from ..common.arithmetic import exp2, reciprocal
 from ..common.configuration import finite_jit
-from .tile import entries_of, exponent, head_scales, load_entries, load_potential, load_side, product, side_of, used_lines
+from .arguments import Logits, Operands, Scales, Sizes, Strides
+from .tile import (
+    entries_of,
+    exponent,
+    head_scales,
+    line_potential,
+    line_side,
+    load_entries,
+    load_potential,
+    load_side,
+    product,
+    stream_potential,
+    stream_side,
+    used_lines,
+)
 
 
 @finite_jit
 def _attention_whole_fwd_kernel(
-    line_ptr,
-    stream_ptr,
-    bias_ptr,
-    bias32_ptr,
-    mask_ptr,
-    line_padding_ptr,
-    stream_padding_ptr,
-    temperature_ptr,
-    line_base_ptr,
-    line_fine_ptr,
-    stream_base_ptr,
-    stream_fine_ptr,
+    operands: Operands,
     active_ptr,
     total_ptr,
     top_ptr,
     partial_ptr,
-    line_stride_b: tl.int64,
-    line_stride_h: tl.int64,
-    line_stride_n: tl.int64,
-    stream_stride_b: tl.int64,
-    stream_stride_h: tl.int64,
-    stream_stride_n: tl.int64,
-    bias_stride_b: tl.int64,
-    bias_stride_h: tl.int64,
-    bias_stride_line: tl.int64,
-    bias_stride_stream: tl.int64,
-    mask_stride_b: tl.int64,
-    mask_stride_h: tl.int64,
-    mask_stride_line: tl.int64,
-    mask_stride_stream: tl.int64,
-    heads: tl.int32,
-    stream_group: tl.int32,
-    n_lines: tl.int32,
-    n_stream: tl.int32,
-    d: tl.int32,
-    bias_kind: tl.int32,
-    has_mask: tl.int32,
-    has_line_padding: tl.int32,
-    has_stream_padding: tl.int32,
-    has_temperature: tl.int32,
+    strides: Strides,
+    sizes: Sizes,
     line_group: tl.int32,
     chunk: tl.int32,
-    scale: tl.float32,
-    bias_scale: tl.float32,
+    scales: Scales,
     ONLINE: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -72,35 +52,32 @@ def _attention_whole_fwd_kernel(
     PRECISION: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
+    logits = Logits(operands, strides, sizes, scales)
     program = tl.program_id(0)
-    chunks = tl.cdiv(n_stream, chunk)
+    chunks = tl.cdiv(sizes.n_stream, chunk)
     begin = (program % chunks) * chunk
     head = (program // chunks).to(tl.int64)
     if tl.load(active_ptr + head) == 0:
         return
-    b, h = head // heads, head % heads
-    line_strides = (line_stride_b, line_stride_h, line_stride_n)
-    line = side_of(line_ptr, line_strides, line_padding_ptr, has_line_padding, n_lines, d, b, h // line_group)
-    stream_strides = (stream_stride_b, stream_stride_h, stream_stride_n)
-    stream = side_of(stream_ptr, stream_strides, stream_padding_ptr, has_stream_padding, n_stream, d, b, h // stream_group)
-    bias_strides = (bias_stride_b, bias_stride_h, bias_stride_line, bias_stride_stream)
-    mask_strides = (mask_stride_b, mask_stride_h, mask_stride_line, mask_stride_stream)
-    entries = entries_of(bias_ptr, bias32_ptr, bias_strides, bias_kind, mask_ptr, mask_strides, has_mask, b, h)
-    k, k_bias = head_scales(temperature_ptr, has_temperature, scale, bias_scale, head)
+    b, h = head // sizes.heads, head % sizes.heads
+    line = line_side(logits, b, h // line_group)
+    stream = stream_side(logits, b, h // sizes.stream_group)
+    entries = entries_of(logits, b, h)
+    k, k_bias = head_scales(logits, head)
 
     line_used = used_lines(line, 0, BLOCK_L)
     vectors = load_side(line, 0, line_used, BLOCK_D)
-    potential = load_potential(line_base_ptr + head * n_lines, line_fine_ptr + head * n_lines, 0, line_used)
-    base_ptr, fine_ptr = stream_base_ptr + head * n_stream, stream_fine_ptr + head * n_stream
+    line_values = load_potential(line_potential(logits, head * sizes.n_lines), 0, line_used)
+    potential = stream_potential(logits, head * sizes.n_stream)
     partial = tl.zeros([BLOCK_L], tl.float32)
-    for start in range(begin, tl.minimum(begin + chunk, n_stream), BLOCK_S):
+    for start in range(begin, tl.minimum(begin + chunk, sizes.n_stream), BLOCK_S):
         stream_used = used_lines(stream, start, BLOCK_S)
         if ENTRIES:
-            extra = load_entries(entries, k_bias, line_used, stream_used, 0, start)
+            extra = load_entries(entries, logits, k_bias, line_used, stream_used, 0, start)
         x = product(vectors, load_side(stream, start, stream_used, BLOCK_D), PRECISION) * k
         if ENTRIES:
             x += extra
-        y = exponent(x, potential, base_ptr, fine_ptr, start, stream_used, False)
+        y = exponent(x, line_values, potential, start, stream_used, False)
         if ONLINE:
             top = tl.max(y, axis=0)
             top = tl.where(top == -float("inf"), 0.0, top)
@@ -110,9 +87,9 @@ def _attention_whole_fwd_kernel(
         share = tl.where(total == 0, 0.0, reciprocal(tl.where(total == 0, 1.0, total)))
         partial += tl.sum(E * share[None, :], axis=1)
         streams = start + tl.arange(0, BLOCK_S)
-        tl.store(total_ptr + head * n_stream + streams, total, mask=streams < n_stream)
+        tl.store(total_ptr + head * sizes.n_stream + streams, total, mask=streams < sizes.n_stream)
         if ONLINE:
-            tl.store(top_ptr + head * n_stream + streams, top, mask=streams < n_stream)
+            tl.store(top_ptr + head * sizes.n_stream + streams, top, mask=streams < sizes.n_stream)
 
     lines = tl.arange(0, BLOCK_L)
-    tl.store(partial_ptr + program.to(tl.int64) * n_lines + lines, partial, mask=lines < n_lines)
+    tl.store(partial_ptr + program.to(tl.int64) * sizes.n_lines + lines, partial, mask=lines < sizes.n_lines)

@@ -38,6 +38,19 @@ def finite_jit(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
+def pointers_of(kernel: Any) -> list[str]:
+    """Names of its pointers, those in tuples by path."""
+
+    def paths(fields: Mapping[str, Any]) -> Iterator[str]:
+        for name, annotation in fields.items():
+            if hasattr(annotation, "_fields"):
+                yield from (f"{name}.{path}" for path in paths(annotation.__annotations__))
+            elif name.endswith("_ptr"):
+                yield name
+
+    return list(paths({name: x.annotation for name, x in inspect.signature(kernel.fn).parameters.items()}))
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors; 1 where programs run one after the other, in the interpreter."""
@@ -54,8 +67,8 @@ class Configuration:
     """One launchable kernel.
 
     kernel: from :func:`finite_jit`. pointers: element type of each ``*_ptr`` argument, e.g. {"logits_ptr": "fp16"}, in tuples
-    by path, {"line.ptr": "fp16"}. constants: every constexpr argument. matrices: matrices handled by one program. targets:
-    what it is compiled for; where one of them has a configuration of its own, ``own``, the others.
+    by path, {"operands.line_ptr": "fp16"}. constants: every constexpr argument. matrices: matrices handled by one program.
+    targets: what it is compiled for; where one of them has a configuration of its own, ``own``, the others.
     """
 
     kernel: Any
