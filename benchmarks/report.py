@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 
 from . import machine_code
+from .host import rows as host_rows
+from .host import section as host_section
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
 from .targets import ATTENTION_SHAPE, fastest_other
 
@@ -28,6 +30,8 @@ def main() -> None:
         sections.append(section(rows, figure.relative_to(ROOT).as_posix()))
     if machine_code.STATIC.exists():
         sections.append(machine_code.section())
+    if host_rows.HOST.exists():
+        sections.append(host_section.section(host_rows.read()))
     if not sections:
         raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
     README.write_text(spliced(README.read_text(), "\n\n".join(sections)))
