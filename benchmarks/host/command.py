@@ -17,7 +17,7 @@ from .timing import measured
 
 def main(
     device: Annotated[str, typer.Option(help="cpu, where launches are stubbed; cuda: stubbed, and real")] = "cpu",
-    rounds: Annotated[int, typer.Option(min=1, help="of about a millisecond a call")] = 150,
+    rounds: Annotated[int, typer.Option(min=1, help="of some milliseconds of each call")] = 50,
     match: Annotated[str, typer.Option(help="only calls whose text contains this; nothing is recorded")] = "",
 ) -> None:
     """What the host does for every public call, with one thread; exit code 1 if a promise is missed.

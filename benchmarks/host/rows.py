@@ -24,7 +24,7 @@ class HostRow:
     direction: str  # FORWARD, BACKWARD (both, by autograd.grad) or COMPILED: a graph of three calls less one of one, halved
     launches: str  # STUBBED or REAL; OWN: of what has none to stub, its own work is in the time
     kernels: int | None  # launches of one call
-    seconds_min: float | None  # least mean over the calls of a round
+    seconds_min: float | None  # least mean over the calls of a slice of a round
     seconds_median: float | None
     rounds: int
     ratio: float | None  # seconds_min / that of an empty autograd.Function in the same rounds; None of COMPILED

@@ -1,7 +1,7 @@
 """The host's time of every call, beside an empty autograd.Function and another package's call, in interleaved rounds.
 
 A call is first made unstubbed and held against float64, then stubbed, where it has to launch the kernels that it should and no
-others. A round makes each call for about a millisecond, and the least of the rounds counts: what disturbs the host only adds.
+others. Of a call, a round times slices of about a millisecond, and the least of all counts: what disturbs the host only adds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from .calls import Call, calls, same
 from .rows import COMPILED, EMPTY, OWN, REAL, STUBBED, HostRow
 from .stubs import stubbed
 
-ROUND = 1e-3  # seconds of one call in one round
-MOST_CALLS = 200  # of them: fewer than a GPU's queue holds
+SLICE = 1e-3  # seconds of one call at a time: so short that others rarely come between, on a machine that others use as well
+SLICES = 6  # in a round, one after the other: in the first, caches hold what the calls before needed
+MOST_CALLS = 200  # in a slice: fewer than a GPU's queue holds
 PEER, PEER_SHAPE = "hyper-connections", (1, 4, 4)
 Shape = tuple[int, ...]
 
@@ -61,21 +62,22 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Warm up, and choose how many calls a round makes."""
+        """Warm up, and choose how many calls a slice makes."""
         for _ in range(5):
             self.run()
         begin = perf_counter()
         for _ in range(5):
             self.run()
-        self.count = min(max(int(5 * ROUND / (perf_counter() - begin)), 1), MOST_CALLS)
+        self.count = min(max(int(5 * SLICE / (perf_counter() - begin)), 1), MOST_CALLS)
 
     def round(self, wait: Callable[[], None]) -> None:
-        """Time the calls of one round, up to the last one's return."""
-        begin = perf_counter()
-        for _ in range(self.count):
-            self.run()
-        self.seconds.append((perf_counter() - begin) / self.count)
-        wait()
+        """Time the slices of one round, each up to the last call's return."""
+        for _ in range(SLICES):
+            begin = perf_counter()
+            for _ in range(self.count):
+                self.run()
+            self.seconds.append((perf_counter() - begin) / self.count)
+            wait()
 
 
 def measured(device: str, rounds: int, match: str = "") -> Iterator[HostRow]:

@@ -201,4 +201,5 @@ def test_report_takes_every_number_from_the_rows() -> None:
     )
     assert "| an empty autograd.Function | 64 × 4 × 4 | 5 µs, 1.00 × | 5 µs, 1.00 × |  |" in text
     assert "| `sigma2_bounds(p)` | 64 × 8 × 8 | 22.5 µs, 4.50 × (≤ 5 ×) |  |  |" in text
+    assert "| 2,000 µs, 400.00 × |" in section([*rows, row("sigma2(p)", targets.EIGHT, BACKWARD, 400.0)])
     assert "A Processor; 2026-01-02, commit abc1234; python 3.11.7, torch 2.13.0." in text
