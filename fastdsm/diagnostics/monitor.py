@@ -82,13 +82,15 @@ class SpectralMonitor:
         self._recording = False
         self._training_only = training_only
         self._pending: deque[Pending] = deque()
-        self._hooks = [module.register_forward_pre_hook(self._begin)]
+        # Not a decorator: it imports torch._dynamo, a second that an optimiser takes too, but `import fastdsm` need not.
+        untraced = torch.compiler.disable
+        self._hooks = [module.register_forward_pre_hook(untraced(self._begin))]
         for name, layer in module.named_modules():
             if isinstance(layer, SinkhornProjection):
-                self._hooks.append(layer.register_forward_hook(self._of_projection(name)))
+                self._hooks.append(layer.register_forward_hook(untraced(self._of_projection(name))))
             elif isinstance(layer, SinkhornAttention):
-                self._hooks.append(layer.register_forward_hook(self._of_attention(name), with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(self._end))  # after those of the layers: module may be one
+                self._hooks.append(layer.register_forward_hook(untraced(self._of_attention(name)), with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(untraced(self._end)))  # after those of the layers: module may be one
 
     def record(self, name: str, plan: Tensor, heads: bool = False) -> None:
         """Keep plans (..., n, m) for this step under ``name``; ``heads``: they are (..., H, n, m), to be told apart."""
@@ -122,12 +124,10 @@ class SpectralMonitor:
 
         draw(self.rows, Path(path))
 
-    @torch.compiler.disable
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._kept = {}
         self._recording = self._counts(module) and self.step % self._every == 0
 
-    @torch.compiler.disable
     def _end(self, module: nn.Module, *_: Any) -> None:
         if not self._counts(module):
             return
@@ -142,14 +142,12 @@ class SpectralMonitor:
         return module.training or not self._training_only
 
     def _of_projection(self, name: str) -> Callable[..., None]:
-        @torch.compiler.disable
         def hook(_: nn.Module, __: Any, plan: Tensor) -> None:
             self.record(name, plan)
 
         return hook
 
     def _of_attention(self, name: str) -> Callable[..., None]:
-        @torch.compiler.disable
         def hook(layer: SinkhornAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
             if self._recording and name not in self._kept:
                 with torch.no_grad():

@@ -232,6 +232,9 @@ def test_under_compile() -> None:
     expected = model(logits)
     torch.testing.assert_close(torch.compile(model, backend="eager")(logits), expected)
     assert [(row.step, row.layer) for row in monitor.rows] == [(0, "0"), (1, "0")]
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
+        torch.compile(model, backend="eager", fullgraph=True)(logits)
 
 
 @pytest.mark.parametrize(
