@@ -5,7 +5,8 @@
 PTX_TARGET: sm_80, sm_90 (the default) or sm_100. PTX_NOISE: "worst" has approximations off by their documented error, up or
 down, "uniform" by up to that. PTX_CONTRACT=1: products and sums contracted where ptxas may. PTX_CACHE_DIR: see ``compilation``.
 
-A test in which an issue is found that is not benign fails; what ran and all issues are listed at the end.
+A test in which an issue is found that is not benign fails. What ran and all issues are listed at the end, but for those of the
+processes of xdist.
 """
 
 from __future__ import annotations
@@ -39,8 +40,17 @@ def _no_issues() -> Iterator[None]:
         pytest.fail("\n".join(map(str, found)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of kernels that the interpreter alone runs, declared or changed by the test, are skipped."""
+    for item in items:
+        if item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason="about Triton's interpreter"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What ran, and what was found."""
+    """What ran in this process, and what was found."""
+    if not execution.report.launches:
+        return
     report, seconds = execution.report, {name: round(spent, 1) for name, spent in execution.seconds.items()}
     terminalreporter.section(f"executed for {execution.target}")
     terminalreporter.write_line(

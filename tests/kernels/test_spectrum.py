@@ -262,6 +262,7 @@ def _logits_sigma2_fwd_kernel(
     tl.store(sigma2_ptr, value)
 
 
+@pytest.mark.interpreter
 def test_lanczos_from_logits_and_potentials() -> None:
     n, m, temperature = 20, 27, 0.7
     mask = torch.rand(n, m, generator=torch.Generator().manual_seed(1)) < 0.8

@@ -121,6 +121,7 @@ def test_sweeps_alone_where_they_arrive() -> None:
     torch.testing.assert_close(easy.plan.double(), truth, atol=TOL, rtol=0)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (20, 30), (40, 64)])
 def test_conjugate_gradients_serve_where_they_are_quick(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a dozen steps or fewer, and nothing is eliminated then; where a column has next to no edges, elimination does."""
