@@ -1,9 +1,11 @@
 # Each target prepares .venv by itself; `make setup` only does that. PYTHON names the interpreter, 3.11 or newer.
 PYTHON ?= python3
+# What `make execute` compiles for: sm_80, sm_90 or sm_100.
+TARGET ?= sm_90
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test verify bench report static lint format clean
+.PHONY: setup demo test execute verify bench report static lint format clean
 
 setup: .venv/dev.done
 
@@ -21,6 +23,9 @@ demo: .venv/demo.done
 
 test: .venv/dev.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile
+
+execute: .venv/dev.done
+	PTX_TARGET=$(TARGET) $(BIN)/python -m pytest -p benchmarks.execution.plugin tests/kernels -n auto --dist loadfile
 
 verify: .venv/dev.done
 	$(BIN)/fastdsm verify
