@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,28 +81,28 @@ class Execution:
                 "expected kernels for Triton's compiler, got its interpreter's; unset TRITON_INTERPRET at the start"
             )
 
-        def launched(configuration: Configuration, programs: int, **arguments: Any) -> None:
-            self.launch(configuration, programs, arguments)
+        def runner(configuration: Configuration, programs: int, device: torch.device) -> Callable[..., None]:
+            def run(*values: Any) -> None:
+                known = dict(zip(configuration.kernel.arg_names, values, strict=True))
+                arguments = {name: x for name, x in known.items() if name not in configuration.constants}
+                self.launch(configuration, programs, arguments)
+
+            return run
 
         def on(configuration: Configuration, device: torch.device) -> Configuration:
             own = configuration.own
             return own if own is not None and own.targets == (self.target,) else configuration
 
-        for name, function in {"launch": launched, "on": on}.items():
+        for name, function in {"runner": runner, "on": on}.items():
             setattr(Configuration, name, function)
         triton.knobs.runtime.interpret = True  # what is asked whether kernels take CPU tensors; they have been decorated
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def launch(self, configuration: Configuration, programs: int, arguments: Mapping[str, Any]) -> None:
-        """What ``Configuration.launch`` does on a GPU."""
-        if not programs:
-            return
+        """What ``Configuration.runner`` returns does on a GPU."""
         if self.target not in configuration.targets:
             raise ValueError(f"expected a kernel for {self.target}, got one for {configuration.targets}")
-        names = [name for name in configuration.kernel.arg_names if name not in configuration.constants]
-        if set(names) != set(arguments):
-            raise TypeError(f"expected arguments {names}, got {list(arguments)}")
-        leaves = dict(leaf for name in names for leaf in _leaves(name, arguments[name]))
+        leaves = dict(leaf for name, value in arguments.items() for leaf in _leaves(name, value))
         tensors = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor)}
         executable = self.executable(self._of_tensors(configuration, tensors))
         spare = torch.zeros(max(executable.scratch * programs, 1), dtype=torch.uint8)
