@@ -98,7 +98,8 @@ def test_a_sweep_in_one_pass_of_long_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     check_sweep(c, "cols")
     with recorded() as launches:
         attention.sweep(c.problem, "cols", c.at, True, empty(*c.f.shape, dtype=DOUBLE), c.g, torch.ones(2, 4, dtype=torch.bool))
-    assert {launch.arguments["chunk"] // launch.configuration.constants["BLOCK_S"] for launch in launches} == {3}
+    tiles = {launch.arguments["chunk"] // launch.configuration.constants["BLOCK_S"] for launch in launches}
+    assert tiles in ({3}, {2})  # 2 of Hopper's, which are larger
 
 
 def test_a_sweep_in_one_pass_leaves_other_heads_alone() -> None:
