@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastdsm._ops.plain import Kept
 from fastdsm.kernels.common.arithmetic import INTERPRET
 from fastdsm.kernels.common.configuration import Configuration
 
@@ -95,6 +96,7 @@ class Execution:
 
         for name, function in {"runner": runner, "on": on}.items():
             setattr(Configuration, name, function)
+        Kept.forget()  # launches prepared before
         triton.knobs.runtime.interpret = True  # what is asked whether kernels take CPU tensors; they have been decorated
         torch.use_deterministic_algorithms(True, warn_only=True)
 

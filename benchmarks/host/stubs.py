@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,7 +45,7 @@ def stubbed(launches: list[str] | None = None) -> Iterator[None]:
     def resolved(backend: str, x: Tensor) -> str:
         return "triton" if backend in ("auto", "triton") else resolve(backend, x)
 
-    tables = [*_kept(), *(x.compiled for x in kernels.configurations())]
+    tables = [*Kept.tables, *(x.compiled for x in kernels.configurations())]
     before = [dict(table) for table in tables]
     try:
         for table in tables:
@@ -54,19 +53,11 @@ def stubbed(launches: list[str] | None = None) -> Iterator[None]:
         with mock.patch.object(Configuration, "compile", compiled), mock.patch.object(arguments, "resolve_backend", resolved):
             yield
     finally:
-        for table in _kept():
-            table.clear()
+        Kept.forget()
         for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
         torch.compiler.reset()
-
-
-def _kept() -> list[dict[Any, Any]]:
-    """What calls keep of how they went."""
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "fastdsm"]
-    found = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, Kept)}
-    return list(found.values())
 
 
 def _nothing(*values: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,17 @@ class Kept(dict[Any, Any]):
     """Decisions by key; when there are too many of them, all are made again."""
 
     LIMIT = 1024
+    tables: ClassVar[list[Kept]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables.append(self)
+
+    @classmethod
+    def forget(cls) -> None:
+        """Make every decision anew: for who changes how kernels are launched."""
+        for table in cls.tables:
+            table.clear()
 
     def keep(self, key: Hashable, decision: Any) -> Any:
         """``decision``, kept."""
