@@ -1,9 +1,9 @@
-"""Passes that multiply the plan by vectors; symbols are those of ``attention_tile``, Z is dropout.
+"""Passes that multiply the plan by vectors; symbols are those of ``tile.py``, Z is dropout.
 
     apply      out_i = sum_j Z_ij 2^(x_ij + f_i + g_j) v_j
     attend     out_i = sum_j 2^(x_ij + f_i + g_j) v_j / total_i,    total_i = sum_j 2^(x_ij + f_i + g_j),
                line_i = ln 2 log2 total_i:    the last half sweep as well
-    products   out_i = sum_j Z_ij 2^(x_ij + f_i + g_j) D_i . V_j,    the same products that ``attention_gradient`` forms
+    products   out_i = sum_j Z_ij 2^(x_ij + f_i + g_j) D_i . V_j,    the same products that ``gradient.py`` forms
 
 Where the results are one per key head, a program adds the query heads of the group. Vectors beyond BLOCK_E features go to
 programs of their own, which recompute the plan.

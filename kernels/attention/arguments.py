@@ -1,7 +1,7 @@
 """What every kernel of attention is handed beside its own: operands of the logits, their strides and sizes, each one argument.
 
 Each is of one kind and stands where plain parameters would: the order decides what the assembler makes of a kernel, down to
-whether it spills. ``line`` is the side that stays on chip, ``stream`` the other, as in ``attention_tile``.
+whether it spills. ``line`` is the side that stays on chip, ``stream`` the other, as in ``tile.py``.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The last pass of the backward: from dS, tile by tile, to the gradients of query, key and bias.
 
-Symbols are those of ``attention_tile``; D_i and V_j are the vectors of the sides whose products are dP, grad_out and value.
+Symbols are those of ``tile.py``; D_i and V_j are the vectors of the sides whose products are dP, grad_out and value.
 With the plan's potentials as set 0 of a stack and those of the segments behind it, E^s = 2^(x + f^s + g^s),
 
     dS_ij = E^0_ij Z_ij D_i . V_j - sum_s E^s_ij W^s_ij,    W^s_ij = sum over the terms t of segment s of a_it b_jt,

@@ -1,4 +1,4 @@
-"""Launching the passes of attention over logits that are never stored; symbols and derivation in ``attention_tile``.
+"""Launching the passes of attention over logits that are never stored; symbols and derivation in ``tile.py``.
 
 ``over`` names the axis a pass sums along: "cols" leaves one result per query, "rows" one per key. The contract is that of
 ``Passes`` in ``fastdsm/_ops/streamed``, for query and key of at most 32 bits. Nothing here compiles for a shape: the head

@@ -1,6 +1,6 @@
 """Passes with one number per line: the log-sum-exp of a half sweep, and the plan times a vector.
 
-Symbols are those of ``attention_tile``, y_ij = x_ij + f_i + g_j:
+Symbols are those of ``tile.py``, y_ij = x_ij + f_i + g_j:
 
     ONLINE     out_i = ln 2 log2 sum_j 2^y_ij          with a running maximum, in the first sweep
     BOUNDED    out_i = ln 2 log2 sum_j 2^y_ij          no maximum: one exponential per logit

@@ -1,6 +1,6 @@
 """A whole sweep in one pass, where the lines of the first side fit on chip beside a block of the last.
 
-Symbols are those of ``attention_tile``. The lines are the first side's, all of them, and a program streams a chunk of the
+Symbols are those of ``tile.py``. The lines are the first side's, all of them, and a program streams a chunk of the
 last past them, block by block:
 
     E_ij = 2^(y_ij - t_j)      t_j the largest y of the stream's line in the first sweep (ONLINE), else 0

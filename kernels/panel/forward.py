@@ -1,4 +1,4 @@
-"""Sinkhorn of one matrix per program, re-read in row panels; symbols and derivation in ``panel_sweeps``.
+"""Sinkhorn of one matrix per program, re-read in row panels; symbols and derivation in ``common/line_sweeps.py``.
 
     residual = max_j |v_j s_j / c_j - 1|    from the column sums s that the last sweep left,
     P_ij = u_i K_ij v_j,    f + log2 u,    g + log2 v    in a final pass.

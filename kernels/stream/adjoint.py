@@ -1,4 +1,4 @@
-"""The sweeps' adjoint: passes that read the matrix once each, and their reduction. Symbols of ``stream_lines``; D = dP.
+"""The sweeps' adjoint: passes that read the matrix once each, and their reduction. Symbols of ``lines.py``; D = dP.
 
 With A_t = exp(S + f_t + g_t) and B_t = exp(S + f_(t-1) + g_t), T sweeps done, e_t = df_t / r and beta_t = dg_t / c,
 

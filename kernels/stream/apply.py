@@ -1,4 +1,4 @@
-"""What is done entry by entry: the plan, from the potentials of each matrix's last sweep; symbols in ``stream_lines``.
+"""What is done entry by entry: the plan, from the potentials of each matrix's last sweep; symbols in ``lines.py``.
 
 A tile lies along the axis that is contiguous in memory: rows of the problem, or, where it is TRANSPOSED, its columns.
 """

@@ -1,4 +1,4 @@
-"""The gradient of the logits in one pass, from the vectors that ``stream_adjoint`` left; symbols there and in ``stream_lines``.
+"""The gradient of the logits in one pass, from the vectors that ``adjoint.py`` left; symbols there and in ``lines.py``.
 
     dS = P (D - e_T) - sum_(t=1..T) B_t beta_t - sum_(t=1..T-1) A_t e_t,    D the cotangent of P.
 

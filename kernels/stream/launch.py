@@ -1,4 +1,4 @@
-"""Launching the stream family: matrices beyond 256 whose rows are read once per sweep; symbols in ``stream_lines``.
+"""Launching the stream family: matrices beyond 256 whose rows are read once per sweep; symbols in ``lines.py``.
 
 A projection is a sequence of launches that the host never waits for: the first column step (three), two for each sweep, and
 the plan. Which matrices have stopped is known to the device alone. Rows must be contiguous; where they are not, as in a

@@ -1,4 +1,4 @@
-"""The column step of the first sweep, in three kernels; symbols and derivation in ``stream_lines``.
+"""The column step of the first sweep, in three kernels; symbols and derivation in ``lines.py``.
 
 start     of ``lines`` rows: largest k x_ij + f_i in each column and the sum of 2^(k x_ij + f_i - max), with a running maximum;
           how many rows have an entry, and their given masses; F of "sweep 0", f0 times log2(e), 0 on rows without entries.

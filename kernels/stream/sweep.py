@@ -1,6 +1,6 @@
 """Sweeps: the pass that finishes a block's row potentials and adds the block to the next column sums, and the reduction.
 
-Symbols and derivation in ``stream_lines``. Sweep t reads gamma of slot t and phi, u of slot t - 1, and leaves phi, u in slot t;
+Symbols and derivation in ``lines.py``. Sweep t reads gamma of slot t and phi, u of slot t - 1, and leaves phi, u in slot t;
 the reduction adds the partial sums to s, notes the residual max_j |s_j / c_j - 1| of its columns in half t % 2 of ``residuals``
 and leaves gamma in slot t + 1, which only a matrix that goes on will read. Slots are counted modulo ``slots``: two are enough
 unless every sweep is to be kept.

@@ -1,4 +1,4 @@
-"""Exact backward of the sweeps that ``tile_forward`` runs; symbols of ``tile_sweeps``, D the cotangent of the plan.
+"""Exact backward of the sweeps that ``forward.py`` runs; symbols of ``sweeps.py``, D the cotangent of the plan.
 
 The forward is run again and leaves u_t and v_t of every sweep in memory. Within a segment, whose log sweep is t0, the
 matrices after the row and the column step of sweep t are diag(u_t) K diag(v_t) and diag(u_{t-1}) K diag(v_t), with

@@ -1,4 +1,4 @@
-"""Sinkhorn of tiles on chip: one read of the logits, one write of the plan; symbols and derivation in ``tile_sweeps``.
+"""Sinkhorn of tiles on chip: one read of the logits, one write of the plan; symbols and derivation in ``sweeps.py``.
 
 The column sums s = K^T u that a sweep leaves serve twice: as denominators of the next sweep and as the residual of this one,
 

@@ -5,7 +5,7 @@ As ``fastdsm/pytorch/implicit.py``, in float32: one Newton step first, then, wit
     dS = P * (D - alpha 1^T - 1 beta^T),   alpha = diag(1/r) ((P * D) 1 - P beta),
     (diag(c) - P^T diag(1/r) P) beta = P^T * (D - diag(1/r) (P * D) 1 1^T)^T 1,
 
-the last solved as ``tile_laplacian`` says. Close to a permutation dS is small beside D, and alpha_i + beta_j is near
+the last solved as ``laplacian.py`` says. Close to a permutation dS is small beside D, and alpha_i + beta_j is near
 D_ij where P_ij is large: in each row D and beta are therefore taken relative to their values at the row's largest entry.
 """
 

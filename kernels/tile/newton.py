@@ -1,7 +1,7 @@
 """Newton's method on tiles: matrices of up to 64 lines, brought to their tolerance on chip, with every option.
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``, the system is that of
-``fastdsm/pytorch/system.py``; tiles and vectors are those of ``tile_sweeps``. Marginals are in units of the largest r. A step
+``fastdsm/pytorch/system.py``; tiles and vectors are those of ``sweeps.py``. Marginals are in units of the largest r. A step
 makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
 
 On a tile one direction takes as long as a dozen sweeps or a hundred. So the first step is not one sweep but several, launched
