@@ -13,6 +13,7 @@ from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum
 from .rounding import round_to_birkhoff
 from .spectrum import sigma2, sigma2_bounds
 from .temperature import temperature_for_sigma2
+from .warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "sinkhorn_attention_sigma2",
     "sinkhorn_sigma2",
     "temperature_for_sigma2",
+    "warmup",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops.problem import Gradients, Outputs, Problem
 from . import attention, panel, registers, spectrum, stream, tile
-from .common.configuration import Configuration, recorded
+from .common.configuration import Configuration, recorded, recording
 
 __all__ = [
     "configurations",
@@ -18,6 +18,7 @@ __all__ = [
     "newton_forward",
     "on_chip",
     "recorded",
+    "recording",
     "sigma2",
     "sigma2_bounds",
     "sinkhorn_backward",

@@ -1,4 +1,4 @@
-"""What the real launchers launch for ordinary calls: configurations with their arguments, nothing run."""
+"""What the real launchers launch for ordinary calls."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def prepared(
     from .. import kernels
     from ..kernels.common.prepared import Prepared
 
-    if not kernels.on_chip(matrices):
+    if not kernels.on_chip(matrices) or kernels.recording():
         return None
     with kernels.recorded() as launches:
         served = serve(kernels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, demo, info, trap, verify
+from . import bench, demo, info, trap, verify, warmup
 
 app = typer.Typer(
     help="Doubly-stochastic matrices: project, measure sigma2, differentiate; on CPU and GPU with the same calls.",
@@ -14,5 +14,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (info.info, verify.verify, demo.demo, trap.trap, bench.bench):
+for command in (info.info, warmup.warmup, verify.verify, demo.demo, trap.trap, bench.bench):
     app.command()(command)

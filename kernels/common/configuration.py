@@ -6,12 +6,14 @@ the launch numbers alone; batch size, strides, temperature and sweeps never comp
 
 from __future__ import annotations
 
+import dis
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITCallable
 
 from .arithmetic import INTERPRET
 
@@ -49,6 +52,24 @@ def pointers_of(kernel: Any) -> list[str]:
                 yield name
 
     return list(paths({name: x.annotation for name, x in inspect.signature(kernel.fn).parameters.items()}))
+
+
+def settle_key(function: Any, callers: tuple[Any, ...] = ()) -> None:
+    """Have Triton's cache know ``function`` by one key in every process.
+
+    Triton hashes into the key of a function the constants that its callees use, but only of callees whose own key is known
+    already: which they are depends on what was launched before. So callees come first.
+    """
+    if isinstance(function, JITCallable) and function.hash is None and not any(function is x for x in callers):
+        for name in _global_names(function.fn.__code__):
+            settle_key(function.fn.__globals__.get(name), (*callers, function))
+        _ = function.cache_key
+
+
+def _global_names(code: CodeType) -> list[str]:
+    """Names that the code, comprehensions in it included, looks up globally; in order."""
+    own = [x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"]
+    return own + [name for x in code.co_consts if isinstance(x, CodeType) for name in _global_names(x)]
 
 
 @cache
@@ -120,6 +141,7 @@ class Configuration:
 
     def compile(self, target: GPUTarget | None = None) -> Any:
         """The compiled kernel, for the current device unless ``target`` names another; from Triton's cache if it is there."""
+        settle_key(self.kernel)
         source = ASTSource(self.kernel, self.signature(), constexprs=dict(self.constants))
         return triton.compile(source, target=target, options=self.options())
 
@@ -196,6 +218,11 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording.launches = outer
+
+
+def recording() -> bool:
+    """Whether this thread is inside such a block."""
+    return getattr(_recording, "launches", None) is not None
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,8 +1,8 @@
 """Exact gradient of the truncated iteration, one matrix per program at a time, re-read in row panels.
 
-Symbols and the forward recurrences are those of ``common/line_sweeps.py``; T sweeps were done, D = dP. With v_t, u_t the factors
-after sweep t in the units of K, A_t = u_t K v_t and B_t = u_(t-1) K v_t, the adjoints run
-backwards, e_t = df_t / r:
+Symbols and the forward recurrences are those of ``common/line_sweeps.py``; T sweeps were done, D = dP. With v_t, u_t the
+factors after sweep t in the units of K, A_t = u_t K v_t and B_t = u_(t-1) K v_t, the adjoints run backwards,
+e_t = df_t / r:
 
     df_T = rowsum(P D),     dg_T = colsum(P (D - e_T)),     dS = P (D - e_T),
     for t = T .. 1:   b_t = v_t dg_t / c,   df_(t-1) = -u_(t-1) (K b_t),   dg_(t-1) = -v_(t-1) K^T (u_(t-1) e_(t-1)),

@@ -17,6 +17,8 @@ from fastdsm._verify.attention import AttentionCase
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import Case, Target, budget, gradient_size, half_ulp, verify_case
 from fastdsm.cli import app
+from fastdsm.cli import warmup as warmup_command
+from fastdsm.warmup import Warmed
 
 CPU = Target("torch", "cpu")
 TINY = [
@@ -200,7 +202,49 @@ def test_info_names_versions_and_backends():
     assert rows["4096 x 4096"].count("stream") == 4
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "demo", "bench"])
+def test_warmup_passes_its_options_on(monkeypatch):
+    asked = []
+
+    def warm(progress, **options):
+        asked.append(options)
+        progress(12, 12)
+        return Warmed(12, 3, "sm_90")
+
+    monkeypatch.setattr(warmup_command, "warm", warm)
+    result = run(
+        "warmup", "--target", "sm_90", "--call", "sinkhorn", "--dtype", "float32", "-n", "4", "-n", "300x257", "-j", "2"
+    )
+    assert result.exit_code == 0, result.output
+    assert "12 kernels for sm_90 are ready, 3 of them compiled now" in result.output
+    run("warmup")
+    narrow = {
+        "target": "sm_90",
+        "calls": ["sinkhorn"],
+        "dtypes": [torch.float32],
+        "n": [(4, 4), (300, 257)],
+        "features": None,
+        "jobs": 2,
+    }
+    assert asked == [narrow, dict.fromkeys(narrow)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 1, 'name the target it is to be, as target="sm_90"'),
+        (["--target", "gfx"], 2, "got 'gfx'"),
+        (["--target", "sm_90", "--n", "4y"], 2, "as 300x257, got 4y"),
+        (["--target", "sm_90", "--call", "softmax"], 2, "got 'softmax'"),
+    ],
+)
+def test_warmup_says_what_is_wrong(monkeypatch, arguments, code, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("warmup", *arguments)
+    assert result.exit_code == code
+    assert message in result.output
+
+
+@pytest.mark.parametrize("command", ["info", "warmup", "verify", "demo", "bench"])
 def test_help_shows_examples(command):
     assert command in run("--help").output
     result = run(command, "--help")

@@ -1,0 +1,208 @@
+"""Which kernels the public calls can launch: rows of the finite table, found by asking the launchers themselves.
+
+Every operator of a call runs on uninitialised CPU tensors, once for each choice that options, strides and alignment can make,
+with its launches recorded instead of made and a PyTorch path that does nothing. What a call launches depends on nothing else:
+neither on values nor on the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.common.configuration import TARGETS, Configuration, recorded
+from ..kernels.registers.backward import MAX_BACKWARD_SWEEPS
+from ..kernels.stream import spectrum as stream_spectrum
+from . import backends, newton  # transforms: it makes the operators complete
+from .problem import compute_dtype
+
+Shape = tuple[int, int]
+# A size for each choice that launchers make by it: of matrices, of an attention's lines, of its features.
+MATRICES: tuple[Shape, ...] = (
+    *((n, n) for n in (4, 5, 6, 7, 8, 16, 32, 64, 128, 256)),
+    *((7, 8), (200, 40), (200, 104), (264, 200)),
+    *((16, m) for m in (304, 1000, 2000, 4000, 8000, 9000)),
+)
+LINES: tuple[Shape, ...] = tuple((n, n) for n in (100, 200, 400, 600))
+FEATURES = (64, 128, 256)
+
+_BATCH = 2
+_FEW, _MANY = 2, MAX_BACKWARD_SWEEPS + 1  # sweeps; the history of many does not fit into registers
+_OPERATORS = torch.ops.fastdsm
+
+
+def places(
+    calls: Iterable[str] | None,
+    dtypes: Sequence[torch.dtype],
+    sizes: Sequence[Shape] | None,
+    features: Sequence[int] | None,
+    target: str,
+) -> list[int]:
+    """Where in ``kernels.configurations()`` stands what the public calls of these names can launch on ``target``, "sm_90".
+
+    calls: None for the whole table, whatever else is given. sizes: of matrices as they are passed, and of attention (queries,
+    keys); features: of query, key and value. None for any.
+    """
+    table = kernels.configurations()
+    if calls is None:
+        found = [x for x in table if x.own is not None or x.targets == TARGETS]
+    else:
+        found = list(_found(calls, dtypes, sizes, features))
+    return sorted({table.index(_on(target, configuration)) for configuration in found})
+
+
+def _on(target: str, configuration: Configuration) -> Configuration:
+    """What ``Configuration.on`` is on a device of that capability."""
+    own = configuration.own
+    return configuration if own is None or own.targets != (f"{target[:-1]}0",) else own
+
+
+def _found(
+    calls: Iterable[str], dtypes: Sequence[torch.dtype], sizes: Sequence[Shape] | None, features: Sequence[int] | None
+) -> Iterable[Configuration]:
+    path = SimpleNamespace(**dict.fromkeys(backends.pytorch.__all__, lambda *_: None))
+    found: dict[int, Configuration] = {}
+    with (
+        patch.object(backends, "pytorch", path),
+        patch.object(newton, "pytorch", path),
+        patch.object(stream_spectrum, "_PASSES", 1),  # all passes are alike
+        torch.no_grad(),
+        recorded() as launches,
+    ):
+        for call, dtype in itertools.product(calls, dtypes):
+            if call in ATTENTION:
+                for shape, d in itertools.product(sizes or LINES, features or FEATURES):
+                    ATTENTION[call](shape, d, dtype)
+            else:
+                for shape in sizes or MATRICES:
+                    PROJECTIONS[call](shape, dtype)
+            found |= {id(launch.configuration): launch.configuration for launch in launches}
+            launches.clear()
+    return found.values()
+
+
+def _layouts(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    """Matrices packed and not, aligned to 16 bytes and not, by rows and by columns."""
+    n, m = shape
+    by_columns = (torch.empty(_BATCH * n * m + i, dtype=dtype)[i:].view(_BATCH, m, n).mT for i in (0, 1))
+    return [*(torch.empty(_BATCH * n * m + i, dtype=dtype)[i:].view(_BATCH, n, m) for i in (0, 1)), *by_columns]
+
+
+def _inputs(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Inputs of a projection's operators: every layout, then one option after the other."""
+    n, m = shape
+    row, col = (torch.empty(_BATCH, lines, dtype=compute_dtype(dtype)) for lines in shape)
+    mask = torch.empty(_BATCH, n, m, dtype=torch.bool)
+    layouts = _layouts(shape, dtype)
+    for columns_first in (True, False):
+        for logits in layouts:
+            yield logits, None, None, None, None, None, 1.0, _FEW, columns_first, -1.0, "triton"
+        for logits in layouts[:2]:
+            f0 = row if columns_first else col
+            yield logits, None, f0, row, col, None, 1.0, _FEW, columns_first, -1.0, "triton"
+            yield logits, None, None, None, None, mask, 1.0, _FEW, columns_first, -1.0, "triton"
+            yield logits, None, None, None, None, None, 1.0, _FEW, columns_first, 1e-3, "triton"
+            yield logits, None, None, None, None, None, 1.0, _MANY, columns_first, -1.0, "triton"
+
+
+def _forward(shape: Shape, dtype: torch.dtype, with_sigma2: bool) -> None:
+    for inputs in _inputs(shape, dtype):
+        if not with_sigma2:
+            _OPERATORS.sinkhorn(*inputs)
+        _OPERATORS.sinkhorn_info(*inputs, with_sigma2)
+        for solver, with_info in itertools.product(("sinkhorn", "newton"), (False, True)):
+            _OPERATORS.fixed_point(*inputs, solver, with_info, with_sigma2)
+
+
+def _backward(shape: Shape, dtype: torch.dtype) -> None:
+    """In the dtype of the logits, and in that of a temperature, if it is differentiated."""
+    for wide in {dtype, compute_dtype(dtype)}:
+        f, g = (torch.empty(_BATCH, lines, dtype=compute_dtype(dtype)) for lines in shape)
+        for inputs, cotangent, lines in itertools.product(_inputs(shape, wide), _layouts(shape, wide), (False, True)):
+            _OPERATORS.sinkhorn_backward(cotangent, None, *inputs, lines)
+            _OPERATORS.fixed_point_backward(cotangent, f, g, *inputs, lines)
+
+
+def _sinkhorn(shape: Shape, dtype: torch.dtype) -> None:
+    _forward(shape, dtype, False)
+    _backward(shape, dtype)
+
+
+def _sinkhorn_sigma2(shape: Shape, dtype: torch.dtype) -> None:
+    _forward(shape, dtype, True)
+    _backward(shape, dtype)
+    _sigma2(shape, dtype)
+
+
+def _sigma2(shape: Shape, dtype: torch.dtype) -> None:
+    for plan in _layouts(shape, dtype):
+        _OPERATORS.sigma2(plan, None, None, None, None, "auto", 1e-4, 0, "triton")
+
+
+def _sigma2_bounds(shape: Shape, dtype: torch.dtype) -> None:
+    for plan in _layouts(shape, dtype):
+        _OPERATORS.sigma2_bounds(plan, None, None, None, "triton")
+
+
+def _temperature(shape: Shape, dtype: torch.dtype) -> None:
+    """One launch in float32, or converged plans in float64, of which gradients are made anyway."""
+    logits, numbers = torch.empty(_BATCH, *shape), torch.empty(_BATCH)
+    kernels.temperature_search(logits, None, None, numbers, numbers, 50, numbers, numbers > 0)
+    _sinkhorn(shape, torch.float64)
+    _sigma2(shape, torch.float64)
+
+
+def _attention_inputs(shape: Shape, d: int, dtype: torch.dtype, value: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Inputs of the operators of attention, with float32 multiplied in either way."""
+    query, key = (torch.empty(1, 1, lines, d, dtype=dtype) for lines in shape)
+    biases, seed = (None, torch.empty(1, 1, *shape, dtype=dtype)), torch.empty(1, dtype=torch.int64)
+    precision = torch.get_float32_matmul_precision()
+    options = itertools.product(("highest", "high"), biases, (0.0, 0.1), (0, 1, 3), (True, False), (False, True))
+    for multiplied, bias, p, n_iters, columns_first, implicit in options:
+        torch.set_float32_matmul_precision(multiplied)
+        yield (
+            query, key, value, bias, None, None, None, None, seed if p > 0 else None,
+            1.0, 1.0, n_iters, columns_first, -1.0, p, implicit, "triton",
+        )  # fmt: skip
+    torch.set_float32_matmul_precision(precision)
+
+
+def _attend(shape: Shape, d: int, dtype: torch.dtype, value: Tensor) -> None:
+    """Attention and its gradients, in its own dtype and in that of a temperature, if it is differentiated."""
+    for wide in {dtype, compute_dtype(dtype)}:
+        wide_value = value if wide == dtype else value.to(wide)
+        for inputs in _attention_inputs(shape, d, wide, wide_value):
+            out, f, g, _, sweeps = _OPERATORS.sinkhorn_attention(*inputs, True, True)
+            _OPERATORS.sinkhorn_attention_backward(out, f, g, sweeps, *inputs, True)
+
+
+def _sinkhorn_attention(shape: Shape, d: int, dtype: torch.dtype) -> None:
+    _attend(shape, d, dtype, torch.empty(1, 1, shape[1], d, dtype=dtype))
+
+
+def _sinkhorn_attention_sigma2(shape: Shape, d: int, dtype: torch.dtype) -> None:
+    """Its gradient is that of an attention whose value is the singular vector."""
+    vector = torch.empty(1, 1, shape[1], 1, dtype=compute_dtype(dtype))
+    for inputs in _attention_inputs(shape, d, dtype, vector):
+        _OPERATORS.sinkhorn_attention_sigma2(*inputs, 1e-4, 2, True)
+    _attend(shape, d, dtype, vector)
+
+
+PROJECTIONS: dict[str, Callable[[Shape, torch.dtype], None]] = {
+    "sinkhorn": _sinkhorn,
+    "sinkhorn_sigma2": _sinkhorn_sigma2,
+    "sigma2": _sigma2,
+    "sigma2_bounds": _sigma2_bounds,
+    "temperature_for_sigma2": _temperature,
+}
+ATTENTION: dict[str, Callable[[Shape, int, torch.dtype], None]] = {
+    "sinkhorn_attention": _sinkhorn_attention,
+    "sinkhorn_attention_sigma2": _sinkhorn_attention_sigma2,
+}
