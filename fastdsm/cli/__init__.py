@@ -1,4 +1,4 @@
-"""The command line, ``fastdsm`` or ``python -m fastdsm``: one module per command."""
+"""The command line, ``fastdsm`` or ``python -m fastdsm``, with the extra ``fastdsm[cli]``: one module per command."""
 
 from __future__ import annotations
 

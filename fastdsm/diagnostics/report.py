@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 
 from .measured import Row
 from .monitor import SpectralMonitor
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 
 def spectral_report(
@@ -23,7 +19,7 @@ def spectral_report(
     *,
     figure: str | Path | None = "spectral_report.png",
     sample: int = 1024,
-    console: Console | None = None,
+    file: TextIO | None = None,
 ) -> list[Row]:
     """Run ``model`` on ``batch`` once, without gradient; print a table of every Sinkhorn layer and head and save a figure.
 
@@ -32,13 +28,11 @@ def spectral_report(
         batch: a tensor, or a tuple or list of positional, or a mapping of keyword arguments.
         figure: where to save it, None for no figure; needs the extra ``fastdsm[monitor]``.
         sample: plans per layer and head at most.
-        console: a rich Console; by default one on standard output.
+        file: where to print, by default standard output.
 
     Returns:
         The rows, one per layer and head; [] and a line that says so where no fastdsm layer was called.
     """
-    from rich.console import Console
-
     with torch.no_grad(), SpectralMonitor(model, sample=sample, training_only=False) as monitor:
         if isinstance(batch, Mapping):
             model(**batch)
@@ -46,30 +40,27 @@ def spectral_report(
             model(*batch)
         else:
             model(batch)
-    console = Console() if console is None else console
     if not monitor.rows:
-        console.print("no fastdsm layer was called: nothing to report")
+        print("no fastdsm layer was called: nothing to report", file=file)
         return []
-    console.print(_table(monitor.rows))
+    print(*_table(monitor.rows), sep="\n", file=file)
     if figure is not None:
         monitor.figure(figure)
-        console.print(f"figure: {figure}", highlight=False)
+        print(f"figure: {figure}", file=file)
     return monitor.rows
 
 
-def _table(rows: list[Row]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title="Spectra", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.caption = "to uniform, to identity: distances, 0 there and 1 from one to the other"
-    table.add_column("layer", vertical="bottom", overflow="fold")
-    for name in ("head", "sigma2", "range", "to\nuniform", "to\nidentity", "residual"):
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
-    table.add_column("collapse")
+def _table(rows: list[Row]) -> list[str]:
+    """Lines of text, numbers to the right."""
+    cells = [["layer", "head", "sigma2", "range", "to uniform", "to identity", "residual", "collapse"]]
     for row in rows:
         extent = f"{row.sigma2_min:.2f}-{row.sigma2_max:.2f}"
         distances = ("" if x != x else f"{x:.3f}" for x in (row.to_uniform, row.to_identity))
-        name = row.layer or "(model)"
-        table.add_row(name, str(row.head), f"{row.sigma2:.3f}", extent, *distances, f"{row.residual:.0e}", row.collapse)
-    return table
+        numbers = (str(row.head), f"{row.sigma2:.3f}", extent, *distances, f"{row.residual:.0e}")
+        cells.append([row.layer or "(model)", *numbers, row.collapse])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = "<" + ">" * 6 + "<"
+    lines = [
+        "  ".join(f"{x:{side}{width}}" for x, side, width in zip(line, sides, widths, strict=True)).rstrip() for line in cells
+    ]
+    return [*lines, "to uniform, to identity: distances, 0 there and 1 from one to the other"]

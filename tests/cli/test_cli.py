@@ -253,6 +253,35 @@ def test_help_shows_examples(command):
     assert f"fastdsm {command}" in result.output
 
 
+def _without(*packages, code):
+    """Run ``code`` in a process in which these packages cannot be imported."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n{code}"
+    return subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+@pytest.mark.parametrize(
+    "start", ["import runpy; runpy.run_module('fastdsm', run_name='__main__')", "from fastdsm.__main__ import main; main()"]
+)
+def test_without_its_packages_the_command_says_what_to_install(package, start):
+    found = _without(package, code=start)
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert found.stderr == f'fastdsm: the command line needs {package}, which is not installed; pip install "fastdsm[cli]"\n'
+
+
+def test_everything_but_the_command_line_works_without_its_packages():
+    code = (
+        "import torch, fastdsm, fastdsm.demo.model, fastdsm.trap.floor\n"
+        "import fastdsm.diagnostics\n"
+        "print(fastdsm.sinkhorn(torch.zeros(2, 2)).sum().item())\n"
+        "fastdsm.diagnostics.spectral_report(fastdsm.nn.SinkhornProjection(), torch.zeros(1, 2, 2), figure=None)"
+    )
+    found = _without("typer", "rich", "matplotlib", "transformers", code=code)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("2.0\nlayer  ")
+
+
 def test_module_runs_and_its_import_is_light():
     code = (
         "import sys, runpy; sys.argv = ['fastdsm', '--help']\n"

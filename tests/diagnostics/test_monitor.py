@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import fastdsm
@@ -217,13 +216,13 @@ def test_report(form: str, tmp_path: Path) -> None:
     model.eval()
     text = io.StringIO()
     batch: Any = {"tensor": x, "tuple": (x,), "mapping": {"x": x}}[form]
-    rows = spectral_report(model, batch, figure=tmp_path / "report.png", console=Console(file=text, width=120))
+    rows = spectral_report(model, batch, figure=tmp_path / "report.png", file=text)
     assert {row.layer for row in rows} == {"mix", "attention", "connection.projection"}
     for word in ("connection.projection", "sigma2", "report.png", f"{rows[0].sigma2:.3f}"):
         assert word in text.getvalue()
     assert (tmp_path / "report.png").exists()
     assert not model.training
-    assert spectral_report(nn.Linear(2, 2), torch.ones(1, 2), console=Console(file=text)) == []
+    assert spectral_report(nn.Linear(2, 2), torch.ones(1, 2), file=text) == []
 
 
 def test_under_compile() -> None:
