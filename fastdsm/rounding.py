@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._ops import arguments
-from ._ops.marginals import marginals_of, valid_entries
+from ._ops.marginals import marginals, valid_entries
+from ._ops.problem import compute_dtype
 
 
 def round_to_birkhoff(
@@ -51,16 +52,33 @@ def round_to_birkhoff(
     col = arguments.line_vector(col_marginal, "col_marginal", plan, plan.shape[-1], "column")
     arguments.check_marginals(row, col)
     mask = arguments.mask_of(mask, plan)
-    r, c = marginals_of(plan, row, col, mask)
-    P = torch.where(valid_entries(mask, plan, row, col), plan, 0.0).to(r.dtype)
-    P = P * _reduction(P.sum(-1), r).unsqueeze(-1)
-    P = P * _reduction(P.sum(-2), c).unsqueeze(-2)
-    rows, cols = (r - P.sum(-1)).clamp(min=0.0), (c - P.sum(-2)).clamp(min=0.0)
-    missing = rows.sum(-1, keepdim=True)
-    share = torch.where(missing > 0, rows / torch.where(missing > 0, missing, 1.0), 0.0)
-    return (P + share.unsqueeze(-1) * cols.unsqueeze(-2)).to(plan.dtype)
+    P, r, c = _entries_and_marginals(plan, row, col, mask)
+    P = P * _reduction(P.sum(-1, keepdim=True), r)
+    P = P * _reduction(P.sum(-2, keepdim=True), c)
+    rows, cols = (r - P.sum(-1, keepdim=True)).clamp(min=0.0), (c - P.sum(-2, keepdim=True)).clamp(min=0.0)
+    # Where nothing is missing every row's part of it is 0, over 1.
+    share = rows / torch.threshold(rows.sum(-2, keepdim=True), 0.0, 1.0)
+    return torch.addcmul(P, share, cols).to(plan.dtype)
 
 
-def _reduction(sums: Tensor, marginal: Tensor) -> Tensor:
-    """min(marginal / sums, 1), and 1 for an empty line."""
-    return torch.where(sums > marginal, marginal / torch.where(sums > marginal, sums, 1.0), 1.0)
+def _entries_and_marginals(
+    plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, float | Tensor, float | Tensor]:
+    """The plan in the compute dtype, 0 where no part is taken, and its marginals: numbers, or (..., n, 1) and (..., 1, m)."""
+    dtype = compute_dtype(plan.dtype)
+    if row is None and col is None and mask is None:
+        n, m = plan.shape[-2:]
+        return plan.to(dtype), 1.0, n / m
+    valid = valid_entries(mask, plan, row, col)
+    r, c = marginals(valid, row, col, dtype)
+    return plan.masked_fill(~valid, 0.0).to(dtype), r.unsqueeze(-1), c.unsqueeze(-2)
+
+
+def _reduction(sums: Tensor, marginal: float | Tensor) -> Tensor:
+    """min(marginal / sums, 1), whose gradient is that of 1 where both are equal; of an empty line any number.
+
+    Sums are divided by a number first, which makes 1 or less of that number in any rounding.
+    """
+    if isinstance(marginal, Tensor):
+        return marginal / torch.threshold(torch.where(sums > marginal, sums, marginal), 0.0, 1.0)
+    return torch.threshold(sums if marginal == 1 else sums / marginal, 1.0, 1.0).reciprocal()

@@ -8,9 +8,8 @@ how to set it so that sigma2 has a wanted value, and the derivative of that sett
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +17,11 @@ from torch import Tensor
 from ._ops import arguments
 from ._ops.gradients import Gradients, padded, save, saved
 from ._ops.operators import LIBRARY, implement
+from ._ops.plain import KeptCalls
 from ._ops.problem import compute_dtype
+from ._ops.runs import TemperatureSearch, run_of
 from ._ops.temperature_search import matrices_of, root_gradients, search
+from ._ops.transforms import backward_may_follow
 
 _INPUTS = (
     "Tensor logits, Tensor target, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, "
@@ -86,37 +88,76 @@ def temperature_where(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`temperature_for_sigma2` of the matrices that are ``needed`` (...,), bool, None for all; the rest not reached."""
-    arguments.check_matrices(logits, "logits")
-    batch, n, m = logits.shape[:-2], *logits.shape[-2:]
-    wanted = arguments.sigma2_of(target, "target", logits)
-    row = arguments.line_vector(row_marginal, "row_marginal", logits, n, "row")
-    col = arguments.line_vector(col_marginal, "col_marginal", logits, m, "column")
-    for x, name in ((row, "row_marginal"), (col, "col_marginal")):
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name} must not require grad: the temperature has no gradient in it; pass {name}.detach()")
-    arguments.check_marginals(row, col)
-    arguments.check_count(n_iters, "n_iters")
-    resolved = arguments.resolve_backend(backend, logits)
-    tensors = (logits, wanted, row, col, arguments.mask_of(mask, logits), needed)
-    flat = [x if x is None else x.reshape((math.prod(batch), *x.shape[len(batch) :])) for x in tensors]
-    temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(*flat, n_iters, resolved)
-    return temperature.reshape(batch), reached.reshape(batch)
+    tensors = (logits, target, row_marginal, col_marginal, mask, needed)
+    found: tuple[Tensor, Tensor] = _called(tensors, (n_iters, backend))
+    return found
+
+
+class _Call:
+    """A call whose arguments have the right forms: how they come to the operator, (B, n, m) and (B,), and its results back."""
+
+    def __init__(self, tensors: tuple[Any, ...], n_iters: int, backend: str) -> None:
+        logits, target, row, col, mask, needed = tensors
+        arguments.check_matrices(logits, "logits")
+        arguments.check_count(n_iters, "n_iters")
+        n, m = logits.shape[-2:]
+        formed = (
+            logits,
+            arguments.sigma2_of(target, "target", logits),
+            arguments.line_vector(row, "row_marginal", logits, n, "row"),
+            arguments.line_vector(col, "col_marginal", logits, m, "column"),
+            arguments.mask_of(mask, logits),
+            needed,
+        )
+        self.batch = logits.shape[:-2]
+        self.flatten = arguments.flattening(tensors, formed, len(self.batch))
+        self.options = n_iters, arguments.resolve_backend(backend, logits)
+        self.run: TemperatureSearch | None = None
+
+    def __call__(self, tensors: tuple[Any, ...], plain: bool) -> tuple[Tensor, Tensor]:
+        """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
+        arguments.check_sigma2(tensors[1], "target")
+        for x, name in ((tensors[2], "row_marginal"), (tensors[3], "col_marginal")):
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name} must not require grad: the temperature has no gradient in it; pass {name}.detach()")
+        if self.flatten is not None:
+            tensors = self.flatten(tensors)
+        arguments.check_marginals(tensors[2], tensors[3])
+        if plain and not backward_may_follow(tensors):
+            if self.run is None:
+                self.run = TemperatureSearch(tensors[0], *self.options)
+            temperature, reached = _search(*tensors, *self.options, run=self.run)
+        else:
+            logits, target, *rest = tensors
+            if not isinstance(target, Tensor):
+                target = torch.full(logits.shape[:1], target, dtype=compute_dtype(logits.dtype), device=logits.device)
+            temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(logits, target, *rest, *self.options)
+        if len(self.batch) == 1:
+            return temperature, reached
+        return temperature.reshape(self.batch), reached.reshape(self.batch)
+
+
+_called = KeptCalls(_Call)
 
 
 @implement("temperature_for_sigma2")
 def _search(
     logits: Tensor,
-    target: Tensor,
+    target: float | Tensor,
     row: Tensor | None,
     col: Tensor | None,
     mask: Tensor | None,
     needed: Tensor | None,
     n_iters: int,
     backend: str,
+    run: TemperatureSearch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    matrices, rounding = matrices_of(logits, row, col, mask, n_iters, backend)
-    temperature, reached = search(matrices, rounding, target.double(), needed, logits.dtype)
-    return temperature.to(compute_dtype(logits.dtype)), reached
+    if run is None:
+        assert isinstance(target, Tensor)
+        tensors = logits, target, row, col, mask, needed
+        run = cast(TemperatureSearch, run_of(TemperatureSearch, logits, tensors, None, n_iters, backend))
+    matrices, reach = matrices_of(logits, row, col, mask, n_iters, backend)
+    return search(matrices, reach, target, needed, compute_dtype(logits.dtype), run)
 
 
 @implement("temperature_for_sigma2_backward")

@@ -150,22 +150,29 @@ def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:
         ) from None
 
 
-def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> Tensor:
-    """A sigma2 in (0, 1) as (...,) in the compute dtype; values on an accelerator are not looked at."""
-    batch = tuple(like.shape[:-2])
+def check_sigma2(target: float | Tensor, name: str) -> None:
+    """In (0, 1), as far as values can be looked at."""
+    if not isinstance(target, Tensor):
+        if not 0 < target < 1:
+            raise ValueError(f"{name} must lie in (0, 1), between the uniform plan and a permutation, got {target}")
+    elif _may_look(target):
+        good = (target > 0) & (target < 1)
+        if not bool(good.all()):
+            raise _bad(good, target, f"{name} must lie in (0, 1) everywhere")
+
+
+def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> float | Tensor:
+    """A sigma2 in (0, 1), a float, or a tensor broadcast to the batch shape in the compute dtype."""
     if not isinstance(target, Tensor):
         if isinstance(target, bool) or not isinstance(target, (int, float)):
             raise TypeError(f"{name} must be a float or a tensor, got {type(target).__name__}")
-        if not 0 < target < 1:
-            raise ValueError(f"{name} must lie in (0, 1), between the uniform plan and a permutation, got {target}")
-        return torch.full(batch, target, dtype=compute_dtype(like.dtype), device=like.device)
+        check_sigma2(target, name)
+        return target
     if not target.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {target.dtype}")
     check_device(target, name, like)
-    good = (target > 0) & (target < 1)
-    if _may_look(target) and not bool(good.all()):
-        raise _bad(good, target, f"{name} must lie in (0, 1) everywhere")
-    return broadcast(target, name, batch).to(compute_dtype(like.dtype))
+    check_sigma2(target, name)
+    return broadcast(target, name, tuple(like.shape[:-2])).to(compute_dtype(like.dtype))
 
 
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:

@@ -154,7 +154,7 @@ def _sigma2_bounds(shape: Shape, dtype: torch.dtype) -> None:
 def _temperature(shape: Shape, dtype: torch.dtype) -> None:
     """One launch in float32, or converged plans in float64, of which gradients are made anyway."""
     logits, numbers = torch.empty(_BATCH, *shape), torch.empty(_BATCH)
-    kernels.temperature_search(logits, None, None, numbers, numbers, 50, numbers, numbers > 0)
+    kernels.temperature_search(logits, None, None, numbers, numbers, 50, numbers, numbers.byte())
     _sinkhorn(shape, torch.float64)
     _sigma2(shape, torch.float64)
 

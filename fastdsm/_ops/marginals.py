@@ -16,6 +16,12 @@ def valid_entries(mask: Tensor | None, like: Tensor, row: Tensor | None, col: Te
     return valid
 
 
+def excluded_entries(mask: Tensor | None, logits: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+    """Entries of logits that take no part: those at -inf, and those that are not valid."""
+    below = logits.isneginf()
+    return below if mask is row is col is None else below | ~valid_entries(mask, logits, row, col)
+
+
 def marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row."""
     rows, cols = valid.any(-1).to(dtype), valid.any(-2).to(dtype)
@@ -31,7 +37,7 @@ def marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torc
 
 def marginals_of(logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The marginals (r, c) that :func:`sinkhorn` uses for these logits, differentiable in those given."""
-    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+    valid = ~excluded_entries(mask, logits, row, col)
     return marginals(valid, row, col, torch.promote_types(logits.dtype, torch.float32))
 
 

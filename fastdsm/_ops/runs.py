@@ -220,6 +220,28 @@ class Bounds(Run):
         return dict(zip(("plan", "row", "col", "mask"), inputs, strict=True))
 
 
+class TemperatureSearch(Run):
+    """Temperature and whether it was reached, of (logits, row and column marginal, target, start), float32 as kernels take it.
+
+    ``serves``: whether kernels do so for logits like these, as far as is known; what they were called with before is served.
+    """
+
+    def __init__(self, logits: Tensor, n_iters: int, backend: str) -> None:
+        batch = logits.shape[:1]
+        super().__init__(logits, [(batch, torch.float32), (batch, torch.uint8)], backend)
+        self._n_iters = n_iters
+        self.serves = backend == "triton" and logits.dtype != torch.float64
+
+    def _run(self, inputs: Tensors, scale: float, results: Tensors) -> None:
+        self.serves = backends.temperature_search(self._backend, *inputs, self._n_iters, *results)
+
+    def _served(self, kernels: Any, inputs: Tensors, scale: float, results: Tensors) -> bool:
+        return bool(kernels.temperature_search(*inputs, self._n_iters, *results))
+
+    def named(self, inputs: Tensors) -> Mapping[str, Tensor | None]:
+        return dict(zip(("logits", "row", "col", "target", "start"), inputs, strict=True))
+
+
 _runs = Kept()
 
 

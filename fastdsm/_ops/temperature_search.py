@@ -20,15 +20,18 @@ float32 (``kernels/tile/temperature.py``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..projection import sinkhorn
 from ..spectrum import sigma2
-from . import backends, transforms
-from .marginals import marginals_of, valid_entries
+from . import transforms
+from .marginals import excluded_entries, marginals_of
+from .runs import TemperatureSearch
 
 _PLAN_TOL = 1e-7  # residual of a plan that counts as converged; sigma2 then errs by about as much over 1 - sigma2
 _SIGMA2_TOL = 1e-6  # where refining stops
@@ -42,8 +45,7 @@ _NARROW = 1e-12
 _ROUNDING = 1e-13  # what is left of logits of rank one when their means are taken out, relative to the logits
 
 
-@dataclass(frozen=True)
-class Matrices:
+class Matrices(NamedTuple):
     """Logits (B, n, m) in float64 without row and column means, -inf where no part is taken, and the marginals or None."""
 
     logits: Tensor
@@ -65,7 +67,7 @@ class Matrices:
     @property
     def lines(self) -> Tensor:
         """Entries whose lines take part, masked ones among them."""
-        valid = valid_entries(None, self.logits, self.row, self.col) & (self.logits != -torch.inf)
+        valid = ~excluded_entries(None, self.logits, self.row, self.col)
         return valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
 
 
@@ -82,19 +84,27 @@ class Converged:
 def matrices_of(
     logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, n_iters: int, backend: str
 ) -> tuple[Matrices, Tensor]:
-    """The matrices of a call, and per matrix the size below which all of its entries are rounding: it has no interaction."""
+    """The matrices of a call, and their reach (B,): atanh(target) / 16 times a temperature that no root lies above.
+
+    It is NaN where all of a matrix is rounding, which has no interaction, and NaN or inf where the matrix has NaN or inf.
+    """
     row, col = (None if x is None else x.double() for x in (row, col))
-    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
-    centred = logits.double().masked_fill(~valid, 0.0)
-    size = centred.abs().amax((-2, -1))
-    for dim in (-1, -2):
-        count = valid.sum(dim, keepdim=True).clamp(min=1)
-        centred = torch.where(valid, centred - centred.sum(dim, keepdim=True) / count, 0.0)
-    centred = centred.masked_fill(~valid, -torch.inf)
+    excluded = excluded_entries(mask, logits, row, col)
+    centred = logits.to(torch.float64, copy=True).masked_fill_(excluded, 0.0)
+    rounding = centred.abs().amax((-2, -1)).mul_(_ROUNDING)
+    outside = excluded.double()
+    inside = torch.rsub(outside, 1.0)
+    counts = [inside.sum(dim, keepdim=True) for dim in (-1, -2)]
+    masked = torch.mul(*counts).mul_(outside).amax((-2, -1))  # 1 or more where an entry is excluded whose lines are not
     if row is not None and col is not None:  # their totals agree to the dtype they came in, a plan has to meet both
-        r, c = (x.sum(-1, keepdim=True) for x in marginals_of(centred, row, col, None))
+        r, c = ((x * (count.flatten(1) > 0)).sum(-1, keepdim=True) for x, count in zip((row, col), counts, strict=True))
         col = torch.where(c == 0, col, col * (r / c))
-    return Matrices(centred, row, col, n_iters, backend), size * _ROUNDING
+    for dim, count in zip((-1, -2), counts, strict=True):
+        mean = centred.sum(dim, keepdim=True).div_(count.clamp_(min=1.0))
+        centred.addcmul_(inside, mean, value=-1.0)
+    size = centred.abs().amax((-2, -1))
+    reach = size.masked_fill_(size <= rounding, torch.nan).mul_(masked.clamp_(min=_START / _MASKED_START, max=1.0))
+    return Matrices(centred.masked_fill_(excluded, -torch.inf), row, col, n_iters, backend), reach
 
 
 def converged_plans(matrices: Matrices, temperature: Tensor, f0: Tensor | None) -> Converged:
@@ -137,35 +147,37 @@ class _Bracket:
 
 
 def search(
-    matrices: Matrices, rounding: Tensor, target: Tensor, needed: Tensor | None, dtype: torch.dtype
+    matrices: Matrices, reach: Tensor, target: float | Tensor, needed: Tensor | None, dtype: torch.dtype, run: TemperatureSearch
 ) -> tuple[Tensor, Tensor]:
     """(temperature, reached), (B,) each: NaN and False where no root was found, or where it is not ``needed``.
 
-    ``dtype``: that of the logits as they came, which tells how precise the search has to be.
+    dtype: that of the temperatures, and of a target that is a number. run: the search in one launch, where that is open to the
+    logits as they came.
     """
-    size = matrices.logits.masked_fill(matrices.logits == -torch.inf, 0.0).abs().amax((-2, -1))
-    searched = (size > rounding) & (size < torch.inf) & (target > 0) & (target < 1)
+    slope = target.double().atanh() if isinstance(target, Tensor) else math.atanh(target)
+    start = (reach * (_MASKED_START / slope)).log2_()
+    if isinstance(target, Tensor):  # where it is 0 or 1 nothing is searched, as where it is out of bounds, a logarithm's NaN
+        start.nan_to_num_(torch.nan, torch.nan, torch.nan)
+    else:
+        target = torch.full_like(start, target, dtype=dtype)
     if needed is not None:
-        searched = searched & needed
-    target = torch.where(searched, target, 0.5)
-    masked = ((matrices.logits == -torch.inf) & matrices.lines).flatten(1).any(-1)
-    top = torch.where(searched, size, 1.0) / target.atanh() * torch.where(masked, _MASKED_START, _START)
-    if dtype != torch.float64 and (found := _by_kernel(matrices, target, top.log2().where(searched, torch.nan))):
+        start.masked_fill_(~needed, torch.nan)
+    if run.serves and (found := _by_kernel(run, matrices, target, start)):
         return found
-    curve = _Curve(matrices)
-    bracket = _scan(curve, target, top.log(), searched)
+    curve, target, searched = _Curve(matrices), target.double(), start.isfinite()
+    bracket = _scan(curve, target, start.mul(math.log(2.0)).where(searched, 0.0), searched)
     log_tau, error, done = _refine(curve, target, bracket)
     reached = bracket.found & done & (error.abs() <= _TOL)
-    return torch.where(reached, log_tau.exp(), torch.nan), reached
+    return torch.where(reached, log_tau.exp(), torch.nan).to(dtype), reached
 
 
-def _by_kernel(matrices: Matrices, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
+def _by_kernel(run: TemperatureSearch, matrices: Matrices, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor] | None:
     """What :func:`search` returns, in one launch; None where no kernel serves these matrices."""
-    logits, row, col = (None if x is None else x.float() for x in (matrices.logits, matrices.row, matrices.col))
-    start = start.float()
-    temperature, reached = torch.empty_like(start), torch.empty_like(start, dtype=torch.bool)
-    arguments = logits, row, col, target.float(), start, matrices.n_iters, temperature, reached
-    return (temperature, reached) if backends.temperature_search(matrices.backend, *arguments) else None
+    given = matrices.logits, matrices.row, matrices.col, target, start
+    temperature, reached = run(tuple([None if x is None else x.float() for x in given]))
+    assert temperature is not None
+    assert reached is not None
+    return (temperature, reached.view(torch.bool)) if run.serves else None
 
 
 def _scan(curve: _Curve, target: Tensor, top: Tensor, searched: Tensor) -> _Bracket:
@@ -241,7 +253,7 @@ def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, gra
     """
     L, tau = matrices.logits, torch.where(reached, temperature, 1.0).double()
     # The search came here from warm starts; these plans have to do without.
-    found = converged_plans(replace(matrices, n_iters=4 * matrices.n_iters), tau, None)
+    found = converged_plans(matrices._replace(n_iters=4 * matrices.n_iters), tau, None)
     spectrum = sigma2(
         found.plan, tol=_SIGMA2_TOL**2, mask=matrices.lines, row_marginal=matrices.row, col_marginal=matrices.col,
         return_vectors=True, backend="auto",

@@ -142,7 +142,7 @@ def temperature_search(
     temperature: Tensor,
     reached: Tensor,
 ) -> None:
-    """Write ``temperature`` (B,) and ``reached`` (B,) bool; all else float32.
+    """Write ``temperature`` (B,) and ``reached`` (B,), 0 or 1 as uint8; all else float32.
 
     logits: (B, n, m), any strides, -inf on excluded entries. row (B, n), col (B, m): None where uniform. start: (B,), log2 of
     the temperature to walk down from, NaN where nothing is searched. n_iters: steps of Newton's method at most for one plan.
@@ -156,7 +156,7 @@ def temperature_search(
         target_ptr=target,
         start_ptr=start,
         temperature_ptr=temperature,
-        reached_ptr=reached.view(torch.uint8),
+        reached_ptr=reached,
         batch=logits.shape[0],
         n=logits.shape[1],
         m=logits.shape[2],

@@ -40,6 +40,36 @@ def test_marginals_are_exact_and_little_moves(shape: tuple[int, ...], dtype: tor
             assert bool(((out - plan).abs().sum((-2, -1)) <= 2 * errors * (1 + 1e-5) + scale * n).all())
 
 
+def literally(plan: Tensor, **options: Tensor) -> Tensor:
+    """Algorithm 2 as it is printed, in float64, line by line."""
+    mask = options.pop("mask", torch.ones_like(plan, dtype=torch.bool))
+    r, c = marginals_of(plan.double(), *(options.get(x) for x in ("row_marginal", "col_marginal")), mask)
+    P = torch.where(mask & (r != 0).unsqueeze(-1) & (c != 0).unsqueeze(-2), plan.double(), 0.0)
+    P = P * torch.where(P.sum(-1) > r, r / P.sum(-1), 1.0).unsqueeze(-1)
+    P = P * torch.where(P.sum(-2) > c, c / P.sum(-2), 1.0).unsqueeze(-2)
+    a, b = (r - P.sum(-1)).clamp(min=0), (c - P.sum(-2)).clamp(min=0)
+    return P + torch.where(a.sum(-1) > 0, 1 / a.sum(-1), 0.0)[:, None, None] * a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 8, 8), (5, 3, 7), (5, 7, 3), (4, 1, 6), (4, 6, 1), (0, 4, 4)])
+@pytest.mark.parametrize("kind", ["uniform", "marginals", "rows", "mask"])
+def test_is_the_algorithm(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    plan = (2 * torch.randn(shape)).exp().to(dtype)
+    row, col = (x.to(torch.promote_types(dtype, torch.float32)) for x in marginals(*shape))
+    options: dict[str, Tensor] = {}
+    if kind == "mask":
+        options = {"mask": torch.rand(shape) > 0.2}
+    elif kind != "uniform" and shape[1] > 1:
+        options = {"row_marginal": row, "col_marginal": col} if kind == "marginals" else {"row_marginal": row}
+    found = fastdsm.round_to_birkhoff(plan, **options)
+    assert found.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), literally(plan, **options).double(), rtol=4 * eps, atol=100 * eps)
+    wanted = fastdsm.round_to_birkhoff(plan.clone().requires_grad_(), **options)
+    assert torch.equal(wanted, found)
+
+
 def test_by_hand() -> None:
     """Row 0 is halved, then column 0: each row misses 1/2, and only column 1 misses anything."""
     found = fastdsm.round_to_birkhoff(torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
@@ -48,10 +78,32 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_exact_plans_are_left_alone(dtype: torch.dtype) -> None:
-    for plan in (torch.eye(4, dtype=dtype), torch.full((2, 4, 4), 0.25, dtype=dtype)):
+    fine = [torch.full(shape, 1 / shape[-1], dtype=dtype) for shape in ((2, 4, 4), (3, 4), (6, 2), (5, 1))]
+    for plan in (torch.eye(4, dtype=dtype), *fine):
         found = fastdsm.round_to_birkhoff(plan)
         assert torch.equal(found, plan)
         assert found.data_ptr() != plan.data_ptr()
+
+
+def test_gradient_at_a_tie_is_that_of_no_excess() -> None:
+    for plan in (torch.eye(4), torch.full((6, 2), 0.5)):
+        exact, weight = plan.clone().requires_grad_(), torch.randn_like(plan)
+        for options in ({}, {"row_marginal": torch.ones(len(plan))}):
+            (found,) = torch.autograd.grad(fastdsm.round_to_birkhoff(exact, **options), exact, weight)
+            assert torch.equal(found, weight)
+
+
+def test_a_poisoned_matrix_stays_alone() -> None:
+    plan = torch.rand(5, 4, 6)
+    row, mask = torch.ones(4), torch.rand(4, 6) > 0.2
+    mask[0, 0] = True
+    broken = plan.clone()
+    broken[1, 0, 0], broken[3, 0, 0] = torch.nan, torch.inf
+    cases: list[dict[str, Tensor]] = [{}, {"row_marginal": row}, {"mask": mask}]
+    for options in cases:
+        known, found = (fastdsm.round_to_birkhoff(x, **options) for x in (plan, broken))
+        assert torch.equal(found[[0, 2, 4]], known[[0, 2, 4]])
+        assert bool(found[[1, 3]].isnan().any(-1).any(-1).all())
 
 
 def test_masked_lines_are_zero_and_never_read() -> None:

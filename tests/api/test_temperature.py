@@ -119,6 +119,63 @@ def test_totals_of_marginals_need_not_agree_to_the_last_bit() -> None:
     torch.testing.assert_close(found[0], known[0], rtol=1e-12, atol=0, equal_nan=True)
 
 
+def with_infinities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits with -inf in places, a line and a matrix among them, and the mask of the rest."""
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    mask[0, 0, 1], mask[1, 2], mask[2, :, 0], mask[3] = False, False, False, False
+    return logits.masked_fill(~mask, -math.inf), mask
+
+
+def test_minus_infinity_is_a_mask() -> None:
+    logits = torch.randn(6, 4, 4, dtype=torch.float64)
+    infinite, mask = with_infinities(logits)
+    masked = fastdsm.temperature_for_sigma2(logits, 0.5, mask=mask)
+    found = fastdsm.temperature_for_sigma2(infinite, 0.5)
+    assert found[1][[0, 4, 5]].all()
+    assert not found[1][3]
+    for x, y in zip(found, masked, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["float64", "float32", "bfloat16", "infinities", "poison", "mask", "marginals", "no matrix", "batches"]
+)
+def test_without_a_gradient_as_with_one(kind: str) -> None:
+    """Past the operator and its tensor of targets it is the same search."""
+    shape = {"no matrix": (0, 4, 4), "batches": (2, 3, 3, 4)}.get(kind, (6, 4, 4))
+    logits = torch.randn(shape, dtype=getattr(torch, kind, torch.float32))
+    options: dict[str, Tensor] = {}
+    if kind in ("mask", "marginals"):
+        logits, options = masked_problem(kind)
+    elif kind == "infinities":
+        logits, _ = with_infinities(logits)
+    elif kind == "poison":
+        logits[1, 0, 0], logits[3, 1, 2] = math.nan, math.inf
+    known, there = fastdsm.temperature_for_sigma2(logits.clone().requires_grad_(), 0.6, **options)
+    targets = (0.6, torch.full(shape[:-2] if not options else (12,), 0.6))
+    for _ in range(2):  # the second time as decided the first time
+        for target in targets:
+            found, reached = fastdsm.temperature_for_sigma2(logits, target, **options)
+            assert torch.equal(reached, there)
+            torch.testing.assert_close(found, known.detach(), rtol=1e-5, atol=0, equal_nan=True)
+    assert reached.any() or kind == "no matrix"
+
+
+def test_what_is_looked_at_in_every_call() -> None:
+    logits, row = torch.randn(2, 4, 4), torch.ones(4)
+    target = torch.full((2,), 0.5)
+    fastdsm.temperature_for_sigma2(logits, 0.5, row_marginal=row)
+    fastdsm.temperature_for_sigma2(logits, target)
+    with pytest.raises(ValueError, match=r"target must lie in \(0, 1\), between"):
+        fastdsm.temperature_for_sigma2(logits, 1.5, row_marginal=row)
+    with pytest.raises(ValueError, match=r"target must lie in \(0, 1\) everywhere"):
+        fastdsm.temperature_for_sigma2(logits, target + 0.5)
+    with pytest.raises(ValueError, match="row_marginal must be >= 0"):
+        fastdsm.temperature_for_sigma2(logits, 0.5, row_marginal=-row)
+    with pytest.raises(ValueError, match="row_marginal must not require grad"):
+        fastdsm.temperature_for_sigma2(logits, 0.5, row_marginal=row.clone().requires_grad_())
+
+
 def by_autograd(logits: Tensor, temperature: Tensor, **options: Tensor) -> tuple[Tensor, Tensor]:
     """d tau / d logits and d tau / d target of sigma2(logits, tau) = target, from derivatives of a long unrolled loop."""
     L, tau = logits.clone().requires_grad_(), temperature.clone().requires_grad_()

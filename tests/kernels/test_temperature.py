@@ -85,6 +85,20 @@ def test_strides_and_an_empty_batch() -> None:
     assert fastdsm.temperature_for_sigma2(torch.randn(0, 4, 4), 0.5, backend="triton")[0].shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_as_with_one(dtype: torch.dtype) -> None:
+    """Launches prepared once serve other logits of their form, which may have -inf in places."""
+    for _ in range(2):
+        logits = torch.randn(2, 3, 3).to(dtype)
+        logits[1, 0, 1] = -torch.inf
+        known, there = fastdsm.temperature_for_sigma2(logits.clone().requires_grad_(), 0.4, n_iters=20, backend="triton")
+        found, reached = fastdsm.temperature_for_sigma2(logits, 0.4, n_iters=20, backend="triton")
+        assert reached.dtype == torch.bool
+        assert reached[0]
+        assert torch.equal(reached, there)
+        torch.testing.assert_close(found, known.detach(), rtol=NEAR, atol=0, equal_nan=True)
+
+
 def test_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the derivative is that of plans in float64, two of them
     logits, target = torch.randn(4, 4, 4), torch.full((4,), 0.5)
