@@ -177,12 +177,13 @@ def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> float | Tensor
 
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
     """Non-negative, and with the same total. Values on an accelerator are not looked at: it would stall the host."""
-    for x, name in ((row, "row_marginal"), (col, "col_marginal")):
-        if x is not None and _may_look(x) and not _least(x) >= 0:
+    given = [(x, name) for x, name in ((row, "row_marginal"), (col, "col_marginal")) if x is not None and _may_look(x)]
+    for x, name in given:
+        if not _least(x) >= 0:
             raise _bad(x >= 0, x, f"{name} must be >= 0 everywhere")
-    if row is None or col is None or not (_may_look(row) and _may_look(col)) or 0 in (row.numel(), col.numel()):
+    if len(given) < 2 or 0 in (x.numel() for x, _ in given):
         return
-    rows, cols = row.detach().sum(-1), col.detach().sum(-1)
+    rows, cols = (_values_of(x).sum(-1) for x, _ in given)
     apart = rows - cols
     low, high = apart.aminmax()
     if max(-float(low), float(high)) <= _TOTAL_TOLERANCE * float(rows.min()):
@@ -205,7 +206,12 @@ def _may_look(x: Tensor) -> bool:
 
 def _least(x: Tensor) -> float:
     """The smallest value, NaN where one is; inf of none."""
-    return float(x.detach().min()) if x.numel() else math.inf
+    return float(_values_of(x).min()) if x.numel() else math.inf
+
+
+def _values_of(x: Tensor) -> Tensor:
+    """``x`` without a gradient."""
+    return x.detach() if x.requires_grad else x
 
 
 def _bad(good: Tensor, shown: Tensor, message: str, verb: str = "got") -> ValueError:
