@@ -13,11 +13,15 @@ per sweep, never a matrix. A segment with another K contributes a product of its
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .._ops.problem import Gradients, Outputs, Problem
 from ..reference import deflated
+from . import few
 from .chunk import parts
 from .layout import copy
 from .spectrum import deflated_uniform, largest_singular_value
@@ -26,6 +30,18 @@ from .sweeps import Chunk, Swept, log_of, run
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Fill ``outputs`` for ``problem``."""
+    by_parts: Callable[[], None] = partial(_forward_by_parts, problem, outputs)
+    if outputs.residual is not None or outputs.sigma2 is not None:
+        by_parts()
+        by_parts = _leave  # what else is asked for changes no bit of the plan
+    few.forward(problem, outputs.plan, by_parts)
+
+
+def _leave() -> None:
+    """Leave the plan as it is."""
+
+
+def _forward_by_parts(problem: Problem, outputs: Outputs) -> None:
     for part in parts(problem, backward=False, target=outputs.plan):
         chunk, at = part.chunk, part.chunk.layout
         swept = run(chunk, problem.n_iters, problem.tol, potentials=outputs.f is not None)
@@ -55,6 +71,14 @@ def _plan(chunk: Chunk, swept: Swept) -> Tensor:
 
 def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
     """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
+    by_parts = partial(_backward_by_parts, problem, grad_plan, gradients, sweeps)
+    if gradients.f0 is None:
+        few.backward(problem, grad_plan, gradients.logits, by_parts)
+    else:
+        by_parts()
+
+
+def _backward_by_parts(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
     for part in parts(problem, backward=True, target=gradients.logits):
         chunk, at = part.chunk, part.chunk.layout
         stops = None if sweeps is None else part.of(sweeps)

@@ -1,0 +1,76 @@
+"""Tame sweeps by batched products and their adjoint, in few calls: what :mod:`.sweeps` and :mod:`.projection` do for larger
+batches, without pieces, layouts, marginals and stopping, for matrices of which a few fill no cache.
+
+Tame matrices (:mod:`.sweeps`; logits within ``RANGE`` nats) need one K for all sweeps. The first leaves K with row sums 1, and
+each later one is v <- 1 / (K^T u), u <- 1 / (K v): factors common to all columns the next step takes out again, and r comes
+last. In the gauge of that K the first sweep too is such a step, from the u_0 whose K^T u_0 is 1. P = r diag(u_T) K diag(v_T).
+
+With D the cotangent of P and E = P * D, the adjoints of log u_t and log v_t, times u_t and -v_t, are a_t and b_t:
+
+    a_T = u_T * (E 1),  b_T = v_T * (v_T * (K^T a_T) - E^T 1);  a_t = u_t^2 * (K b_(t+1)),  b_t = v_t^2 * (K^T a_t)
+    dS = E + K * (sum over t = 1..T of u_(t-1) b_t^T - a_t v_t^T)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .storage import by_columns, home, loaded
+from .sweeps import TAME_RANGE
+
+RANGE = TAME_RANGE
+
+
+def _first_sweep(S: Tensor, turned: bool, K: Tensor) -> tuple[Tensor, Tensor]:
+    """K (B, n, m) of the logits S in the memory of ``K``, both as they lie; and u_0 (B, n, 1), the sums that left rows."""
+    torch._softmax(S, 2 if turned else 1, False, out=K)
+    K = K.mT if turned else K
+    before = torch.sum(K, 2, keepdim=True)
+    return K.div_(before), before
+
+
+def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype, plan: Tensor) -> None:
+    """Fill ``plan`` (B, n, m), rows of sum ``row``, computed in ``dtype``."""
+    turned = by_columns(logits)
+    S, target = (logits.mT, plan.mT) if turned else (logits, plan)
+    place = home(target, dtype)
+    K, before = _first_sweep(loaded(S, dtype, temperature), turned, place)
+    product, KT, u, v = torch.bmm, K.mT, before.fill_(1.0).mT, K.new_ones((K.shape[0], 1, K.shape[2]))
+    for _ in range(n_iters - 1):
+        product(u, K, out=v)
+        v.reciprocal_()
+        product(v, KT, out=u)
+        u.reciprocal_()
+    K.mul_((u if row == 1.0 else u.mul_(row)).mT).mul_(v)
+    if place is not target:
+        target.copy_(place)
+
+
+def backward(
+    logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype, grad_plan: Tensor, d_logits: Tensor
+) -> None:
+    """Fill ``d_logits`` (B, n, m) with the exact adjoint of :func:`forward`, which is run again."""
+    turned = by_columns(logits)
+    S, target = (logits.mT, d_logits.mT) if turned else (logits, d_logits)
+    K, before = _first_sweep(loaded(S, dtype, temperature), turned, torch.empty(S.shape, dtype=dtype))
+    product, KT = torch.bmm, K.mT
+    u, v = [before.mT, torch.ones_like(before).mT], [K.new_ones((K.shape[0], 1, K.shape[2]))]
+    for _ in range(n_iters - 1):
+        v.append(product(u[-1], K).reciprocal_())
+        u.append(product(v[-1], KT).reciprocal_())
+
+    place = home(target, dtype)
+    W = place.mT if turned else place
+    E = torch.mul(loaded(grad_plan, dtype), u[-1].mT, out=W).mul_(v[-1]) * K
+    a = [E.sum(2).unsqueeze(1).mul_(u[-1])]
+    b = [(product(a[0], K).mul_(v[-1]) - E.sum(1, keepdim=True)).mul_(v[-1])]
+    for t in range(n_iters - 1, 0, -1):
+        a.append(product(b[-1], KT).mul_(u[t]).mul_(u[t]))
+        b.append(product(a[-1], K).mul_(v[t - 1]).mul_(v[t - 1]))
+    W.baddbmm_(torch.cat(a, 1).mT, torch.cat(v[::-1], 1), alpha=-1)
+    W.baddbmm_(torch.cat(u[-2::-1], 1).mT, torch.cat(b, 1)).mul_(K)
+    if row != temperature:
+        W.mul_(row / temperature)
+    if place is not target:
+        target.copy_(place)
