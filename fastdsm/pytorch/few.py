@@ -61,13 +61,14 @@ def _ways(problem: Problem, functions: tuple[Callable[..., None], Callable[..., 
     if (
         not 0 < entries <= _MOST_BY_PRODUCTS
         or not 1 <= problem.n_iters <= _MOST_SWEEPS
-        or logits.device.type != "cpu"
+        or not logits.is_cpu
         or problem.tol >= 0.0
         or not isinstance(problem.temperature, float)
         or not (problem.mask is problem.f0 is problem.row_marginal is problem.col_marginal is None)
     ):
         return []
-    side = max(logits.shape[1:])
+    _, n, m = logits.shape
+    side = n if n > m else m
     most = _MOST_OF_8_LINES if side <= 8 else _MOST_OF_16_LINES if side <= _SMALL_SIDE else _MOST_BY_SOFTMAXES
     by_softmaxes, by_products = functions
     ways = [(softmaxes.RANGE, by_softmaxes)] if entries <= most else []

@@ -47,9 +47,9 @@ _LANES = _Arrangement((1, 2, 0), 0, 1), _Arrangement((2, 1, 0), 1, 0)
 
 
 def _arrangement(logits: Tensor, dtype: torch.dtype) -> _Arrangement:
-    turned = by_columns(logits)
-    line, batch = logits.shape[1 if turned else 2], logits.shape[0]
-    lanes = line * dtype.itemsize < _LANES_BELOW or batch * dtype.itemsize >= _LANES_FROM
+    batch, n, m = logits.shape
+    turned, size = by_columns(logits), dtype.itemsize
+    lanes = size * (n if turned else m) < _LANES_BELOW or size * batch >= _LANES_FROM
     if batch == 1 and torch.get_num_threads() > 1:
         lanes = False
     return (_LANES if lanes else _LINES)[turned]
@@ -58,7 +58,7 @@ def _arrangement(logits: Tensor, dtype: torch.dtype) -> _Arrangement:
 def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype, plan: Tensor) -> None:
     """Fill ``plan`` (B, n, m), rows of sum ``row``, computed in ``dtype``."""
     order, down, across = _arrangement(logits, dtype)
-    S, target = loaded(logits.permute(order), dtype, temperature), plan.permute(order)
+    S, target = loaded(logits.permute(*order), dtype, temperature), plan.permute(*order)
     log_softmax, P = torch._log_softmax, home(target, dtype)
     X = torch.empty_like(P)
     log_softmax(S, down, False, out=X)
@@ -77,7 +77,7 @@ def backward(
 ) -> None:
     """Fill ``d_logits`` (B, n, m) with the exact adjoint of :func:`forward`, which is run again."""
     order, down, across = _arrangement(logits, dtype)
-    S, D, target = loaded(logits.permute(order), dtype, temperature), grad_plan.permute(order), d_logits.permute(order)
+    S, D, target = loaded(logits.permute(*order), dtype, temperature), grad_plan.permute(*order), d_logits.permute(*order)
     log_softmax, back = torch._log_softmax, torch._log_softmax_backward_data
     x = log_softmax(S, down, False)
     X = [x]  # made as they come: to write them into the parts of one tensor would cost more, a view for each

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def by_columns(x: Tensor) -> bool:
     """Whether (B, n, m) lies column by column, as the transposed problem of ``first="row"`` does."""
-    return x.stride(1) < x.stride(2)
+    _, down, across = x.stride()
+    return down < across
 
 
 def loaded(x: Tensor, dtype: torch.dtype, temperature: float = 1.0) -> Tensor:

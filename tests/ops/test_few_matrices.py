@@ -1,0 +1,219 @@
+"""The ways with few calls for few matrices: values and gradients under the policy, on both sides of every threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdsm
+from fastdsm import reference
+from fastdsm._ops.problem import Gradients, Outputs, Problem
+from fastdsm.pytorch import few, projection, scalings, sinkhorn_backward, sinkhorn_forward, softmaxes
+
+from ..tolerances import assert_within
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SIZES = ((1, 1), (3, 3), (4, 4), (16, 16), (64, 64), (3, 5), (7, 12))
+
+
+def both(call: Callable[..., Any], logits: Tensor, cotangent: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Plan and gradient."""
+    leaf = logits.detach().requires_grad_()
+    plan = call(leaf, **options)
+    (slope,) = torch.autograd.grad(plan, leaf, cotangent)
+    return plan.detach(), slope
+
+
+def check(logits: Tensor, cotangent: Tensor, **options: Any) -> None:
+    """Plan and gradient of the public call within budget of the oracle's."""
+    judge(both(fastdsm.sinkhorn, logits, cotangent, **options), logits, cotangent, **options)
+
+
+def judge(found: tuple[Tensor, Tensor], logits: Tensor, cotangent: Tensor, **options: Any) -> None:
+    """A plan and a gradient within budget of the oracle's."""
+    truth, plain = (
+        both(reference.sinkhorn, logits.to(dtype), cotangent.to(dtype), **options) for dtype in (torch.float64, torch.float32)
+    )
+    assert_within(found[0], truth[0], plain[0])
+    assert_within(found[1], truth[1], plain[1], cotangent=cotangent)
+
+
+def ways(batch: int, n: int, m: int, backward: bool) -> list[str]:
+    """The modules that serve a batch, the first choice first."""
+    products = few._PRODUCTS_BACKWARD if backward else few._PRODUCTS_FORWARD
+    functions = (softmaxes.backward, scalings.backward) if backward else (softmaxes.forward, scalings.forward)
+    found = few._ways(Problem(torch.zeros(batch, n, m), 20), functions, products)
+    return [way.__module__.rpartition(".")[2] for _, way in found]
+
+
+@pytest.mark.parametrize("std", [1.0, 5.0, 30.0, 200.0])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_values_and_gradients(first: str, size: tuple[int, int], std: float) -> None:
+    for batch in (1, 2, 5, 40) if size[0] < 64 else (1, 2):
+        check(torch.randn(batch, *size) * std, torch.randn(batch, *size), first=first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(4, 4), (16, 16), (24, 40)], ids=str)
+@pytest.mark.parametrize("n_iters", [1, 2, 20, 100])
+def test_dtypes_and_numbers_of_sweeps(n_iters: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    for batch in (1, 6):
+        logits = torch.randn(batch, *size).to(dtype)
+        check(logits, torch.randn_like(logits), n_iters=n_iters, temperature=0.6)
+
+
+@pytest.mark.parametrize("std", [1.0, 20.0])
+@pytest.mark.parametrize(("batch", "n", "m"), [(1, 4, 6), (3, 16, 16), (40, 16, 16), (3, 40, 24), (5, 24, 24)])
+def test_any_strides(batch: int, n: int, m: int, std: float) -> None:
+    block = torch.randn(2 * batch, m, 3 * n) * std
+    for logits in (block[::2, :, ::3].mT, block[:batch, :, :n].mT.contiguous(), block[:1, :, :n].mT.expand(batch, n, m)):
+        for cotangent in (torch.randn(m, batch, n).permute(1, 2, 0), torch.randn(()).expand(batch, n, m)):
+            for first in ("col", "row"):
+                check(logits, cotangent, first=first)
+
+
+@pytest.mark.parametrize(("batch", "n", "m"), [(1, 4, 4), (3, 4, 4), (2, 16, 16), (1, 24, 40), (3, 40, 24)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)], ids=str)
+def test_results_are_filled_as_they_lie(order: tuple[int, int, int], batch: int, n: int, m: int) -> None:
+    """Logits row by row and column by column, results in any order of dimensions."""
+    logits, cotangent = torch.randn(batch, n, m), torch.randn(batch, n, m)
+    shape = [(batch, n, m)[k] for k in order]
+    back = [order.index(k) for k in range(3)]
+    for lying in (logits, logits.mT.contiguous().mT):
+        plan, slope = (torch.full(shape, torch.nan).permute(back) for _ in range(2))
+        sinkhorn_forward(Problem(lying, 20), Outputs(plan))
+        sinkhorn_backward(Problem(lying, 20), cotangent, Gradients(slope), None)
+        judge((plan, slope), logits, cotangent)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_who_serves_on_both_sides_of_the_thresholds(backward: bool) -> None:
+    products = few._PRODUCTS_BACKWARD if backward else few._PRODUCTS_FORWARD
+    assert ways(2048, 4, 4, backward) == ["softmaxes"]
+    assert ways(2049, 4, 4, backward) == []
+    assert ways(64, 16, 16, backward) == ["softmaxes"]
+    assert ways(65, 16, 16, backward) == []
+    assert ways(1, 17, (products - 1) // 17, backward) == ["softmaxes"]
+    assert ways(1, 17, products // 17 + 1, backward) == ["scalings", "softmaxes"]
+    assert ways(17, 64, 64, backward) == ["scalings"]
+    assert ways(65, 64, 64, backward) == []
+
+
+@pytest.mark.parametrize(("batch", "n", "m"), [(2048, 4, 4), (64, 16, 16), (1, 32, 63), (1, 64, 64), (16, 64, 64)])
+@pytest.mark.parametrize("std", [1.0, 6.0])
+def test_both_sides_of_a_threshold_are_right(std: float, batch: int, n: int, m: int) -> None:
+    for count in (batch, batch + 1):
+        check(torch.randn(count, n, m) * std, torch.randn(count, n, m))
+
+
+@pytest.mark.parametrize(
+    ("n_iters", "given"),
+    [
+        (20, {"mask": torch.ones(2, 4, 4, dtype=torch.bool)}),
+        (20, {"row_marginal": torch.ones(2, 4)}),
+        (20, {"col_marginal": torch.ones(2, 4)}),
+        (20, {"temperature": torch.ones(2)}),
+        (20, {"tol": 0.0}),
+        (20, {"f0": torch.zeros(2, 4)}),
+        (0, {}),
+        (129, {}),
+    ],
+)
+def test_what_is_not_plain_is_left_to_the_general_path(n_iters: int, given: dict[str, Any]) -> None:
+    asked: list[None] = []
+    few.forward(Problem(torch.zeros(2, 4, 4), n_iters, **given), torch.empty(2, 4, 4), lambda: asked.append(None))
+    assert asked == [None]
+    few.forward(Problem(torch.zeros(2, 4, 4), 20), torch.empty(2, 4, 4), lambda: asked.append(None))
+    assert asked == [None]
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 4), (7, 4), (7, 16), (40, 16), (3, 24), (9, 64)])
+@pytest.mark.parametrize("kind", ["nan", "inf", "excluded entry", "excluded line", "1e4", "std 200"])
+def test_what_a_matrix_is_touches_no_neighbour(kind: str, batch: int, n: int) -> None:
+    """Every matrix is right, and the others keep every bit."""
+    logits, cotangent = torch.randn(batch, n, n), torch.randn(batch, n, n)
+    clean = both(fastdsm.sinkhorn, logits, cotangent)
+    odd, which = logits.clone(), batch // 2
+    if kind in ("nan", "inf"):
+        odd[which, 1, 2] = float(kind)
+    elif kind == "excluded entry":
+        odd[which, 1, 2] = -torch.inf
+    elif kind == "excluded line":
+        odd[which, 1] = -torch.inf
+    elif kind == "1e4":
+        odd[which] += 1e4 * torch.randn(n)
+    else:
+        odd[which] *= 200.0
+    found = both(fastdsm.sinkhorn, odd, cotangent)
+    others = torch.arange(batch) != which
+    for ours, before in zip(found, clean, strict=True):
+        assert torch.equal(ours[others], before[others])
+    if kind in ("nan", "inf"):
+        assert bool(found[0][which].isnan().all())
+    else:
+        judge(found, odd, cotangent)
+
+
+def test_matrices_at_different_offsets_are_in_range() -> None:
+    logits, plan = torch.randn(3, 4, 4) + torch.tensor([0.0, 1e4, -1e6])[:, None, None], torch.empty(3, 4, 4)
+    few.forward(Problem(logits, 20), plan, lambda: pytest.fail("nothing was left"))
+    truth, plain = (reference.sinkhorn(logits.to(dtype)) for dtype in (torch.float64, torch.float32))
+    assert isinstance(truth, Tensor)
+    assert isinstance(plain, Tensor)
+    assert_within(plan, truth, plain)
+
+
+@pytest.mark.parametrize("n", [4, 16, 64])
+def test_three_ways_in_one_batch(n: int) -> None:
+    """Tame, within the range of softmaxes, and beyond, each as in a batch of its like."""
+    logits, cotangent = torch.randn(3, n, n), torch.randn(3, n, n)
+    mixed = logits * torch.tensor([1.0, 8.0, 300.0])[:, None, None]
+    found = both(fastdsm.sinkhorn, mixed, cotangent)
+    for k, scale in enumerate((1.0, 8.0, 300.0)):
+        alike = both(fastdsm.sinkhorn, logits * scale, cotangent)
+        assert all(torch.equal(x[k], y[k]) for x, y in zip(found, alike, strict=True))
+    check(mixed, cotangent)
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 4), (5, 16), (3, 64)])
+def test_a_second_call_and_what_else_is_asked_change_no_bit(batch: int, n: int) -> None:
+    logits = torch.randn(batch, n, n)
+    kept = logits.clone()
+    plan = fastdsm.sinkhorn(logits)
+    assert torch.equal(logits, kept)
+    assert torch.equal(fastdsm.sinkhorn(logits), plan)
+    assert torch.equal(fastdsm.sinkhorn(logits, return_info=True)[0], plan)
+    assert torch.equal(fastdsm.sinkhorn_sigma2(logits).plan, plan)
+
+
+@pytest.mark.parametrize("way", [softmaxes, scalings])
+def test_a_way_gives_what_the_general_path_gives(way: Any) -> None:
+    logits, cotangent = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    ours, slope, plan, d_logits = (torch.empty_like(logits) for _ in range(4))
+    way.forward(logits, 20, 1.0, 1.0, torch.float64, ours)
+    way.backward(logits, 20, 1.0, 1.0, torch.float64, cotangent, slope)
+    problem = Problem(logits, 20)
+    projection._forward_by_parts(problem, Outputs(plan))
+    projection._backward_by_parts(problem, cotangent, Gradients(d_logits), None)
+    torch.testing.assert_close(ours, plan)
+    torch.testing.assert_close(slope, d_logits)
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_with_two_threads() -> None:
+    for shape in ((1, 4, 4), (6, 4, 4), (1, 16, 16), (2, 64, 64)):
+        for first in ("col", "row"):
+            check(torch.randn(shape), torch.randn(shape), first=first)
