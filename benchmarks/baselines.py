@@ -22,6 +22,13 @@ def sinkhorn_loop(logits: Tensor) -> Tensor:
     return torch.exp(logits + row_potential.unsqueeze(-1) + col_potential.unsqueeze(-2))
 
 
+def log_softmax_loop(logits: Tensor) -> Tensor:
+    """The other usual loop, alternating torch.log_softmax; differentiated by autograd."""
+    for _ in range(SWEEPS):
+        logits = torch.log_softmax(torch.log_softmax(logits, dim=-2), dim=-1)
+    return torch.exp(logits)
+
+
 def attention_loop(operands: Tensor) -> Tensor:
     """Sinkhorn attention as it is usually written, the logits and every sweep's stored; operands: :func:`split`.
 

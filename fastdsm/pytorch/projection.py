@@ -13,7 +13,6 @@ per sweep, never a matrix. A segment with another K contributes a product of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,15 +29,11 @@ from .sweeps import Chunk, Swept, log_of, run
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Fill ``outputs`` for ``problem``."""
-    by_parts: Callable[[], None] = partial(_forward_by_parts, problem, outputs)
-    if outputs.residual is not None or outputs.sigma2 is not None:
+    by_parts = partial(_forward_by_parts, problem, outputs)
+    if outputs.residual is None and outputs.sigma2 is None:
+        few.forward(problem, outputs.plan, by_parts)
+    else:
         by_parts()
-        by_parts = _leave  # what else is asked for changes no bit of the plan
-    few.forward(problem, outputs.plan, by_parts)
-
-
-def _leave() -> None:
-    """Leave the plan as it is."""
 
 
 def _forward_by_parts(problem: Problem, outputs: Outputs) -> None:
