@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from fastdsm import kernels
-from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.common.configuration import Configuration, global_names
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 """Most shared memory one program may ask for, in bytes (CUDA programming guide, table of compute capabilities)."""
@@ -94,7 +94,7 @@ def _hash_of_device_code(kernel: Callable[..., None]) -> str:
     while new:
         found |= new
         texts |= {inspect.getsource(function) for function in new}
-        named = [(name, function.__globals__.get(name)) for function in new for name in function.__code__.co_names]
+        named = [(name, function.__globals__.get(name)) for function in new for name in global_names(function.__code__)]
         texts |= {f"{name} = {value.value!r}" for name, value in named if isinstance(value, tl.constexpr)}
         ours = (getattr(value, "fn", None) for _, value in named)
         new = {x for x in ours if inspect.isfunction(x) and x.__module__.startswith(kernels.__name__)} - found

@@ -61,15 +61,15 @@ def settle_key(function: Any, callers: tuple[Any, ...] = ()) -> None:
     already: which they are depends on what was launched before. So callees come first.
     """
     if isinstance(function, JITCallable) and function.hash is None and not any(function is x for x in callers):
-        for name in _global_names(function.fn.__code__):
+        for name in global_names(function.fn.__code__):
             settle_key(function.fn.__globals__.get(name), (*callers, function))
         _ = function.cache_key
 
 
-def _global_names(code: CodeType) -> list[str]:
+def global_names(code: CodeType) -> list[str]:
     """Names that the code, comprehensions in it included, looks up globally; in order."""
     own = [x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"]
-    return own + [name for x in code.co_consts if isinstance(x, CodeType) for name in _global_names(x)]
+    return own + [name for x in code.co_consts if isinstance(x, CodeType) for name in global_names(x)]
 
 
 @cache

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from fastdsm.kernels.common.configuration import Configuration, finite_jit
+from fastdsm.kernels.common.configuration import Configuration, finite_jit, global_names
 
 from ..uninterpreted import rows_of
 
@@ -74,3 +74,12 @@ def test_nothing_in_a_tuple_is_specialised_on() -> None:
     signatures, parameters = rows_of(__name__, "_compiled")
     assert signatures == [{"target": ["*fp64", ["i64", "i32", "fp32"]], "count": "i32", "SCALE": "constexpr"}]
     assert parameters[:5] == ["u64", "u64", "u32", "f32", "u32"]
+
+
+def test_names_inside_comprehensions_are_among_the_global_ones() -> None:
+    """By them a kernel's callees are found: for its key in Triton's cache, and for its source in the static record."""
+
+    def function(values: list[list[int]]) -> list[int]:
+        return [max(abs(x) for x in value) for value in values if any(value)]
+
+    assert {"max", "abs", "any"} <= set(global_names(function.__code__))
