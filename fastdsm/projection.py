@@ -132,7 +132,7 @@ class _Call:
         backend: str,
         with_sigma2: bool,
     ) -> None:
-        logits, temperature, f0, row, col, mask = tensors
+        logits, temperature, _, row, col, _ = tensors
         self.grad = _resolve_method(solver, grad)
         arguments.check_matrices(logits, "logits")
         arguments.check_count(n_iters, "n_iters")
@@ -141,18 +141,8 @@ class _Call:
         if solver == "newton" and tol is None:
             tol = default_tol(logits.dtype)
         self.backend = arguments.resolve_backend(backend, logits)
-        n, m = logits.shape[-2:]
         self.batch = logits.shape[:-2]
-        side, role = (n, "row") if first == "col" else (m, "column")
-        formed = (
-            logits,
-            arguments.temperature_of(temperature, logits),
-            arguments.line_vector(f0, "f0", logits, side, role),
-            arguments.line_vector(row, "row_marginal", logits, n, "row"),
-            arguments.line_vector(col, "col_marginal", logits, m, "column"),
-            arguments.mask_of(mask, logits),
-        )
-        self.flatten = arguments.flattening(tensors, formed, len(self.batch))
+        self.flatten = arguments.flattening(tensors, _formed(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
@@ -162,6 +152,8 @@ class _Call:
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
+        if self.backend == "reference":
+            return self._reference(tensors)
         scale = tensors[1]
         if isinstance(scale, Tensor):
             scale = 1.0
@@ -170,8 +162,6 @@ class _Call:
                 arguments.check_temperature(scale)
                 scale = float(scale)
             tensors = (tensors[0], None, *tensors[2:])
-        if self.backend == "reference":
-            return self._reference(tensors, scale)
         if self.flatten is not None:
             tensors = self.flatten(tensors)
         if self.looked_at:
@@ -199,37 +189,41 @@ class _Call:
 
     def _restored(self, results: Sequence[Tensor]) -> Any:
         """What the caller gets, in the logits' batch shape."""
-        if len(self.batch) != 1:
-            kept = results if self.with_info else results[:1]
-            results = [x if x is None else x.reshape((*self.batch, *x.shape[1:])) for x in kept]
         if not self.with_info:
-            return results[0]
+            return arguments.unflattened(results[:1], self.batch)[0]
+        results = arguments.unflattened(results, self.batch)
         plan, residual, sweeps, f, g = results[:5]
         if self.with_sigma2:
             return SinkhornSpectrum(plan, results[5], residual, sweeps, f, g)
         converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)
         return plan, SinkhornInfo(residual, converged, sweeps, f, g)
 
-    def _reference(self, tensors: tuple[Any, ...], scale: float) -> Any:
+    def _reference(self, tensors: tuple[Any, ...]) -> Any:
         """The oracle's answer."""
-        logits, temperature, f0, row, col, mask = tensors
-        n, m = logits.shape[-2:]
+        logits, temperature, f0, row, col, mask = _formed(tensors, self.first)
+        arguments.check_marginals(row, col)
         keywords: dict[str, Any] = {
-            "n_iters": self.n_iters,
-            "temperature": scale if temperature is None else arguments.temperature_of(temperature, logits),
-            "first": self.first,
-            "tol": self.tol,
-            "f0": arguments.line_vector(f0, "f0", logits, n if self.first == "col" else m, "line"),
-            "row_marginal": arguments.line_vector(row, "row_marginal", logits, n, "row"),
-            "col_marginal": arguments.line_vector(col, "col_marginal", logits, m, "column"),
-            "mask": arguments.mask_of(mask, logits),
-            "solver": self.solver,
-            "grad": self.grad,
-        }
-        arguments.check_marginals(keywords["row_marginal"], keywords["col_marginal"])
+            "n_iters": self.n_iters, "temperature": temperature, "first": self.first, "tol": self.tol, "f0": f0,
+            "row_marginal": row, "col_marginal": col, "mask": mask, "solver": self.solver, "grad": self.grad,
+        }  # fmt: skip
         if self.with_sigma2:
             return reference.sinkhorn_sigma2(logits, **keywords)
         return reference.sinkhorn(logits, return_info=self.with_info, **keywords)
+
+
+def _formed(tensors: tuple[Any, ...], first: str) -> tuple[Any, ...]:
+    """A call's tensors, checked, in the shapes and dtypes that they stand for; a temperature may be a number."""
+    logits, temperature, f0, row, col, mask = tensors
+    n, m = logits.shape[-2:]
+    side, role = (n, "row") if first == "col" else (m, "column")
+    return (
+        logits,
+        arguments.temperature_of(temperature, logits),
+        arguments.line_vector(f0, "f0", logits, side, role),
+        arguments.line_vector(row, "row_marginal", logits, n, "row"),
+        arguments.line_vector(col, "col_marginal", logits, m, "column"),
+        arguments.mask_of(mask, logits),
+    )
 
 
 _calls = KeptCalls(_Call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,12 +97,6 @@ class _OfPlans:
         arguments.check_marginals(tensors[1], tensors[2])
         return tensors
 
-    def restored(self, results: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Results in the plans' batch shape."""
-        if len(self.batch) == 1:
-            return results
-        return [x.reshape((*self.batch, *x.shape[1:])) for x in results]
-
 
 class _Value(_OfPlans):
     def __init__(
@@ -146,7 +139,7 @@ class _Value(_OfPlans):
             found: Any = self.run(tensors)
         else:
             found = transforms.sigma2(*tensors, self.method, tol, self.max_iters, self.backend)
-        results = self.restored(found)
+        results = arguments.unflattened(found, self.batch)
         return tuple(results) if self.vectors else results[0]
 
 
@@ -160,12 +153,12 @@ class _Interval(_OfPlans):
         plan, row, col, mask = flat
         if self.backend == "reference":
             lower = upper = reference.sigma2(plan.double(), row_marginal=row, col_marginal=col, mask=mask)
-            return tuple(self.restored((lower, upper)))
+            return tuple(arguments.unflattened((lower, upper), self.batch))
         if plain:
             self.run = self.run or Bounds(plan, self.backend)
             found: Any = self.run(flat)
-            return tuple(self.restored(found))
-        return tuple(self.restored(torch.ops.fastdsm.sigma2_bounds(*flat, self.backend)))
+            return tuple(arguments.unflattened(found, self.batch))
+        return tuple(arguments.unflattened(torch.ops.fastdsm.sigma2_bounds(*flat, self.backend), self.batch))
 
 
 _values, _intervals = KeptCalls(_Value), KeptCalls(_Interval)

@@ -132,9 +132,8 @@ class _Call:
             if not isinstance(target, Tensor):
                 target = torch.full(logits.shape[:1], target, dtype=compute_dtype(logits.dtype), device=logits.device)
             temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(logits, target, *rest, *self.options)
-        if len(self.batch) == 1:
-            return temperature, reached
-        return temperature.reshape(self.batch), reached.reshape(self.batch)
+        temperature, reached = arguments.unflattened((temperature, reached), self.batch)
+        return temperature, reached
 
 
 _called = KeptCalls(_Call)

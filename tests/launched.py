@@ -8,17 +8,8 @@ import torch
 
 from benchmarks.static.compilation import kernel_name
 from benchmarks.static.execution import scalars
-from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.common.configuration import ELEMENTS, Configuration
 
-ELEMENTS = {
-    "*fp16": torch.float16,
-    "*bf16": torch.bfloat16,
-    "*fp32": torch.float32,
-    "*fp64": torch.float64,
-    "*u8": torch.uint8,
-    "*i32": torch.int32,
-    "*i64": torch.int64,
-}
 BITS = {"i32": 31, "i64": 63}
 
 
@@ -35,8 +26,8 @@ def misfits(configuration: Configuration, arguments: dict[str, Any]) -> list[str
 
 
 def _fits(kind: str, value: Any) -> bool:
-    if kind in ELEMENTS:
-        return value is None or (isinstance(value, torch.Tensor) and value.dtype == ELEMENTS[kind])
+    if kind.startswith("*"):
+        return value is None or (isinstance(value, torch.Tensor) and value.dtype == ELEMENTS[kind[1:]])
     if kind in BITS:
         return type(value) is int and -(1 << BITS[kind]) <= value < 1 << BITS[kind]
     return type(value) in (int, float)

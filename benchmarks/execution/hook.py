@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fastdsm._ops.plain import Kept
 from fastdsm.kernels.common.arithmetic import INTERPRET
-from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.common.configuration import ELEMENTS, Configuration
 
 from .approximations import Noise
 from .compilation import stopping_at_ptx
@@ -33,10 +33,7 @@ from .module import Module
 from .regions import regions_of
 from .report import Report
 
-_ELEMENT = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1",
-}  # fmt: skip
+_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "i1"}
 
 
 @dataclass

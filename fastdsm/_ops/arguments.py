@@ -89,6 +89,13 @@ def flattening(given: tuple[Any, ...], formed: tuple[Any, ...], batch: int) -> F
     return flatten
 
 
+def unflattened(results: Sequence[Any], batch: torch.Size) -> Sequence[Any]:
+    """Results (B, ...) in the batch shape that was made one dimension; None stays."""
+    if len(batch) == 1:
+        return results
+    return [x if x is None else x.reshape((*batch, *x.shape[1:])) for x in results]
+
+
 def _formed(x: Tensor, shape: torch.Size, dtype: torch.dtype, flat: tuple[int, ...]) -> Tensor:
     return x.expand(shape).to(dtype).reshape(flat)
 

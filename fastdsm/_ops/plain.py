@@ -27,8 +27,8 @@ _TENSORS: set[int] = set()  # keys of plain tensors
 _LEARNT: set[str] = set()  # device types whose keys these are
 
 
-def _learn(device: str) -> None:
-    """Make plain tensors on ``device``, in a thread that no mode reaches, and keep what their keys are."""
+def _learn(device: torch.device) -> None:
+    """Make plain tensors on ``device``, in a thread that no mode reaches, and keep what their keys are for all of its type."""
 
     def look() -> None:
         for mode in (False, True):
@@ -39,7 +39,7 @@ def _learn(device: str) -> None:
 
     with ThreadPoolExecutor(1) as alone:
         alone.submit(look).result()
-    _LEARNT.add(device)
+    _LEARNT.add(device.type)
 
 
 def thread_is_plain() -> bool:
@@ -66,33 +66,15 @@ def is_plain(x: Tensor) -> bool:
         return False
     keys = _C._dispatch_keys(x).raw_repr()
     if keys not in _TENSORS and x.device.type == "cuda" and "cuda" not in _LEARNT:
-        _learn("cuda")
+        _learn(x.device)
     return keys in _TENSORS
 
 
-def forms_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+def forms_of(operands: Sequence[Any]) -> tuple[Any, ...] | None:
     """All that a launch may depend on but the pointers: shapes, strides, dtypes, devices, alignments to 16 bytes.
 
-    None where a tensor is not plain.
+    operands: tensors, None, and numbers, of which the kind alone is taken. None where a tensor is not plain.
     """
-    forms: list[Any] = []
-    for x in tensors:
-        if x is None:
-            forms.append(None)
-        elif type(x) in _KINDS and (_C._dispatch_keys(x).raw_repr() in _TENSORS or is_plain(x)):
-            forms += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
-        else:
-            return None
-    return tuple(forms)
-
-
-def key_of(operands: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What decides how a call goes: forms of its tensors, kinds of its numbers, options with their types. None: not plain.
-
-    operands: tensors, None, and numbers whose value decides nothing.
-    """
-    if not thread_is_plain():
-        return None
     forms: list[Any] = []
     for x in operands:
         if x is None:
@@ -103,8 +85,14 @@ def key_of(operands: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...]
             forms.append(type(x))
         else:
             return None
+    return tuple(forms)
+
+
+def key_of(operands: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What decides how a call goes: forms of its operands, and options with their types. None: not plain."""
+    forms = forms_of(operands) if thread_is_plain() else None
     # True and 1.0 are equal to 1, and are other arguments.
-    return tuple(forms), options, tuple(map(type, options))
+    return None if forms is None else (forms, options, tuple(map(type, options)))
 
 
 class Kept(dict[Any, Any]):
@@ -159,7 +147,7 @@ class KeptCalls(Kept):
 
 
 try:
-    _learn("cpu")
+    _learn(torch.device("cpu"))
     thread_is_plain()
 except AttributeError:  # pragma: no cover - a version of torch that lacks one of the above
 

@@ -38,12 +38,7 @@ class Call:
         self._name = name
         self._operator = getattr(torch.ops.fastdsm, name).default
         bare = IMPLEMENTATIONS[name]
-
-        def implementation(*inputs: Any, run: Run | None = None, forms: Any = None) -> Any:
-            return bare(*inputs)
-
-        if by_form:
-            implementation = bare
+        implementation = bare if by_form else lambda *inputs, run=None, forms=None: bare(*inputs)
         self._implementation = implementation
         self._tensors = sum("Tensor" in str(x.type) for x in self._operator._schema.arguments)  # they lead
         gradient = partial(gradient, CALLS)

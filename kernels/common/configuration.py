@@ -26,6 +26,10 @@ from triton.runtime.jit import JITCallable
 from .arithmetic import INTERPRET
 
 HISTORY_BYTES = 1 << 28  # of all programs of a backward together, at the most; long iterations run in fewer programs
+ELEMENTS = {
+    "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
 TARGETS = ("sm_80", "sm_90", "sm_100")
 _SCALARS = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32", tl.float64: "fp64"}
 
@@ -155,9 +159,8 @@ class Configuration:
         """
         if not programs:
             return
-        launches = getattr(_recording, "launches", None)
-        if launches is not None:
-            launches.append(Launch(self, programs, arguments))
+        if recording():
+            _recording.launches.append(Launch(self, programs, arguments))
             return
         first = next(iter(arguments.values()))
         while isinstance(first, tuple):
@@ -176,7 +179,7 @@ class Configuration:
 
     def check_pointer(self, name: str, x: torch.Tensor) -> None:
         """``x`` has the type that the machine code takes it for."""
-        if x.dtype != _ELEMENTS[self.pointers[name]]:
+        if x.dtype != ELEMENTS[self.pointers[name]]:
             kernel = self.kernel.fn.__name__
             raise TypeError(f"{kernel} takes {name} as {self.pointers[name]}, and got {x.dtype}: its configuration is wrong")
 
@@ -233,13 +236,9 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 _NOTHING = nullcontext()
-_ELEMENTS = {
-    "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
-    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
-}  # fmt: skip
 
 
 @cache
 def stand_in(device: torch.device, element: str) -> torch.Tensor:
     """A tensor of one element for a pointer that is never followed."""
-    return torch.zeros(1, dtype=_ELEMENTS[element], device=device)
+    return torch.zeros(1, dtype=ELEMENTS[element], device=device)

@@ -48,14 +48,15 @@ def check(x: Tensor, backend: str, **options: Any) -> None:
     wide = x.detach().double().requires_grad_(x.requires_grad)
     plan = fastdsm.sinkhorn(x, backend=backend, **options)
     truth = reference.sinkhorn(wide, **options)
-    tol = 5e-6 if x.dtype == torch.float32 else (1e-12 if x.dtype == torch.float64 else 1e-2)
+    # Of 20 sweeps, and what rounding to 16 bits leaves of an entry of at most 1.
+    tol = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2}[x.dtype]
     assert plan.dtype == x.dtype
     torch.testing.assert_close(plan.double(), truth, atol=tol, rtol=0)
     if x.requires_grad:
-        cotangent = torch.randn_like(truth)
-        (found,) = torch.autograd.grad(plan, x, cotangent.to(x.dtype))
-        (right,) = torch.autograd.grad(truth, wide, cotangent)
-        torch.testing.assert_close(found.double(), right, atol=4 * tol, rtol=0)
+        cotangent = torch.randn_like(x)
+        (found,) = torch.autograd.grad(plan, x, cotangent)
+        (right,) = torch.autograd.grad(truth, wide, cotangent.double())
+        torch.testing.assert_close(found.double(), right, atol=2 * tol, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,8 +102,8 @@ def test_a_second_call_reads_its_own_tensors(backend: str) -> None:
             check(leaf, backend, n_iters=6, **given)
             found = fastdsm.sinkhorn_sigma2(leaf, n_iters=6, backend=backend, **given)
             truth = reference.sinkhorn_sigma2(leaf.double(), n_iters=6, **given)
-            torch.testing.assert_close(found.sigma2.double(), truth.sigma2, atol=1e-5, rtol=0)
-            torch.testing.assert_close(found.f.double(), truth.f, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found.sigma2.double(), truth.sigma2, atol=2e-6, rtol=0)
+            torch.testing.assert_close(found.f.double(), truth.f, atol=4e-6, rtol=0)
 
 
 def test_cotangents_of_any_form() -> None:
