@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -171,7 +171,8 @@ class _Call:
         if plain and not follows:
             if self.run is None:
                 self.run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, self.with_info, self.with_sigma2)
-            return self._restored(cast(tuple[Tensor, ...], self.run(tensors, scale)))
+            found: Any = self.run(tensors, scale)
+            return self._restored(found)
         call: transforms.Call = transforms.sinkhorn
         more: tuple[Any, ...] = ()
         if self.grad == "implicit":
@@ -189,9 +190,10 @@ class _Call:
 
     def _restored(self, results: Sequence[Tensor]) -> Any:
         """What the caller gets, in the logits' batch shape."""
+        if len(self.batch) != 1:
+            results = arguments.unflattened(results, self.batch)
         if not self.with_info:
-            return arguments.unflattened(results[:1], self.batch)[0]
-        results = arguments.unflattened(results, self.batch)
+            return results[0]
         plan, residual, sweeps, f, g = results[:5]
         if self.with_sigma2:
             return SinkhornSpectrum(plan, results[5], residual, sweeps, f, g)
