@@ -1,9 +1,9 @@
 """fastdsm.sinkhorn of few matrices beside the two eager loops: python -m benchmarks.small_batches [threads ...]
 
 Every size at every batch, forward, and forward with backward of a random cotangent by torch.autograd.grad, with so many threads
-each (default: 1, then 2). Outputs are held against float64 first. Then come rounds in which each call runs for about a
-millisecond, in alternating order, and a ratio is the median over the rounds of the faster loop's time by fastdsm's. Rows
-replace benchmarks/results/small_batches.jsonl.
+each (default: 1, then 2). Outputs are held against float64 first. Then come rounds in which each call runs once untimed, since
+the other calls' code and memory are still in the caches, and then for about a millisecond, in alternating order; a ratio is the
+median over the rounds of the faster loop's time by fastdsm's. Rows replace benchmarks/results/small_batches.jsonl.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def measured(batch: int, n: int, direction: str) -> SmallBatchRow:
     end = perf_counter() + _SECONDS
     while len(times[0]) < _ROUNDS and (len(times[0]) < _ROUNDS // 10 or perf_counter() < end):
         for k in (0, 1, 2) if len(times[0]) % 2 else (2, 1, 0):
+            jobs[k]()
             times[k].append(1e6 * _seconds(jobs[k], counts[k]))
     ratios = [min(others) / ours for ours, *others in zip(*times, strict=True)]
     ours, *others = (min(x) for x in times)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import reference
-from ._ops import arguments, transforms
+from ._ops import arguments, taped, transforms
 from ._ops.plain import KeptCalls
 from ._ops.runs import Forward, Run
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
@@ -57,9 +57,10 @@ def sinkhorn(
         solver: "sinkhorn", the truncated iteration, or "newton", converged to ``tol``. A matrix that n_iters steps do not
             bring there, as one without support (no positive diagonal), is finite, with its residual and converged = False.
         grad: "unrolled" (default of "sinkhorn", not for "newton"), the exact gradient of the sweeps done, in
-            O(n_iters (n + m)) memory per matrix; or "implicit" (default of "newton"), that of the fixed point in logits,
-            temperature and marginals, 0 for f0. The implicit gradient is right only when converged: a residual rho leaves
-            an error of up to rho / (1 - sigma2^2)^2, and rounding is amplified by 1 / (1 - sigma2^2), the condition number.
+            O(n_iters (n + m)) memory per matrix, and at most 10 MiB in all for a small batch on a CPU; or "implicit" (default
+            of "newton"), that of the fixed point in logits, temperature and marginals, 0 for f0. The implicit gradient is
+            right only when converged: a residual rho leaves an error of up to rho / (1 - sigma2^2)^2, and rounding is
+            amplified by 1 / (1 - sigma2^2), the condition number.
         return_info: also return a :class:`SinkhornInfo`.
         backend: "auto" (Triton kernels for CUDA tensors, else the PyTorch path), "triton", "torch" or "reference".
 
@@ -148,7 +149,7 @@ class _Call:
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
         self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
         self.run: Run | None = None  # without a gradient
-        self.trained: Run | None = None  # with one
+        self.trained: Forward | None = None  # with one
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
@@ -185,18 +186,20 @@ class _Call:
         else:
             if self.trained is None:
                 self.trained = Forward(tensors[0], self.n_iters, *self.ends, self.solver, bool(more), self.with_sigma2)
-            results = call.trained(self.trained, *inputs)
+            trained = taped.sinkhorn if self.backend == "torch" and call is transforms.sinkhorn else call.trained
+            results = trained(self.trained, *inputs)
         return self._restored(results if more else (results,))
 
     def _restored(self, results: Sequence[Tensor]) -> Any:
         """What the caller gets, in the logits' batch shape."""
-        if len(self.batch) != 1:
-            results = arguments.unflattened(results, self.batch)
+        # What nobody asked for an operator leaves empty.
         if not self.with_info:
-            return results[0]
-        plan, residual, sweeps, f, g = results[:5]
+            plan = results[0]
+            return plan if len(self.batch) == 1 else plan.reshape(*self.batch, *plan.shape[1:])
         if self.with_sigma2:
-            return SinkhornSpectrum(plan, results[5], residual, sweeps, f, g)
+            plan, residual, sweeps, f, g, sigma2 = arguments.unflattened(results, self.batch)
+            return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
+        plan, residual, sweeps, f, g = arguments.unflattened(results[:5], self.batch)
         converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)
         return plan, SinkhornInfo(residual, converged, sweeps, f, g)
 

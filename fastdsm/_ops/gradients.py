@@ -189,9 +189,14 @@ def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     save(ctx, inputs)
 
 
+def of_projection(needed: Sequence[bool], grad: Tensor, backward: Backward, inputs: Sequence[Any]) -> Gradients:
+    """Of a plan alone. ``backward``: (grad_plan, lines, *inputs) to what ``sinkhorn_backward`` returns."""
+    return padded(_projection(needed, grad, backward, inputs), inputs)
+
+
 def _sinkhorn_gradient(calls: Calls, ctx: Any, grad: Tensor) -> Gradients:
     inputs, _ = saved(ctx)
-    return padded(_projection(ctx.needs_input_grad, grad, _unrolled(calls, None), inputs), inputs)
+    return of_projection(ctx.needs_input_grad, grad, _unrolled(calls, None), inputs)
 
 
 def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pytorch
 from . import backends
 from .plain import Kept, forms_of
 from .problem import Gradients, Outputs, Problem, compute_dtype
@@ -31,7 +32,7 @@ class Run:
 
     def __call__(self, inputs: Tensors, scale: float = 1.0) -> Tensors:
         """What the call returns for ``inputs`` and a temperature that all matrices share."""
-        results = tuple([None if x is None else torch.empty_like(x) for x in self._like])
+        results = self._new()
         if self._prepared:
             self._prepared(inputs, results, scale)
             return results
@@ -39,6 +40,10 @@ class Run:
             self._prepared = self._prepare(inputs, scale, results) or False
         self._run(inputs, scale, results)
         return results
+
+    def _new(self) -> Tensors:
+        """What is to be filled."""
+        return tuple([None if x is None else torch.empty_like(x) for x in self._like])
 
     def _prepare(self, inputs: Tensors, scale: float, results: Tensors) -> Any:
         """The launches by which kernels alone fill ``results``, or None."""
@@ -137,6 +142,12 @@ class Forward(_OfProblem):
     def _run(self, inputs: Tensors, scale: float, results: Tensors) -> None:
         getattr(backends, self._name)(self.problem(inputs, scale), self._outputs(results), self._backend)
 
+    def taped(self, inputs: Tensors, scale: float, tape: pytorch.Tape) -> Tensors:
+        """The same on the PyTorch path, which leaves on ``tape`` what the gradient of few matrices starts from."""
+        results = self._new()
+        pytorch.sinkhorn_forward(self.problem(inputs, scale), self._outputs(results), tape)
+        return results
+
     def _served(self, kernels: Any, inputs: Tensors, scale: float, results: Tensors) -> bool:
         return bool(getattr(kernels, self._name)(self.problem(inputs, scale), self._outputs(results)))
 
@@ -160,7 +171,13 @@ class Backward(_OfProblem):
         super().__init__(logits, results, n_iters, columns_first, tol, backend)
         self._implicit = implicit
 
-    def _of(self, backend: Any, inputs: Tensors, scale: float, results: Tensors, *last: str) -> Any:
+    def from_tape(self, inputs: Tensors, scale: float, tape: pytorch.Tape) -> Tensors:
+        """The same on the PyTorch path, from what :meth:`Forward.taped` left."""
+        results = self._new()
+        self._of(pytorch, inputs, scale, results, tape)
+        return results
+
+    def _of(self, backend: Any, inputs: Tensors, scale: float, results: Tensors, *last: Any) -> Any:
         grad_plan, given, *rest = inputs
         d_logits, d_f0, d_row, d_col = results
         assert grad_plan is not None

@@ -5,8 +5,10 @@ from .implicit import implicit_backward
 from .newton import newton_forward
 from .projection import sinkhorn_backward, sinkhorn_forward
 from .spectrum import sigma2, sigma2_bounds
+from .tape import Tape
 
 __all__ = [
+    "Tape",
     "attention_backward",
     "attention_forward",
     "attention_sigma2",

@@ -3,6 +3,9 @@
 A way serves matrices whose logits lie within a range of its own; what is left goes the next, and last the general path. Which
 way a matrix goes depends on it and on the batch's shape, never on its neighbours: where only some are in range, all go both
 ways, and of each matrix that result is kept which is its own. NaN, infinite and excluded logits are in no range.
+
+Where a gradient is to come, a forward leaves its sweeps on a tape: half sweeps as they are, up to ``_MOST_TAPED`` bytes, or
+vectors alone. Another way may then be the fastest, and a plan differ in its last bits from the one without a gradient.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from torch import Tensor
 
 from .._ops.problem import Problem
 from . import scalings, softmaxes
+from .tape import Part, Tape, Within
 
-# Up to how many nats between a matrix' logits, and the function: of logits, sweeps, temperature, sum of a row, dtype of the
-# arithmetic, for a backward the cotangent, and what is to be filled.
-_Way = tuple[float, Callable[..., None]]
+# softmaxes or scalings: RANGE, up to how many nats between a matrix' logits it serves, and its functions.
+_Way = Any
 
 _MOST_SWEEPS = softmaxes.MOST_SWEEPS
 # What follows are entries of a batch, and beside it microseconds of 20 sweeps in float32, forward and backward, on one core.
@@ -34,74 +37,112 @@ _PRODUCTS_FORWARD = 2048
 _PRODUCTS_BACKWARD = 4097
 # Wild (16, 64, 64) takes 930 and 1940, on the general path 1230 and 2530; twice as many 2340 and 6460, there 2060 and 4070.
 _MOST_BY_SOFTMAXES = 1 << 16
+# What a tape of all half sweeps may take, in bytes, then microseconds of forward and backward together, beside those of the
+# general path: (256, 16, 16) takes just that and 2850, there 2940; twice as many 6970 and 4280.
+_MOST_TAPED = 10 << 20
+# (2, 64, 64) takes 510, by products 630; (4, 48, 48) 435 and 420; (16, 32, 32) 735 and 495; (8, 64, 64) 1220 and 610.
+_PRODUCTS_TAPED = 8193
 # (64, 64, 64) takes 1110 and 2780, on the general path 1570 and 3590, whose pieces bound the memory beyond.
 _MOST_BY_PRODUCTS = 1 << 18
 
 
-def forward(problem: Problem, plan: Tensor, general: Callable[[], None]) -> None:
-    """Fill ``plan``, by ``general`` what no way here serves."""
-    if ways := _ways(problem, (softmaxes.forward, scalings.forward), _PRODUCTS_FORWARD):
-        _serve(ways, _inputs(problem), plan, general)
+def forward(problem: Problem, plan: Tensor, general: Callable[[], None], tape: Tape | None = None) -> None:
+    """Fill ``plan``, by ``general`` what no way here serves; leave on ``tape`` what :func:`backward` can start from."""
+    if not _serves(problem):
+        return general()
+    inputs = _inputs(problem)
+
+    def within(way: _Way) -> Within:
+        return _within(problem.logits, way.RANGE * inputs[2])
+
+    def fill(way: _Way, within: Within, target: Tensor) -> None:
+        if tape is None:
+            return way.forward(*inputs, target)
+        recorded = way.record(*inputs)
+        way.finish(recorded, *inputs[3:], target)
+        tape.insert(0, Part(way, within, *recorded))  # a way fills what is left of those before it, after those behind it
+
+    limits = (_PRODUCTS_FORWARD,) if tape is None else (_PRODUCTS_TAPED, _MOST_TAPED)
+    _serve(_ways(problem, *limits), within, fill, plan, general)
+
+
+def backward(
+    problem: Problem, grad_plan: Tensor, d_logits: Tensor, general: Callable[[], None], tape: Tape | None = None
+) -> None:
+    """Fill ``d_logits``, likewise; without a tape the sweeps are made again."""
+    if not _serves(problem):
+        return general()
+    inputs, parts = _inputs(problem), {part.way: part for part in tape or ()}
+
+    def within(way: _Way) -> Within:
+        return parts[way].within if parts else _within(problem.logits, way.RANGE * inputs[2])
+
+    def fill(way: _Way, within: Within, target: Tensor) -> None:
+        recorded = parts[way].recorded if parts else way.record(*inputs)
+        way.adjoint(recorded, *inputs[2:], grad_plan, target)
+
+    _serve(list(parts) or _ways(problem, _PRODUCTS_BACKWARD), within, fill, d_logits, general)
+
+
+def _serves(problem: Problem) -> bool:
+    """Whether there is a way with these options."""
+    return (
+        0 < problem.logits.numel() <= _MOST_BY_PRODUCTS
+        and 1 <= problem.n_iters <= _MOST_SWEEPS
+        and problem.logits.is_cpu
+        and problem.tol < 0.0
+        and isinstance(problem.temperature, float)
+        and problem.mask is problem.f0 is problem.row_marginal is problem.col_marginal is None
+    )
+
+
+def _ways(problem: Problem, products: int, most_bytes: int | None = None) -> list[_Way]:
+    """The ways for a batch of this shape, the fastest first: by products from so many entries.
+
+    most_bytes: of a tape of softmaxes, where one is made.
+    """
+    _, n, m = problem.logits.shape
+    entries, side = problem.logits.numel(), n if n > m else m
+    if most_bytes is None:
+        most = _MOST_OF_8_LINES if side <= 8 else _MOST_OF_16_LINES if side <= _SMALL_SIDE else _MOST_BY_SOFTMAXES
     else:
-        general()
-
-
-def backward(problem: Problem, grad_plan: Tensor, d_logits: Tensor, general: Callable[[], None]) -> None:
-    """Fill ``d_logits``, likewise."""
-    if ways := _ways(problem, (softmaxes.backward, scalings.backward), _PRODUCTS_BACKWARD):
-        _serve(ways, (*_inputs(problem), grad_plan), d_logits, general)
-    else:
-        general()
-
-
-def _ways(problem: Problem, functions: tuple[Callable[..., None], Callable[..., None]], products: int) -> list[_Way]:
-    """The ways for a batch of this shape and with these options, the fastest first; by products from so many entries."""
-    logits = problem.logits
-    entries = logits.numel()
-    if (
-        not 0 < entries <= _MOST_BY_PRODUCTS
-        or not 1 <= problem.n_iters <= _MOST_SWEEPS
-        or not logits.is_cpu
-        or problem.tol >= 0.0
-        or not isinstance(problem.temperature, float)
-        or not (problem.mask is problem.f0 is problem.row_marginal is problem.col_marginal is None)
-    ):
-        return []
-    _, n, m = logits.shape
-    side = n if n > m else m
-    most = _MOST_OF_8_LINES if side <= 8 else _MOST_OF_16_LINES if side <= _SMALL_SIDE else _MOST_BY_SOFTMAXES
-    by_softmaxes, by_products = functions
-    ways = [(softmaxes.RANGE, by_softmaxes)] if entries <= most else []
+        most = most_bytes // (2 * problem.n_iters * problem.compute_dtype.itemsize)
+    ways: list[_Way] = [softmaxes] if entries <= most else []
     if side > _SMALL_SIDE and entries >= products:
-        ways.insert(0, (scalings.RANGE, by_products))
+        ways.insert(0, scalings)
     return ways
 
 
 def _inputs(problem: Problem) -> tuple[Any, ...]:
-    """What ways take."""
+    """What a way records from; sum of a row and dtype of the arithmetic, the last two, it finishes with."""
     _, n, m = problem.logits.shape
     row = 1.0 if problem.unit_rows else m / n
     return problem.logits, problem.n_iters, problem.temperature, row, problem.compute_dtype
 
 
-def _serve(ways: list[_Way], inputs: tuple[Any, ...], target: Tensor, general: Callable[[], None]) -> None:
+def _serve(
+    ways: list[_Way],
+    within: Callable[[_Way], Within],
+    fill: Callable[[_Way, Within, Tensor], None],
+    target: Tensor,
+    general: Callable[[], None],
+) -> None:
     """Fill ``target``, each matrix by the first of the ``ways`` that it is in range of, or by ``general``."""
     if not ways:
         return general()
-    logits, _, temperature, *_ = inputs
-    (most, way), *others = ways
+    way, *others = ways
     with torch._C._AutoDispatchBelowAutograd():  # nothing here is differentiated, and a tenth of every call is saved
-        within = _within(logits, most * temperature)
-        if within is True:
-            return way(*inputs, target)
-        _serve(others, inputs, target, general)
-        if within is not False:
+        served = within(way)
+        if served is True:
+            return fill(way, served, target)
+        _serve(others, within, fill, target, general)
+        if served is not False:
             some = torch.empty_like(target)
-            way(*inputs, some)
-            target.copy_(torch.where(within.view(-1, 1, 1), some, target))
+            fill(way, served, some)
+            target.copy_(torch.where(served.view(-1, 1, 1), some, target))
 
 
-def _within(logits: Tensor, most: float) -> Tensor | bool:
+def _within(logits: Tensor, most: float) -> Within:
     """Whether the logits of matrices differ by at most ``most``: of all, of none, or of which (B,)."""
     least, largest = torch.aminmax(logits)
     if largest.item() - least.item() <= most:

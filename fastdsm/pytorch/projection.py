@@ -25,13 +25,14 @@ from .chunk import parts
 from .layout import copy
 from .spectrum import deflated_uniform, largest_singular_value
 from .sweeps import Chunk, Swept, log_of, run
+from .tape import Tape
 
 
-def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
-    """Fill ``outputs`` for ``problem``."""
+def sinkhorn_forward(problem: Problem, outputs: Outputs, tape: Tape | None = None) -> None:
+    """Fill ``outputs`` for ``problem``; of few matrices leave on ``tape`` what their gradient can start from."""
     by_parts = partial(_forward_by_parts, problem, outputs)
     if outputs.residual is None and outputs.sigma2 is None:
-        few.forward(problem, outputs.plan, by_parts)
+        few.forward(problem, outputs.plan, by_parts, tape)
     else:
         by_parts()
 
@@ -64,11 +65,16 @@ def _plan(chunk: Chunk, swept: Swept) -> Tensor:
     return chunk.K.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
 
 
-def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
-    """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters."""
+def sinkhorn_backward(
+    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, tape: Tape | None = None
+) -> None:
+    """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters.
+
+    tape: what the forward left there.
+    """
     by_parts = partial(_backward_by_parts, problem, grad_plan, gradients, sweeps)
     if gradients.f0 is None:
-        few.backward(problem, grad_plan, gradients.logits, by_parts)
+        few.backward(problem, grad_plan, gradients.logits, by_parts, tape)
     else:
         by_parts()
 

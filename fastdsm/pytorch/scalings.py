@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .storage import by_columns, home, loaded
 from .sweeps import TAME_RANGE
+from .tape import Recorded
 
 RANGE = TAME_RANGE
 
@@ -47,25 +48,45 @@ def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype:
         target.copy_(place)
 
 
-def backward(
-    logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype, grad_plan: Tensor, d_logits: Tensor
-) -> None:
-    """Fill ``d_logits`` (B, n, m) with the exact adjoint of :func:`forward`, which is run again."""
+def record(logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype) -> Recorded:
+    """K, u_0 to u_T and v_1 to v_T; whether the matrices lie column by column."""
     turned = by_columns(logits)
-    S, target = (logits.mT, d_logits.mT) if turned else (logits, d_logits)
+    S = logits.mT if turned else logits
     K, before = _first_sweep(loaded(S, dtype, temperature), turned, torch.empty(S.shape, dtype=dtype))
     product, KT = torch.bmm, K.mT
     u, v = [before.mT, torch.ones_like(before).mT], [K.new_ones((K.shape[0], 1, K.shape[2]))]
     for _ in range(n_iters - 1):
         v.append(product(u[-1], K).reciprocal_())
         u.append(product(v[-1], KT).reciprocal_())
+    return Recorded(turned, [K, *u, *v])
 
+
+def finish(recorded: Recorded, row: float, dtype: torch.dtype, plan: Tensor) -> None:
+    """Fill ``plan`` as :func:`forward` does, to the bit, from the record of its sweeps."""
+    turned, (K, *vectors) = recorded
+    u, v = vectors[len(vectors) // 2], vectors[-1]
+    target = plan.mT if turned else plan
+    place = home(target, dtype)
+    torch.mul(K, (u if row == 1.0 else u * row).mT, out=place.mT if turned else place).mul_(v)
+    if place is not target:
+        target.copy_(place)
+
+
+def adjoint(
+    recorded: Recorded, temperature: float, row: float, dtype: torch.dtype, grad_plan: Tensor, d_logits: Tensor
+) -> None:
+    """Fill ``d_logits`` (B, n, m) with the exact adjoint of the sweeps that were recorded."""
+    turned, (K, *vectors) = recorded
+    T = len(vectors) // 2
+    u, v = vectors[: T + 1], vectors[T + 1 :]
+    product, KT = torch.bmm, K.mT
+    target = d_logits.mT if turned else d_logits
     place = home(target, dtype)
     W = place.mT if turned else place
     E = torch.mul(loaded(grad_plan, dtype), u[-1].mT, out=W).mul_(v[-1]) * K
     a = [E.sum(2).unsqueeze(1).mul_(u[-1])]
     b = [(product(a[0], K).mul_(v[-1]) - E.sum(1, keepdim=True)).mul_(v[-1])]
-    for t in range(n_iters - 1, 0, -1):
+    for t in range(T - 1, 0, -1):
         a.append(product(b[-1], KT).mul_(u[t]).mul_(u[t]))
         b.append(product(a[-1], K).mul_(v[t - 1]).mul_(v[t - 1]))
     W.baddbmm_(torch.cat(a, 1).mT, torch.cat(v[::-1], 1), alpha=-1)

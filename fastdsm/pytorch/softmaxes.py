@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .storage import by_columns, home, loaded
+from .tape import Recorded
 
 RANGE = 128.0
 MOST_SWEEPS = 128
@@ -30,9 +31,12 @@ MOST_SWEEPS = 128
 _LANES_BELOW = 64
 # Bytes of a value of all matrices: 16x16 of 16, 32 and 64 take 5.0, 8.7 and 16 us a sweep as lines, 6.3, 8.0 and 13 as lanes.
 _LANES_FROM = 128
+# Bytes of the line that ends a tensor from which matrices stay as they lie: a sweep of two 64x64 and its adjoint take 11 us so
+# and as lines, which are copied before and after.
+_AS_THEY_LIE_FROM = 256
 
 
-class _Arrangement(NamedTuple):
+class Arrangement(NamedTuple):
     """The order in which (B, n, m) is laid out, and which dimensions then are summed over in a column and in a row step."""
 
     order: tuple[int, int, int]
@@ -42,14 +46,18 @@ class _Arrangement(NamedTuple):
 
 # torch sums over a dimension with all that follow as vector lanes, and shares out between threads, whatever their size, what
 # precedes: row steps over lanes, never a single matrix as lines. What lies column by column stays so.
-_LINES = _Arrangement((1, 0, 2), 0, 2), _Arrangement((2, 0, 1), 2, 0)
-_LANES = _Arrangement((1, 2, 0), 0, 1), _Arrangement((2, 1, 0), 1, 0)
+_LINES = Arrangement((1, 0, 2), 0, 2), Arrangement((2, 0, 1), 2, 0)
+_AS_THEY_LIE = Arrangement((0, 1, 2), 1, 2), Arrangement((0, 2, 1), 2, 1)
+_LANES = Arrangement((1, 2, 0), 0, 1), Arrangement((2, 1, 0), 1, 0)
 
 
-def _arrangement(logits: Tensor, dtype: torch.dtype) -> _Arrangement:
+def _arrangement(logits: Tensor, dtype: torch.dtype) -> Arrangement:
     batch, n, m = logits.shape
     turned, size = by_columns(logits), dtype.itemsize
-    lanes = size * (n if turned else m) < _LANES_BELOW or size * batch >= _LANES_FROM
+    line = size * (n if turned else m)
+    if line >= _AS_THEY_LIE_FROM:
+        return _AS_THEY_LIE[turned]
+    lanes = line < _LANES_BELOW or size * batch >= _LANES_FROM
     if batch == 1 and torch.get_num_threads() > 1:
         lanes = False
     return (_LANES if lanes else _LINES)[turned]
@@ -60,8 +68,7 @@ def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype:
     order, down, across = _arrangement(logits, dtype)
     S, target = loaded(logits.permute(*order), dtype, temperature), plan.permute(*order)
     log_softmax, P = torch._log_softmax, home(target, dtype)
-    X = torch.empty_like(P)
-    log_softmax(S, down, False, out=X)
+    X = log_softmax(S, down, False)  # contiguous, as what is filled has to be
     for _ in range(n_iters - 1):
         log_softmax(X, across, False, out=P)
         log_softmax(P, down, False, out=X)
@@ -72,20 +79,37 @@ def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype:
         target.copy_(P)
 
 
-def backward(
-    logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype, grad_plan: Tensor, d_logits: Tensor
-) -> None:
-    """Fill ``d_logits`` (B, n, m) with the exact adjoint of :func:`forward`, which is run again."""
-    order, down, across = _arrangement(logits, dtype)
-    S, D, target = loaded(logits.permute(*order), dtype, temperature), grad_plan.permute(*order), d_logits.permute(*order)
-    log_softmax, back = torch._log_softmax, torch._log_softmax_backward_data
-    x = log_softmax(S, down, False)
+def record(logits: Tensor, n_iters: int, temperature: float, row: float, dtype: torch.dtype) -> Recorded:
+    """X_0 to X_(2T-2) and how they are laid out."""
+    arrangement = order, down, across = _arrangement(logits, dtype)
+    log_softmax = torch._log_softmax
+    x = log_softmax(loaded(logits.permute(*order), dtype, temperature), down, False)
     X = [x]  # made as they come: to write them into the parts of one tensor would cost more, a view for each
     for _ in range(n_iters - 1):
         X.append(x := log_softmax(x, across, False))
         X.append(x := log_softmax(x, down, False))
-    P = torch._softmax(x, across, False)
-    dX = torch._softmax_backward_data(loaded(D, dtype), P, across, dtype)
+    return Recorded(arrangement, X)
+
+
+def finish(recorded: Recorded, row: float, dtype: torch.dtype, plan: Tensor) -> None:
+    """Fill ``plan`` as :func:`forward` does, to the bit, from the record of its sweeps."""
+    order, _, across = recorded.layout
+    target = plan.permute(*order)
+    P = torch._softmax(recorded.tensors[-1], across, False, out=home(target, dtype))
+    if row != 1.0:
+        P.mul_(row)
+    if P is not target:
+        target.copy_(P)
+
+
+def adjoint(
+    recorded: Recorded, temperature: float, row: float, dtype: torch.dtype, grad_plan: Tensor, d_logits: Tensor
+) -> None:
+    """Fill ``d_logits`` (B, n, m) with the exact adjoint of the sweeps that were recorded."""
+    (order, down, across), X = recorded
+    D, target = grad_plan.permute(*order), d_logits.permute(*order)
+    back = torch._log_softmax_backward_data
+    dX = torch._softmax_backward_data(loaded(D, dtype), torch._softmax(X[-1], across, False), across, dtype)
     dS = home(target, dtype)
     for k in range(len(X) - 1, 0, -2):
         back(dX, X[k], down, dtype, out=dS)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastdsm
 from fastdsm import reference
 from fastdsm._ops.problem import Gradients, Outputs, Problem
-from fastdsm.pytorch import few, projection, scalings, sinkhorn_backward, sinkhorn_forward, softmaxes
+from fastdsm.pytorch import Tape, few, projection, scalings, sinkhorn_backward, sinkhorn_forward, softmaxes
 
 from ..tolerances import assert_within
 
@@ -42,12 +43,12 @@ def judge(found: tuple[Tensor, Tensor], logits: Tensor, cotangent: Tensor, **opt
     assert_within(found[1], truth[1], plain[1], cotangent=cotangent)
 
 
-def ways(batch: int, n: int, m: int, backward: bool) -> list[str]:
+FORWARD, BACKWARD, TAPED = (few._PRODUCTS_FORWARD,), (few._PRODUCTS_BACKWARD,), (few._PRODUCTS_TAPED, few._MOST_TAPED)
+
+
+def ways(batch: int, n: int, m: int, kind: tuple[int, ...]) -> list[str]:
     """The modules that serve a batch, the first choice first."""
-    products = few._PRODUCTS_BACKWARD if backward else few._PRODUCTS_FORWARD
-    functions = (softmaxes.backward, scalings.backward) if backward else (softmaxes.forward, scalings.forward)
-    found = few._ways(Problem(torch.zeros(batch, n, m), 20), functions, products)
-    return [way.__module__.rpartition(".")[2] for _, way in found]
+    return [way.__name__.rpartition(".")[2] for way in few._ways(Problem(torch.zeros(batch, n, m), 20), *kind)]
 
 
 @pytest.mark.parametrize("std", [1.0, 5.0, 30.0, 200.0])
@@ -91,20 +92,30 @@ def test_results_are_filled_as_they_lie(order: tuple[int, int, int], batch: int,
         judge((plan, slope), logits, cotangent)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_who_serves_on_both_sides_of_the_thresholds(backward: bool) -> None:
-    products = few._PRODUCTS_BACKWARD if backward else few._PRODUCTS_FORWARD
-    assert ways(2048, 4, 4, backward) == ["softmaxes"]
-    assert ways(2049, 4, 4, backward) == []
-    assert ways(64, 16, 16, backward) == ["softmaxes"]
-    assert ways(65, 16, 16, backward) == []
-    assert ways(1, 17, (products - 1) // 17, backward) == ["softmaxes"]
-    assert ways(1, 17, products // 17 + 1, backward) == ["scalings", "softmaxes"]
-    assert ways(17, 64, 64, backward) == ["scalings"]
-    assert ways(65, 64, 64, backward) == []
+@pytest.mark.parametrize("kind", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_who_serves_on_both_sides_of_the_thresholds(kind: tuple[int, ...]) -> None:
+    (products,) = kind
+    assert ways(2048, 4, 4, kind) == ["softmaxes"]
+    assert ways(2049, 4, 4, kind) == []
+    assert ways(64, 16, 16, kind) == ["softmaxes"]
+    assert ways(65, 16, 16, kind) == []
+    assert ways(1, 17, (products - 1) // 17, kind) == ["softmaxes"]
+    assert ways(1, 17, products // 17 + 1, kind) == ["scalings", "softmaxes"]
+    assert ways(17, 64, 64, kind) == ["scalings"]
 
 
-@pytest.mark.parametrize(("batch", "n", "m"), [(2048, 4, 4), (64, 16, 16), (1, 32, 63), (1, 64, 64), (16, 64, 64)])
+def test_who_records_on_both_sides_of_the_thresholds() -> None:
+    assert ways(4096, 4, 4, TAPED) == ["softmaxes"]
+    assert ways(4097, 4, 4, TAPED) == []
+    assert ways(2, 64, 64, TAPED) == ["softmaxes"]
+    assert ways(1, 17, 482, TAPED) == ["scalings", "softmaxes"]
+    assert ways(17, 64, 64, TAPED) == ["scalings"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "m"),
+    [(2048, 4, 4), (4096, 4, 4), (64, 16, 16), (256, 16, 16), (1, 32, 63), (1, 64, 64), (2, 64, 64), (16, 64, 64)],
+)
 @pytest.mark.parametrize("std", [1.0, 6.0])
 def test_both_sides_of_a_threshold_are_right(std: float, batch: int, n: int, m: int) -> None:
     for count in (batch, batch + 1):
@@ -206,14 +217,118 @@ def test_what_else_is_asked_changes_the_plan_by_rounding_alone(batch: int, n: in
 @pytest.mark.parametrize("way", [softmaxes, scalings])
 def test_a_way_gives_what_the_general_path_gives(way: Any) -> None:
     logits, cotangent = torch.randn(2, 6, 7, 9, dtype=torch.float64)
-    ours, slope, plan, d_logits = (torch.empty_like(logits) for _ in range(4))
-    way.forward(logits, 20, 1.0, 1.0, torch.float64, ours)
-    way.backward(logits, 20, 1.0, 1.0, torch.float64, cotangent, slope)
-    problem = Problem(logits, 20)
+    ours, finished, slope, plan, d_logits = (torch.empty_like(logits) for _ in range(5))
+    way.forward(logits, 20, 0.7, 1.5, torch.float64, ours)
+    recorded = way.record(logits, 20, 0.7, 1.5, torch.float64)
+    way.finish(recorded, 1.5, torch.float64, finished)
+    assert torch.equal(finished, ours)
+    kept = [x.clone() for x in recorded.tensors]
+    for _ in range(2):
+        way.adjoint(recorded, 0.7, 1.5, torch.float64, cotangent, slope)
+    assert all(torch.equal(x, y) for x, y in zip(recorded.tensors, kept, strict=True))
+    problem = Problem(logits, 20, 0.7, unit_rows=False, row_marginal=torch.full((6, 7), 1.5, dtype=torch.float64))
     projection._forward_by_parts(problem, Outputs(plan))
     projection._backward_by_parts(problem, cotangent, Gradients(d_logits), None)
     torch.testing.assert_close(ours, plan)
     torch.testing.assert_close(slope, d_logits)
+
+
+TAPES = [(1, 4, 4), (7, 4, 4), (9, 16, 16), (2, 64, 64), (4, 64, 64), (3, 40, 24)]
+
+
+def gradient(x: Tensor, cotangent: Tensor, **options: Any) -> Tensor:
+    """Of the public call."""
+    return both(fastdsm.sinkhorn, x, cotangent, **options)[1]
+
+
+def recorded_ways(x: Tensor) -> list[str]:
+    """What a forward of x with a gradient to come leaves on its tape."""
+    tape = Tape()
+    sinkhorn_forward(Problem(x, 20), Outputs(torch.empty_like(x)), tape)
+    return [part.way.__name__.rpartition(".")[2] for part in tape]
+
+
+def test_a_backward_starts_from_the_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not make the sweeps again."""
+    leaf, cotangent = torch.randn(3, 4, 4).requires_grad_(), torch.randn(3, 4, 4)
+    plan = fastdsm.sinkhorn(leaf)
+    assert isinstance(plan, Tensor)
+    expected = gradient(leaf, cotangent)
+    monkeypatch.setattr(softmaxes, "record", lambda *_: pytest.fail("the sweeps were made again"))
+    assert torch.equal(torch.autograd.grad(plan, leaf, cotangent)[0], expected)
+
+
+def test_each_matrix_is_on_the_tape_of_its_way() -> None:
+    x = torch.randn(4, 64, 64)
+    assert recorded_ways(x) == ["scalings"]
+    assert recorded_ways(8.0 * x) == ["softmaxes"]
+    assert recorded_ways(300.0 * x) == []
+    assert recorded_ways(x * torch.tensor([1.0, 8.0, 300.0, 1.0])[:, None, None]) == ["scalings", "softmaxes"]
+    assert recorded_ways(torch.full((2, 4, 4), torch.nan)) == []
+
+
+@pytest.mark.parametrize("shape", TAPES, ids=str)
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_a_second_backward_of_one_graph(first: str, shape: tuple[int, int, int]) -> None:
+    leaf, cotangent = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    plan = fastdsm.sinkhorn(leaf, first=first)
+    assert isinstance(plan, Tensor)
+    slopes = [torch.autograd.grad(plan, leaf, c, retain_graph=True)[0] for c in (cotangent, 2.0 * cotangent, cotangent)]
+    assert torch.equal(slopes[0], slopes[2])
+    torch.testing.assert_close(slopes[1], 2.0 * slopes[0])
+
+
+@pytest.mark.parametrize("shape", TAPES, ids=str)
+def test_what_changes_between_forward_and_backward(shape: tuple[int, int, int]) -> None:
+    """The plan, the number of threads, the strides of what autograd gives back; the logits may not."""
+    logits, cotangent = torch.randn(shape[0], shape[2], shape[1]).mT, torch.randn(shape)
+    expected = gradient(logits, cotangent)
+    leaf = logits.clone().requires_grad_()
+    assert leaf.stride() == logits.stride()
+    threads = torch.get_num_threads()
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype).copy_(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
+        plan = fastdsm.sinkhorn(leaf)
+    assert isinstance(plan, Tensor)
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        (slope,) = torch.autograd.grad(plan, leaf, cotangent)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6)
+    plan = fastdsm.sinkhorn(leaf)
+    assert isinstance(plan, Tensor)
+    plan.mul_(2.0)
+    torch.testing.assert_close(torch.autograd.grad(plan, leaf, cotangent)[0], 2.0 * expected, rtol=1e-4, atol=1e-6)
+    plan = fastdsm.sinkhorn(leaf)
+    with torch.no_grad():
+        leaf += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(plan, leaf, cotangent)
+
+
+@pytest.mark.parametrize("shape", TAPES, ids=str)
+def test_other_derivatives_of_a_plan_with_a_tape(shape: tuple[int, int, int]) -> None:
+    """Cotangents in a batch, checkpoints, and a derivative of the gradient."""
+    logits, cotangents = torch.randn(shape), torch.randn(2, *shape)
+    expected = torch.stack([gradient(logits, c) for c in cotangents])
+    leaf = logits.clone().requires_grad_()
+    (batched,) = torch.autograd.grad(fastdsm.sinkhorn(leaf), leaf, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(batched, expected, rtol=1e-4, atol=1e-6)
+    for reentrant in (True, False):
+        plan = checkpoint(fastdsm.sinkhorn, leaf, use_reentrant=reentrant)
+        plan.backward(cotangents[0])
+        torch.testing.assert_close(leaf.grad, expected[0], rtol=1e-4, atol=1e-6)
+        leaf.grad = None
+    slopes = []
+    for function in (fastdsm.sinkhorn, reference.sinkhorn):
+        wide = logits[:2].double().requires_grad_()
+        (first,) = torch.autograd.grad(function(wide), wide, cotangents[0, :2].double(), create_graph=True)
+        slopes += torch.autograd.grad((first**2).sum(), wide)
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,22 @@ def test_transforms_of_the_fixed_point() -> None:
     torch.testing.assert_close(torch.func.jacrev(converged)(x[0]), torch.func.jacrev(oracle)(x[0]))
     second = torch.func.jacrev(torch.func.jacrev(lambda a: (converged(a) ** 3).sum()))(x[0])
     torch.testing.assert_close(second, torch.func.hessian(lambda a: (oracle(a) ** 3).sum())(x[0]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("options", [{"solver": "newton"}, {"tol": 1e-9}, {"grad": "implicit"}, {}], ids=str)
+def test_transforms_of_any_batch_shape(options: dict[str, Any], batch: tuple[int, ...]) -> None:
+    """Whatever an operator leaves empty."""
+    x = torch.randn(4, *batch, 3, 3, dtype=torch.float64)
+
+    def plan(a: Tensor, **more: bool) -> Any:
+        return fastdsm.sinkhorn(a, n_iters=60, **options, **more)
+
+    torch.testing.assert_close(torch.vmap(plan)(x), plan(x))
+    torch.testing.assert_close(torch.vmap(lambda a: plan(a, return_info=True)[0])(x), plan(x))
+    jacobian = torch.func.jacrev(plan)(x[0])
+    assert jacobian.shape == 2 * x[0].shape
+    torch.testing.assert_close(torch.vmap(torch.func.jacrev(plan))(x)[0], jacobian)
 
 
 def test_forward_mode_is_an_error_not_a_silent_zero() -> None:

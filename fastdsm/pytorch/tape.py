@@ -1,0 +1,49 @@
+"""What forwards of few matrices leave to their adjoints, which then need not make the sweeps again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Within = Tensor | bool
+"""The matrices (B,) of a batch that a way serves, or whether it serves all or none."""
+
+
+class Recorded(NamedTuple):
+    """What an adjoint goes back through, and how that is laid out: nothing of it may be decided again in a backward."""
+
+    layout: Any
+    tensors: Sequence[Tensor]
+
+
+class Part(NamedTuple):
+    """What a way recorded, and of which matrices that counts."""
+
+    way: Any
+    within: Within
+    layout: Any
+    tensors: Sequence[Tensor]
+
+    @property
+    def recorded(self) -> Recorded:
+        """As the way's adjoint takes it."""
+        return Recorded(self.layout, self.tensors)
+
+
+class Tape(list[Part]):
+    """The parts of a batch, the way of first choice first; empty where nothing was recorded."""
+
+    def taken(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tape]]:
+        """All tensors, for autograd to keep, and what makes a tape again of what it gives back for them."""
+        tensors = [x for part in self for x in part.tensors]
+        ends, parts = [0], [part._replace(tensors=()) for part in self]
+        for part in self:
+            ends.append(ends[-1] + len(part.tensors))
+
+        def again(kept: Sequence[Tensor]) -> Tape:
+            places = zip(parts, ends, ends[1:], strict=False)
+            return Tape(part._replace(tensors=kept[begin:end]) for part, begin, end in places)
+
+        return tensors, again
