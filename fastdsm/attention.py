@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import arguments, transforms
+from ._ops import arguments, masks, transforms
 from .results import AttentionInfo, default_tol
 
 
@@ -45,14 +45,16 @@ def sinkhorn_attention(
             head h // (H / G). The arithmetic is float32 (float64 for float64); float32 products follow
             torch.get_float32_matmul_precision() on a GPU.
         attn_mask: broadcastable to (..., H, N, M): bool, True where an entry takes part, or floating, added to
-            scale query key^T (differentiable; -inf takes an entry out).
+            scale query key^T (differentiable). A floating one takes an entry out where it is -inf or at most half the lowest
+            number of its dtype, as finfo(dtype).min is. Larger values are logits: a column of -1e4 is scaled to its mass.
         dropout_p: probability in [0, 1) with which an entry of the plan is dropped, as in scaled_dot_product_attention:
             also in evaluation, unless the caller passes 0.
         is_causal: must be False. A lower-triangular doubly-stochastic matrix is the identity.
         scale: of the logits, default 1 / sqrt(d).
         enable_gqa: allow fewer key and value heads than query heads.
-        key_padding_mask: bool (..., M), query_padding_mask: bool (..., N), True where a line is padding. What lies there is
-            never used; padded and fully masked query lines give zeros, in value and gradient.
+        key_padding_mask: (..., M), query_padding_mask: (..., N): bool, True where a line is padding, or floating, which takes
+            a line out as attn_mask does an entry, and is added to the logits of the others (a bool one is the faster). What
+            lies on padded lines is never used; padded and fully masked query lines give zeros, in value and gradient.
         temperature: > 0, a float or a tensor broadcastable to (..., H), then differentiable.
         n_iters: sweeps, >= 0; 0 is scaled_dot_product_attention ("col").
         first: "col": query lines are exact at the end; "row": key lines are.
@@ -132,14 +134,21 @@ class Checked:
         like = query[..., :1].expand(*query.shape[:-1], M)
         tau = arguments.temperature_of(temperature, like)
         bias, mask = _attn_mask(attn_mask, query, M)
-        paddings = [
-            _padding(x, name, query, length, role)
-            for x, name, length, role in (
-                (query_padding_mask, "query_padding_mask", N, "query"),
-                (key_padding_mask, "key_padding_mask", M, "key"),
-            )
-        ]
+        paddings = []
+        for x, name, length, role in (
+            (query_padding_mask, "query_padding_mask", N, "query"),
+            (key_padding_mask, "key_padding_mask", M, "key"),
+        ):
+            padding, added = _padding(x, name, query, length, role)
+            paddings.append(padding)
+            if added is not None:
+                added = added[:, None, :, None] if role == "query" else added[:, None, None, :]
+                bias = added if bias is None else masks.lowered(bias) + added
         query, key, value = map(_four, (query, key, value))
+        if mask is not None:
+            query, key, value = _without_unmet(query, key, value, mask, paddings)
+        elif bias is not None:
+            query, key, value = _without_unmet(query, key, value, ~masks.taken_out(bias), paddings)
         heads = query.shape[1]
         tensors = [query, key, value, bias, mask, tau.reshape(-1, heads) if isinstance(tau, Tensor) else None, *paddings]
         scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
@@ -160,6 +169,23 @@ class Checked:
     def restore(self, x: Tensor) -> Tensor:
         """Give a result (B, H, ...) the leading dimensions of the query."""
         return x if len(self._lead) == 2 else x.reshape((*self._lead, *x.shape[2:]))
+
+
+def _without_unmet(
+    query: Tensor, key: Tensor, value: Tensor, taking_part: Tensor, paddings: list[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines that a mask leaves without a partner become padding, or zeros where that is so for some heads: NaN there too."""
+    B, H, N, _ = query.shape
+    G, M = key.shape[1:3]
+    met = masks.met_lines(taking_part, *paddings)
+    for k, (x, padding, lines) in enumerate(zip(met, tuple(paddings), (N, M), strict=True)):
+        unmet = ~x.any(1).expand(B, lines)
+        paddings[k] = unmet if padding is None else padding | unmet
+    if taking_part.shape[1] == 1:
+        return query, key, value
+    of_queries, of_keys = (x.expand(B, H, lines).unsqueeze(-1) for x, lines in zip(met, (N, M), strict=True))
+    of_keys = of_keys.unflatten(1, (G, -1)).any(2)  # by any of the query heads that share a key head
+    return query.masked_fill(~of_queries, 0.0), key.masked_fill(~of_keys, 0.0), value.masked_fill(~of_keys, 0.0)
 
 
 def _four(x: Tensor) -> Tensor:
@@ -235,15 +261,24 @@ def _attn_mask(attn_mask: Tensor | None, query: Tensor, M: int) -> tuple[Tensor 
     return (None, x) if x.dtype == torch.bool else (x, None)
 
 
-def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str) -> Tensor | None:
-    """(B, length) bool."""
+def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str) -> tuple[Tensor | None, Tensor | None]:
+    """(B, length): bool, which lines are padding, and what is added to the logits of the others, or None."""
     if x is None:
-        return None
-    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        return None, None
+    if not isinstance(x, Tensor) or not (x.dtype == torch.bool or x.dtype in arguments.DTYPES):
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a bool tensor, True where a {role} line is padding, got {kind}")
+        raise TypeError(
+            f"{name} must be a bool tensor, True where a {role} line is padding, or a floating-point one that is added to the "
+            f"logits, got {kind}"
+        )
     arguments.check_device(x, name, query)
     batch = query.shape[:-3] if query.dim() > 3 else query.shape[:-2]
     if x.dim() < 1 or x.shape[-1] != length:
         raise ValueError(f"{name} must have shape (..., {length}), one entry per {role} line, got {tuple(x.shape)}")
-    return arguments.broadcast(x, name, (*batch, length)).reshape(-1, length)
+    x = arguments.broadcast(x, name, (*batch, length)).reshape(-1, length)
+    out = masks.taken_out(x)
+    if x.dtype == torch.bool:
+        return out, None
+    added = x.masked_fill(out, 0.0)
+    nothing = not added.requires_grad and arguments.may_look(added) and not bool(added.any())
+    return out, None if nothing else added

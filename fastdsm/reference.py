@@ -289,7 +289,9 @@ def attention_logits(
         return logits, valid
     if attn_mask.dtype == torch.bool:
         return logits, valid & attn_mask
-    return logits + attn_mask.expand_as(logits).masked_fill(~valid, 0.0).to(dtype), valid & (attn_mask != -torch.inf)
+    taking_part = ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
+    valid = valid & taking_part
+    return logits + attn_mask.expand_as(logits).masked_fill(~valid, 0.0).to(dtype), valid
 
 
 def _unpadded(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .gradients import Calls, Gradients, padded, save, saved, through
+from .masks import lowered
 
 
 def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -32,7 +33,7 @@ def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None
         # Its gradient sums the products of bias and query with theirs, which must therefore be whole and unrounded.
         shape = (*query.shape[:3], key.shape[2])
         query, key, value, grad_out = (x.to(temperature.dtype) for x in (query, key, value, grad_out))
-        bias = None if bias is None else bias.expand(shape).to(temperature.dtype)
+        bias = None if bias is None else lowered(bias).expand(shape).to(temperature.dtype)
         inputs = [query, key, value, bias, *inputs[4:]]
         if dtypes[0] != query.dtype and inputs[-1] == "triton":
             # Tensor cores add up narrow products in their own way: with potentials of their logits, the line sums of these

@@ -49,6 +49,8 @@ class SpectralMonitor:
             they stay in memory, some 300 bytes each.
         step: forwards counted so far.
 
+    Copies of ``module`` (deepcopy, pickle, torch.save, torch.optim.swa_utils.AveragedModel) are not watched.
+
     ``close()``, or leaving a ``with`` block, removes the hooks and writes what is left; it waits for the device, since ``rows``
     then has to be complete. Hooks break the graph of torch.compile(module): attach the monitor first, without fullgraph.
 
@@ -82,15 +84,13 @@ class SpectralMonitor:
         self._recording = False
         self._training_only = training_only
         self._pending: deque[Pending] = deque()
-        # Not a decorator: it imports torch._dynamo, a second that an optimiser takes too, but `import fastdsm` need not.
-        untraced = torch.compiler.disable
-        self._hooks = [module.register_forward_pre_hook(untraced(self._begin))]
+        self._hooks = [module.register_forward_pre_hook(_Hook(self._begin))]
         for name, layer in module.named_modules():
             if isinstance(layer, SinkhornProjection):
-                self._hooks.append(layer.register_forward_hook(untraced(self._of_projection(name))))
+                self._hooks.append(layer.register_forward_hook(_Hook(self._of_projection(name))))
             elif isinstance(layer, SinkhornAttention):
-                self._hooks.append(layer.register_forward_hook(untraced(self._of_attention(name)), with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(untraced(self._end)))  # after those of the layers: module may be one
+                self._hooks.append(layer.register_forward_hook(_Hook(self._of_attention(name)), with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(_Hook(self._end)))  # after those of the layers: module may be one
 
     def record(self, name: str, plan: Tensor, heads: bool = False) -> None:
         """Keep plans (..., n, m) for this step under ``name``; ``heads``: they are (..., H, n, m), to be told apart."""
@@ -164,6 +164,21 @@ class SpectralMonitor:
                 sink.write(rows)
 
 
+class _Hook:
+    """A monitor's hook on the module that it watches. In a copy of that module, or in a file, it does nothing."""
+
+    def __init__(self, function: Callable[..., None] | None) -> None:
+        # Not a decorator: it imports torch._dynamo, a second that an optimiser takes too, but `import fastdsm` need not.
+        self._function = None if function is None else torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> None:
+        if self._function is not None:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+
 def plan_of_call(
     sample: int,
     layer: SinkhornAttention,
@@ -173,20 +188,22 @@ def plan_of_call(
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
-    *_: Any,
-    **__: Any,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    query_padding_mask: Tensor | str | None = "auto",
 ) -> Tensor:
     """Plans (at most ``sample``, H, N, M) of one call of an attention layer, from the call's own arguments."""
     if query.dim() == 3:
+        # Found out before parts are taken: of these nobody could tell whether they are one.
+        query_padding_mask, key_padding_mask = layer.paddings(query, key, key_padding_mask, query_padding_mask)
         at = 0 if layer.batch_first else 1
         batch, lines, keys = query.shape[at], query.shape[1 - at], key.shape[1 - at]
         stride = _stride(batch, sample, layer.num_heads * lines * keys)
         query, key = (x.movedim(at, 0)[::stride].movedim(0, at) for x in (query, key))
-        if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[::stride]
+        query_padding_mask, key_padding_mask = (x if x is None else x[::stride] for x in (query_padding_mask, key_padding_mask))
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, layer.num_heads))[::stride].flatten(0, 1)
-    return layer.plan(query, key, key_padding_mask, attn_mask)
+    return layer.plan(query, key, key_padding_mask, attn_mask, query_padding_mask)
 
 
 def _stride(count: int, sample: int, entries: int) -> int:

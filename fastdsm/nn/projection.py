@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..projection import sinkhorn
 from .spectral_floor import SpectralFloor
+from .with_eps import project_with_eps
 
 
 class SinkhornProjection(nn.Module):
@@ -17,9 +19,12 @@ class SinkhornProjection(nn.Module):
         n_iters, temperature, first, tol, solver, grad, backend: as for :func:`fastdsm.sinkhorn`; temperature is a float, or a
             tensor: an ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer. It must stay > 0.
         sigma2_floor: None, or a floor in (0, 1) under which :class:`SpectralFloor` lets no plan fall, by its temperature.
+        eps: 0, or what DeepSeek's mHC code adds to the softmax and to every sum, 1e-6 there with first="row": another
+            projection (``fastdsm.nn.with_eps``), in plain PyTorch, without mask, tol, floor and Newton's method.
+        device, dtype: where a temperature that is a tensor is moved to.
 
     forward(logits (..., n, m), mask=None) gives the plan, like logits; differentiable in logits and temperature. A forward hook
-    sees the plan, as :class:`fastdsm.diagnostics.SpectralMonitor` does.
+    sees the plan, as :class:`fastdsm.diagnostics.SpectralMonitor` does. ``reset_parameters`` brings back the first temperature.
 
     Source: Sinkhorn and Knopp (1967); see :func:`fastdsm.sinkhorn`.
     """
@@ -36,20 +41,55 @@ class SinkhornProjection(nn.Module):
         grad: str | None = None,
         sigma2_floor: float | None = None,
         backend: str = "auto",
+        *,
+        eps: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not eps >= 0.0:
+            raise ValueError(f"eps must be >= 0, got {eps}")
+        if eps > 0.0 and (
+            n_iters < 1 or tol is not None or solver != "sinkhorn" or grad == "implicit" or sigma2_floor is not None
+        ):
+            raise ValueError(
+                "with eps there are n_iters >= 1 sweeps and their gradient, without tol, sigma2_floor or another solver, got "
+                f"n_iters={n_iters}, tol={tol}, solver={solver!r}, grad={grad!r}, sigma2_floor={sigma2_floor}"
+            )
+        self.eps = eps
         self.options: dict[str, Any] = {
             "n_iters": n_iters, "first": first, "tol": tol, "solver": solver, "grad": grad, "backend": backend
         }  # fmt: skip
-        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
-            self.register_buffer("temperature", temperature)
-        else:
+        # A copy, since a module that comes from the meta device has nothing else to start from.
+        self._start: Tensor | None = None
+        if isinstance(temperature, Tensor):
+            learnt = isinstance(temperature, nn.Parameter)
+            if device is not None or dtype is not None:
+                temperature = temperature.detach().to(device=device, dtype=dtype)
+                temperature = nn.Parameter(temperature) if learnt else temperature
+            self._start = None if temperature.is_meta else temperature.detach().clone()
+            if not learnt:
+                self.register_buffer("temperature", temperature)
+        if not hasattr(self, "temperature"):
             self.temperature = temperature
         self.floor = None if sigma2_floor is None else SpectralFloor(sigma2_floor, n_iters)
+
+    def reset_parameters(self) -> None:
+        """Bring back the temperature that the module was made with."""
+        if not isinstance(self.temperature, Tensor):
+            return
+        if self._start is None:
+            raise RuntimeError("the temperature was made on the meta device, so that there is no first value to bring back")
+        with torch.no_grad():
+            self.temperature.copy_(self._start)
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """The plan of ``logits``."""
         temperature = self.temperature
+        if self.eps > 0.0:
+            if mask is not None:
+                raise ValueError("with eps there is no mask")
+            return project_with_eps(logits, self.options["n_iters"], self.options["first"], temperature, self.eps)
         if self.floor is not None:
             temperature = self.floor(logits, temperature, mask)
         plan = sinkhorn(logits, temperature=temperature, mask=mask, **self.options)

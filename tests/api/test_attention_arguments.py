@@ -27,7 +27,7 @@ BAD = [
     ({"attn_mask": torch.zeros(3, 4)}, ValueError, "attn_mask must be broadcastable"),
     ({"attn_mask": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "attn_mask must be a bool or floating-point"),
     ({"key_padding_mask": torch.zeros(1, 4, dtype=torch.bool)}, ValueError, r"key_padding_mask must have shape \(..., 5\)"),
-    ({"query_padding_mask": torch.zeros(1, 3)}, TypeError, "query_padding_mask must be a bool tensor"),
+    ({"query_padding_mask": torch.zeros(1, 3, dtype=torch.int32)}, TypeError, "query_padding_mask must be a bool tensor"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a float in \[0, 1\)"),
     ({"n_iters": -1}, ValueError, "n_iters must be >= 0"),
     ({"first": "both"}, ValueError, "first must be one of"),

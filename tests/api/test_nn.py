@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -215,3 +218,105 @@ class TestHyperConnection:
         assert (fastdsm.sigma2(plans[0]) - 0.5).abs().max() < 1e-3
         with pytest.raises(ValueError, match=r"must have shape \(\.\.\., 4, 8\), got \(6, 8\)"):
             layer(torch.randn(6, 8))
+
+    def test_from_the_meta_device(self) -> None:
+        with torch.device("meta"):
+            layer = HyperConnection(nn.Linear(8, 8), 8, dtype=torch.float64)
+        layer = layer.to_empty(device="cpu")
+        for x in layer.parameters():
+            x.data.fill_(torch.nan)
+        for owner in layer.modules():
+            if hasattr(owner, "reset_parameters"):
+                owner.reset_parameters()
+        torch.manual_seed(0)
+        again = HyperConnection(nn.Linear(8, 8), 8, dtype=torch.float64)
+        assert all(torch.equal(layer.state_dict()[name], again.state_dict()[name]) for name in ("gates", "bias", "norm.weight"))
+        assert 0.9 < layer.weight.std() / again.weight.std() < 1.1
+        held = SinkhornProjection(temperature=nn.Parameter(torch.tensor(2.0)), dtype=torch.float64)
+        held.to_empty(device="cpu").reset_parameters()
+        assert held.temperature.item() == 2.0
+        assert held.temperature.dtype == torch.float64
+
+    @pytest.mark.parametrize("module_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_mixed_precision(self, dtype: torch.dtype, autocast: bool, module_dtype: torch.dtype) -> None:
+        """Everything but the branch in float32, rounded once: to half a unit of the result of float64."""
+
+        class Branch(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                assert x.dtype == dtype
+                self.came = x.double()
+                self.left = (2.0 * x).to(torch.bfloat16 if autocast else dtype)
+                return self.left
+
+        layer = HyperConnection(Branch(), 16).to(module_dtype)
+        with torch.no_grad():
+            layer.gates.fill_(0.7)
+        exact = copy.deepcopy(layer).double()
+        plans: list[Tensor] = []
+        layer.projection.register_forward_hook(lambda _, __, plan: plans.append(plan))
+        x = torch.randn(5, 4, 16).to(dtype)
+        with torch.autocast("cpu", enabled=autocast):
+            out = layer(x)
+        assert out.dtype == dtype
+        assert plans[0].dtype == torch.float32
+        assert (plans[0].sum(-1) - 1).abs().max() < 1e-6
+        pre, post, plan = exact._mixes(x.double())
+        close = torch.finfo(dtype).eps / 2 + 2e-6
+        torch.testing.assert_close(layer.branch.came, (pre.unsqueeze(-2) @ x.double()).squeeze(-2), rtol=close, atol=2e-6)
+        expected = plan @ x.double() + post.unsqueeze(-1) * layer.branch.left.double().unsqueeze(-2)
+        torch.testing.assert_close(out.double(), expected, rtol=close, atol=4e-6)
+
+    def test_gradients_in_mixed_precision(self) -> None:
+        layer, x = HyperConnection(nn.Linear(16, 16).bfloat16(), 16), torch.randn(5, 4, 16).bfloat16().requires_grad_()
+        layer(x).float().square().sum().backward()
+        exact, wide = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+        exact.zero_grad()
+        exact(wide).square().sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
+        assert (x.grad.double() - wide.grad).norm() < 1e-2 * wide.grad.norm()
+        assert (layer.weight.grad.double() - exact.weight.grad).norm() < 2e-2 * exact.weight.grad.norm()
+
+    def test_options(self) -> None:
+        """first, transposed and eps against the formulas; channels beside streams."""
+        x = torch.randn(3, 4, 8, dtype=torch.float64)
+        for first, transposed, eps in itertools.product(("col", "row"), (False, True), (0.0, 1e-3)):
+            layer = HyperConnection(
+                nn.Identity(), 8, first=first, transposed=transposed, eps=eps, n_iters=3, dtype=torch.float64
+            )
+            with torch.no_grad():
+                layer.gates.fill_(0.7)
+            pre, post, plan = layer._mixes(x)
+            raw = []
+            layer.projection.register_forward_pre_hook(lambda _, args, raw=raw: raw.append(args[0]))
+            out = layer(x)
+            expected = raw[0].softmax(-1 if first == "row" else -2) + eps
+            side, other = (-1, -2) if first == "row" else (-2, -1)
+            expected = expected / (expected.sum(other, keepdim=True) + eps)
+            for _ in range(2):
+                expected = expected / (expected.sum(side, keepdim=True) + eps)
+                expected = expected / (expected.sum(other, keepdim=True) + eps)
+            torch.testing.assert_close(plan, expected)
+            mixed = (expected.mT if transposed else expected) @ x
+            torch.testing.assert_close(out, mixed + post.unsqueeze(-1) * (pre.unsqueeze(-2) @ x))
+            beside = HyperConnection(
+                nn.Identity(), 8, first=first, transposed=transposed, eps=eps, n_iters=3, channels_first=True
+            )
+            beside.to(torch.float64).load_state_dict(layer.state_dict())
+            torch.testing.assert_close(beside(x.mT), out.mT)
+            torch.testing.assert_close(beside.reduce(beside.expand(x[:, 0])), x[:, 0])
+        with pytest.raises(ValueError, match="with eps there are n_iters >= 1 sweeps"):
+            HyperConnection(nn.Identity(), 8, eps=1e-6, sigma2_floor=0.5)
+
+    def test_branches_with_arguments_and_tuples(self) -> None:
+        class Branch(nn.Module):
+            def forward(self, x: Tensor, scale: float, *, more: Tensor) -> tuple[Tensor, Tensor]:
+                return scale * x, more + 1
+
+        x = torch.randn(2, 4, 8)
+        layer, plain = HyperConnection(Branch(), 8), HyperConnection(nn.Identity(), 8)
+        plain.load_state_dict(layer.state_dict())
+        out, other = layer(x, 1.0, more=torch.ones(2))
+        torch.testing.assert_close(out, plain(x))
+        assert torch.equal(other, torch.full((2,), 2.0))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def test_of_a_large_batch_every_other_is_taken(batch_first: bool) -> None:
     with SpectralMonitor(model, sample=3) as monitor:
         model(*call, key_padding_mask=padding, attn_mask=mask)
     plan = model.plan(*call[:2], padding, mask).detach()[::2]
-    value = fastdsm.reference.sigma2(plan, mask=(~padding[::2, None, None]).expand_as(plan))
+    value = fastdsm.reference.sigma2(plan, mask=~(padding[::2, None, None] | padding[::2, None, :, None]).expand_as(plan))
     for row in monitor.rows:
         assert row.sigma2 == pytest.approx(value[:, row.head].mean().item(), rel=2e-3)
         assert row.sigma2_max == pytest.approx(value[:, row.head].max().item(), rel=2e-3)
@@ -152,7 +154,7 @@ def test_padding_takes_no_part() -> None:
     monitor = SpectralMonitor(model)
     model(x, x, x, key_padding_mask=padding)
     plan = model.plan(x, x, padding).detach()
-    value = fastdsm.reference.sigma2(plan, mask=~padding[:, None, None].expand_as(plan))
+    value = fastdsm.reference.sigma2(plan, mask=~(padding[:, None, None] | padding[:, None, :, None]).expand_as(plan))
     assert monitor.rows[0].sigma2 == pytest.approx(value[:, 0].mean().item(), rel=2e-3)
     assert monitor.rows[0].residual < 1e-3
 
@@ -249,3 +251,21 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         SpectralMonitor(SinkhornProjection(), **arguments)
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got function"):
         SpectralMonitor(fastdsm.sinkhorn)
+
+
+def test_copies_are_not_watched() -> None:
+    """deepcopy, pickle, torch.save and an average of weights work, and the monitor goes on with the original."""
+    model = Network(torch.randn(6, 6))
+    x = torch.randn(5, 6, 8)
+    with SpectralMonitor(model) as monitor:
+        model(x)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+        copies.append(torch.optim.swa_utils.AveragedModel(model))
+        for other in copies:
+            torch.testing.assert_close(other(x), model.eval()(x))
+        assert monitor.step == 1
+        model.train()(x)
+        assert monitor.step == 2
