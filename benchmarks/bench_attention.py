@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -22,7 +20,7 @@ def bench_sinkhorn_attention(benchmark: BenchmarkFixture, device: str, direction
     """Attend with standard normal operands."""
 
     def ours(x: Tensor) -> Outputs:
-        return (cast(Tensor, fastdsm.sinkhorn_attention(*split(x), n_iters=ATTENTION_SWEEPS)),)
+        return (fastdsm.sinkhorn_attention(*split(x), n_iters=ATTENTION_SWEEPS),)
 
     call = f"fastdsm.sinkhorn_attention(query, key, value, n_iters={ATTENTION_SWEEPS})"
     operands = torch.randn(ATTENTION_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)

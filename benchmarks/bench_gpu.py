@@ -67,7 +67,7 @@ def bench_attention_of_many_heads(benchmark: BenchmarkFixture, device: str, shap
 
 def _attention(n_iters: int, name: str | None = None) -> Implementation:
     def attend(x: Tensor) -> Outputs:
-        return (cast(Tensor, fastdsm.sinkhorn_attention(*split(x), n_iters=n_iters)),)
+        return (fastdsm.sinkhorn_attention(*split(x), n_iters=n_iters),)
 
     call = f"fastdsm.sinkhorn_attention(query, key, value, n_iters={n_iters})"
     definition = ATTENTION if n_iters == ATTENTION_SWEEPS else attention_definition(n_iters)
@@ -130,7 +130,7 @@ def bench_sweep_of_one_matrix(benchmark: BenchmarkFixture, device: str) -> None:
     logits = torch.randn(ONE_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
 
     def fewer(x: Tensor) -> Outputs:
-        return (cast(Tensor, fastdsm.sinkhorn(x, n_iters=FEWER_SWEEPS)),)
+        return (fastdsm.sinkhorn(x, n_iters=FEWER_SWEEPS),)
 
     def oracle(x: Tensor) -> Outputs:
         return (cast(Tensor, fastdsm.reference.sinkhorn(x, n_iters=FEWER_SWEEPS)),)
@@ -153,10 +153,10 @@ def bench_newton_beside_twenty_sweeps(benchmark: BenchmarkFixture, device: str, 
     logits = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def newton(x: Tensor) -> Outputs:
-        return (cast(Tensor, fastdsm.sinkhorn(x, solver="newton", tol=TOL)),)
+        return (fastdsm.sinkhorn(x, solver="newton", tol=TOL),)
 
     def sweeps(x: Tensor) -> Outputs:
-        return (cast(Tensor, fastdsm.sinkhorn(x, tol=TOL, n_iters=MOST_SWEEPS)),)
+        return (fastdsm.sinkhorn(x, tol=TOL, n_iters=MOST_SWEEPS),)
 
     by_newton, by_sweeps = f'solver="newton", tol={TOL:g}', f"tol={TOL:g}, n_iters={MOST_SWEEPS}"
     implementations = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -30,10 +28,10 @@ def bench_newton(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...
     logits = LOGIT_STD * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def newton(x: Tensor) -> Tensor:
-        return cast(Tensor, fastdsm.sinkhorn(x, solver="newton", tol=TOL))
+        return fastdsm.sinkhorn(x, solver="newton", tol=TOL)
 
     def sweeps(x: Tensor) -> Tensor:
-        return cast(Tensor, fastdsm.sinkhorn(x, tol=TOL, n_iters=MOST_SWEEPS))
+        return fastdsm.sinkhorn(x, tol=TOL, n_iters=MOST_SWEEPS)
 
     by_newton, by_sweeps = f'solver="newton", tol={TOL:g}', f"tol={TOL:g}, n_iters={MOST_SWEEPS}"
     implementations = [

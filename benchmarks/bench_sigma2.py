@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -75,7 +73,7 @@ def bench_sigma2_bounds(benchmark: BenchmarkFixture, device: str, shape: tuple[i
 
 
 def _sigma2(plans: Tensor) -> Outputs:
-    return (cast(Tensor, fastdsm.sigma2(plans)),)
+    return (fastdsm.sigma2(plans),)
 
 
 def _decompositions() -> list[Implementation]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,35 @@ from ._ops import arguments, masks, transforms
 from .results import AttentionInfo, default_tol
 
 
+# fmt: off
+@overload
+def sinkhorn_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sinkhorn_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, AttentionInfo]: ...
+@overload
+def sinkhorn_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, AttentionInfo]: ...
+# fmt: on
 def sinkhorn_attention(
     query: Tensor,
     key: Tensor,
@@ -119,7 +148,7 @@ class Checked:
             )
         query, key, value = _autocast(query, key, value)
         _check_operands(query, key, value, enable_gqa)
-        arguments.check_count(n_iters, "n_iters")
+        n_iters = arguments.count_of(n_iters, "n_iters")
         arguments.check_choice(first, "first", ("col", "row"))
         arguments.check_tol(tol)
         if grad is not None:
@@ -130,6 +159,8 @@ class Checked:
             raise ValueError(f"dropout_p must be a float in [0, 1), got {dropout_p}")
         self.backend = arguments.resolve_backend(backend, query)
         batch, (N, d), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
+        if 0 in (N, M) and self.backend == "reference":
+            self.backend = "torch"  # the oracle takes maxima; there is nothing to compare
         self._lead = batch
         like = query[..., :1].expand(*query.shape[:-1], M)
         tau = arguments.temperature_of(temperature, like)
@@ -150,7 +181,15 @@ class Checked:
         elif bias is not None:
             query, key, value = _without_unmet(query, key, value, ~masks.taken_out(bias), paddings)
         heads = query.shape[1]
-        tensors = [query, key, value, bias, mask, tau.reshape(-1, heads) if isinstance(tau, Tensor) else None, *paddings]
+        tensors = [
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            tau.reshape(query.shape[0], heads) if isinstance(tau, Tensor) else None,
+            *paddings,
+        ]
         scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
         number = 1.0 if isinstance(tau, Tensor) else tau
         seed = None
@@ -192,7 +231,7 @@ def _four(x: Tensor) -> Tensor:
     """(B, H, lines, features) of any number of leading dimensions."""
     if x.dim() < 4:
         return x[(None,) * (3 - x.dim())].unsqueeze(1)
-    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+    return x if x.dim() == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def _autocast(*operands: Tensor) -> list[Tensor]:
@@ -213,6 +252,7 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
             raise TypeError(f"{name} must be a torch.Tensor of shape (..., lines, features), got {type(x).__name__}")
         if x.dtype not in arguments.DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
+        arguments.check_dense(x, name)
         if x.dtype != query.dtype:
             raise TypeError(f"query, key and value must have one dtype, got query {query.dtype} and {name} {x.dtype}")
         if x.device != query.device:
@@ -275,7 +315,7 @@ def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str)
     batch = query.shape[:-3] if query.dim() > 3 else query.shape[:-2]
     if x.dim() < 1 or x.shape[-1] != length:
         raise ValueError(f"{name} must have shape (..., {length}), one entry per {role} line, got {tuple(x.shape)}")
-    x = arguments.broadcast(x, name, (*batch, length)).reshape(-1, length)
+    x = arguments.broadcast(x, name, (*batch, length)).reshape(math.prod(batch), length)
     out = masks.taken_out(x)
     if x.dtype == torch.bool:
         return out, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,35 @@ from ._ops import transforms
 from .attention import Checked
 
 
+# fmt: off
+@overload
+def sinkhorn_attention_sigma2(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
+    backend: str = ...,
+    return_bounds: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sinkhorn_attention_sigma2(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
+    backend: str = ...,
+    return_bounds: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def sinkhorn_attention_sigma2(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *,
+    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
+    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
+    backend: str = ...,
+    return_bounds: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+# fmt: on
 def sinkhorn_attention_sigma2(
     query: Tensor,
     key: Tensor,

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from . import reference
 from ._ops import arguments, taped, transforms
 from ._ops.plain import KeptCalls
+from ._ops.problem import compute_dtype
 from ._ops.runs import Forward, Run
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
 
 
+# fmt: off
+@overload
+def sinkhorn(
+    logits: Tensor,
+    *,
+    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    solver: str = ..., grad: str | None = ..., backend: str = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sinkhorn(
+    logits: Tensor,
+    *,
+    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    solver: str = ..., grad: str | None = ..., backend: str = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, SinkhornInfo]: ...
+@overload
+def sinkhorn(
+    logits: Tensor,
+    *,
+    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    solver: str = ..., grad: str | None = ..., backend: str = ...,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
+# fmt: on
 def sinkhorn(
     logits: Tensor,
     *,
@@ -39,7 +71,7 @@ def sinkhorn(
     sigma2; the same side is exact at the end.
 
     Args:
-        logits: (..., n, m), float16, bfloat16, float32 or float64; any batch shape, strides, n >= 1 and m >= 1. The
+        logits: (..., n, m), float16, bfloat16, float32 or float64; any batch shape, strides, n and m, from 0 on. The
             arithmetic is float32 (float64 for float64). -inf entries take no part. NaN or +inf make their matrix NaN.
         n_iters: sweeps, >= 0. 0 is one normalisation of the side that is exact at the end (a row softmax for "col"). With
             "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20 serve logits
@@ -135,14 +167,14 @@ class _Call:
     ) -> None:
         logits, temperature, _, row, col, _ = tensors
         self.grad = _resolve_method(solver, grad)
-        arguments.check_matrices(logits, "logits")
-        arguments.check_count(n_iters, "n_iters")
+        arguments.check_matrices(logits, "logits", 0)
+        n_iters = arguments.count_of(n_iters, "n_iters")
         arguments.check_choice(first, "first", ("col", "row"))
         arguments.check_tol(tol)
         if solver == "newton" and tol is None:
             tol = default_tol(logits.dtype)
         self.backend = arguments.resolve_backend(backend, logits)
-        self.batch = logits.shape[:-2]
+        self.batch, self.empty = logits.shape[:-2], 0 in logits.shape[-2:]
         self.flatten = arguments.flattening(tensors, _formed(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
@@ -153,6 +185,8 @@ class _Call:
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
+        if self.empty:
+            return self._of_nothing(tensors[0])
         if self.backend == "reference":
             return self._reference(tensors)
         scale = tensors[1]
@@ -189,6 +223,16 @@ class _Call:
             trained = taped.sinkhorn if self.backend == "torch" and call is transforms.sinkhorn else call.trained
             results = trained(self.trained, *inputs)
         return self._restored(results if more else (results,))
+
+    def _of_nothing(self, logits: Tensor) -> Any:
+        """Plans without rows or columns: converged without a sweep, and sigma2 is 0."""
+        n, m = logits.shape[-2:]
+        new = partial(logits.new_zeros, dtype=compute_dtype(logits.dtype))
+        plan, residual, sweeps = logits.clone(), new(self.batch), logits.new_zeros(self.batch, dtype=torch.int32)
+        f, g = new((*self.batch, n)), new((*self.batch, m))
+        if self.with_sigma2:
+            return SinkhornSpectrum(plan, new(self.batch), residual, sweeps, f, g)
+        return (plan, SinkhornInfo(residual, residual == 0, sweeps, f, g)) if self.with_info else plan
 
     def _restored(self, results: Sequence[Tensor]) -> Any:
         """What the caller gets, in the logits' batch shape."""

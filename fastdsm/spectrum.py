@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,10 +10,37 @@ from torch import Tensor
 from . import reference
 from ._ops import arguments, transforms
 from ._ops.plain import KeptCalls
+from ._ops.problem import compute_dtype
 from ._ops.runs import Bounds, Run, Sigma2
 from .pytorch.spectrum import JACOBI_MAX_SIDE, METHODS
 
 
+# fmt: off
+@overload
+def sigma2(
+    plan: Tensor,
+    *,
+    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    return_vectors: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sigma2(
+    plan: Tensor,
+    *,
+    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    return_vectors: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def sigma2(
+    plan: Tensor,
+    *,
+    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    return_vectors: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+# fmt: on
 def sigma2(
     plan: Tensor,
     *,
@@ -77,10 +104,10 @@ class _OfPlans:
 
     def __init__(self, tensors: tuple[Any, ...], backend: str) -> None:
         plan, row, col, mask, *start = tensors
-        arguments.check_matrices(plan, "plan")
+        arguments.check_matrices(plan, "plan", 0)
         self.backend = arguments.resolve_backend(backend, plan)
         n, m = plan.shape[-2:]
-        self.batch = plan.shape[:-2]
+        self.batch, self.empty = plan.shape[:-2], 0 in plan.shape[-2:]
         formed = (
             plan,
             arguments.line_vector(row, "row_marginal", plan, n, "row"),
@@ -97,6 +124,10 @@ class _OfPlans:
         arguments.check_marginals(tensors[1], tensors[2])
         return tensors
 
+    def nothing(self, plan: Tensor, *lines: int) -> Tensor:
+        """The zeros (..., *lines) of plans without rows or columns."""
+        return plan.new_zeros((*self.batch, *lines), dtype=compute_dtype(plan.dtype))
+
 
 class _Value(_OfPlans):
     def __init__(
@@ -109,12 +140,12 @@ class _Value(_OfPlans):
         backend: str,
     ) -> None:
         plan, *_, v0 = tensors
-        arguments.check_matrices(plan, "plan")
+        arguments.check_matrices(plan, "plan", 0)
         arguments.check_choice(method, "method", ("auto", *METHODS))
         if not tol > 0:
             raise ValueError(f"tol must be > 0, a relative accuracy such as 1e-4, got {tol}")
         if max_iters is not None:
-            arguments.check_count(max_iters, "max_iters")
+            max_iters = arguments.count_of(max_iters, "max_iters", 1)
         if method == "jacobi" and min(plan.shape[-2:]) > JACOBI_MAX_SIDE:
             raise ValueError(
                 f'method="jacobi" serves min(n, m) <= {JACOBI_MAX_SIDE}, got {tuple(plan.shape)}; use "squaring" or "auto"'
@@ -128,6 +159,10 @@ class _Value(_OfPlans):
         self.run: Run | None = None
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        if self.empty:
+            n, m = tensors[0].shape[-2:]
+            value, u, v = self.nothing(tensors[0]), self.nothing(tensors[0], n), self.nothing(tensors[0], m)
+            return (value, u, v) if self.vectors else value
         plan, row, col, mask = (tensors := self.flat(tensors))[:4]
         if self.backend == "reference":
             return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask).reshape(self.batch)
@@ -149,6 +184,8 @@ class _Interval(_OfPlans):
         self.run: Run | None = None
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        if self.empty:
+            return self.nothing(tensors[0]), self.nothing(tensors[0])
         flat: Any = tuple([x if x is None else x.detach() for x in self.flat(tensors)])
         plan, row, col, mask = flat
         if self.backend == "reference":

@@ -99,7 +99,7 @@ class _Call:
     def __init__(self, tensors: tuple[Any, ...], n_iters: int, backend: str) -> None:
         logits, target, row, col, mask, needed = tensors
         arguments.check_matrices(logits, "logits")
-        arguments.check_count(n_iters, "n_iters")
+        n_iters = arguments.count_of(n_iters, "n_iters")
         n, m = logits.shape[-2:]
         formed = (
             logits,

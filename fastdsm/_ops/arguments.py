@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,16 +22,24 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def check_matrices(x: Tensor, name: str) -> None:
-    """Float dtype and at least two dimensions."""
+def check_matrices(x: Tensor, name: str, least: int = 1) -> None:
+    """Dense, of a float dtype and at least two dimensions, with ``least`` rows and columns, 0 or 1."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (..., n, m), got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
+    check_dense(x, name)
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (..., n, m), got {_shape(x)}; a vector needs a second dimension")
-    if 0 in x.shape[-2:]:
+    if least and 0 in x.shape[-2:]:
         raise ValueError(f"{name} must have n >= 1 and m >= 1, got {_shape(x)}")
+
+
+def check_dense(x: Tensor, name: str) -> None:
+    """With memory of its own for every entry."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one; convert with to_dense() or to_padded_tensor()")
 
 
 def check_choice(value: str, name: str, allowed: Sequence[str]) -> None:
@@ -39,12 +48,13 @@ def check_choice(value: str, name: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_count(value: int, name: str) -> None:
-    """A non-negative integer (symbolic ones pass)."""
-    if isinstance(value, (bool, float)) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int >= 0, got {value!r} of type {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
+def count_of(value: Any, name: str, least: int = 0) -> int:
+    """An integer of any integral type, as an int (symbolic ones pass)."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int >= {least}, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
 def check_tol(tol: float | None) -> None:
@@ -124,12 +134,13 @@ def mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return broadcast(mask, "mask", tuple(like.shape))
 
 
-def check_temperature(temperature: float) -> None:
-    """A positive number."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
+def check_temperature(temperature: Any) -> None:
+    """A positive number, of any real type."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    value: Any = temperature
+    if not value > 0 or value == math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
 
 def check_temperatures(temperature: Tensor | None) -> None:

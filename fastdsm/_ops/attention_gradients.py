@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from .. import reference
 from .gradients import Calls, Gradients, padded, save, saved, through
 from .masks import lowered
+
+_ENTRIES = 1 << 24  # of the logits' gradient, stored at once for the temperature's
 
 
 def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -26,33 +29,105 @@ def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None
         return (None,) * len(inputs)
     *inputs, _, _ = inputs
     needed = ctx.needs_input_grad
+    if needed[5]:
+        return padded(_with_temperature(calls, grad_out, kept, inputs, needed[3]), [*inputs, None, None])
+    query, key, value, bias = inputs[:4]
+    with_bias = bias is not None and needed[3]
+    found = calls.sinkhorn_attention_backward(grad_out, *kept, *inputs, with_bias)
+    found = [*found[:3], found[3] if with_bias else None]
+    cast = [None if x is None else x.to(y.dtype) for x, y in zip(found, (query, key, value, bias), strict=True)]
+    return padded(cast, [*inputs, None, None])
+
+
+def _with_temperature(
+    calls: Calls, grad_out: Tensor, kept: Sequence[Any], inputs: list[Any], with_bias: bool
+) -> list[Tensor | None]:
+    """Gradients of query, key, value, bias, (mask) and temperature: that is a sum of products with the gradient of the logits.
+
+    These must be whole and unrounded, bias entry by entry: so many heads at a time that no more than ``_ENTRIES`` are stored.
+    """
     query, key, value, bias, _, temperature = inputs[:6]
-    bias_shape = None if bias is None else bias.shape
-    dtypes = [None if x is None else x.dtype for x in (query, key, value, bias)]
-    if needed[5]:
-        # Its gradient sums the products of bias and query with theirs, which must therefore be whole and unrounded.
-        shape = (*query.shape[:3], key.shape[2])
-        query, key, value, grad_out = (x.to(temperature.dtype) for x in (query, key, value, grad_out))
-        bias = None if bias is None else lowered(bias).expand(shape).to(temperature.dtype)
-        inputs = [query, key, value, bias, *inputs[4:]]
-        if dtypes[0] != query.dtype and inputs[-1] == "triton":
-            # Tensor cores add up narrow products in their own way: with potentials of their logits, the line sums of these
-            # would be off by an ulp of a logit, which more than doubles the error of that sum.
-            _, f, g, _, sweeps = calls.sinkhorn_attention(*inputs, False, True)
-            kept = [f, g, sweeps]
-    with_bias = bias is not None and (needed[3] or needed[5])
-    results = calls.sinkhorn_attention_backward(grad_out, *kept, *inputs, with_bias)
-    d_query, d_key, d_value, d_bias = results
-    found: list[Tensor | None] = [d_query, d_key, d_value, d_bias if needed[3] else None]
-    if needed[5]:
-        total = (d_query * query).sum((-2, -1), dtype=torch.float64)
+    seed, backend, wide = inputs[8], inputs[-1], temperature.dtype
+    dtypes = [x.dtype for x in (query, key, value)]
+    if dtypes[0] != wide and backend == "triton":
+        # Tensor cores add up narrow products in their own way: with potentials of their logits, the line sums of these
+        # would be off by an ulp of a logit, which more than doubles the error of that sum.
+        given = [*(x.to(wide) for x in (query, key, value)), None if bias is None else lowered(bias).to(wide), *inputs[4:]]
+        _, f, g, _, sweeps = calls.sinkhorn_attention(*given, False, True)
+        kept = [f, g, sweeps]
+    B, H, N, _ = query.shape
+    G, M = key.shape[1:3]
+    batches, groups = B, G
+    if bias is not None and seed is None:  # what is dropped depends on a head's place
+        groups = min(max(_ENTRIES // max(H // G * N * M, 1), 1), G)
+        batches = max(_ENTRIES // max(H * N * M, 1), 1)
+    d_bias: Tensor | None = None
+    rows = []
+    for b in range(0, B, batches):
+        columns = []
+        for g in range(0, G, groups):
+            heads = _Heads(slice(b, b + batches), slice(g * H // G, (g + groups) * H // G), slice(g, g + groups))
+            part = heads.of(inputs, wide)
+            found = calls.sinkhorn_attention_backward(
+                heads.by_query(grad_out).to(wide), *map(heads.by_query, kept), *part, bias is not None
+            )
+            total = _product(found[0], part[0])
+            if bias is not None:
+                total = total + _product(found[3], part[3])
+                if with_bias and batches >= B and groups >= G:
+                    d_bias = found[3].sum_to_size(bias.shape)
+                elif with_bias:
+                    d_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if d_bias is None else d_bias
+                    of_bias = heads.by_query(d_bias)
+                    of_bias += found[3].sum_to_size(of_bias.shape)
+            columns.append((*found[:3], total))
+        rows.append([torch.cat(x, 1) for x in zip(*columns, strict=True)])
+    *found, total = (torch.cat(x) for x in zip(*rows, strict=True))
+    gradients: list[Tensor | None] = [x.to(dtype) for x, dtype in zip(found, dtypes, strict=True)]
+    gradients += [d_bias if d_bias is None else d_bias.to(bias.dtype), None, (-total / temperature).to(wide)]
+    return gradients
+
+
+def _product(gradient: Tensor, x: Tensor) -> Tensor:
+    """The sum over the last two dimensions of a gradient times what it is of; where it is 0, x may be anything."""
+    return torch.where(gradient == 0, 0.0, gradient * x).sum((-2, -1), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Some heads of some of the batch."""
+
+    batch: slice
+    heads: slice
+    groups: slice
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """The part of x (B, H, ...), of which B and H may be 1 for all."""
+        batch, heads = (
+            index if size > 1 else slice(None) for index, size in zip((self.batch, self.heads), x.shape, strict=False)
+        )
+        return x[batch, heads]
+
+    def of(self, inputs: list[Any], wide: torch.dtype) -> list[Any]:
+        """The operator's inputs for these heads in the dtype ``wide``, the bias with an entry for each logit."""
+        query, key, value, bias, mask, temperature, *paddings, seed = inputs[:9]
+        query, temperature = self.by_query(query).to(wide), self.by_query(temperature)
+        key, value = (x[self.batch, self.groups].to(wide) for x in (key, value))
         if bias is not None:
-            total = total + torch.where(d_bias == 0, 0.0, d_bias * bias).sum((-2, -1), dtype=torch.float64)
-        found += [None, (-total / temperature).to(temperature.dtype)]
-        if needed[3]:
-            found[3] = d_bias.sum_to_size(bias_shape)
-    cast = [None if x is None else x.to(dtype) for x, dtype in zip(found, dtypes, strict=False)]
-    return padded([*cast, *found[4:]], [*inputs, None, None])
+            shape = (*query.shape[:3], key.shape[2])
+            bias = lowered(self.by_query(bias)).expand(shape).to(wide)
+        mask = None if mask is None else self.by_query(mask)
+        return [
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            temperature,
+            *(x if x is None else x[self.batch] for x in paddings),
+            seed,
+            *inputs[9:],
+        ]
 
 
 def _oracle_backward(grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

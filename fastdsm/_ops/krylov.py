@@ -61,8 +61,9 @@ def lanczos_of(
             ritz, weights, residual = _top_of_tridiagonal(diagonal, off)
             if last or stop(((residual <= enough * ritz) | (ritz <= 0)).all()):
                 break
-        # Where the space is exhausted what is left of w is rounding: the next vector is 0, and so are those after it.
-        spent = off[-1] <= 8 * torch.finfo(start.dtype).eps * torch.stack(diagonal).amax(0)
+        # Where the space is exhausted what is left of w is rounding, and where M is, so is the diagonal, of any sign: the next
+        # vector is 0, and so are those after it.
+        spent = off[-1] <= 8 * torch.finfo(start.dtype).eps * torch.stack(diagonal).abs().amax(0)
         off[-1] = off[-1].masked_fill(spent, 0.0)
         v = (w / off[-1].masked_fill(spent, 1.0)[:, None]).masked_fill(spent[:, None], 0.0)
         basis.append(v)

@@ -131,7 +131,6 @@ class _Curve:
         value = sigma2(
             found.plan, tol=_SIGMA2_TOL, mask=part.lines, row_marginal=part.row, col_marginal=part.col, backend=part.backend
         )
-        assert isinstance(value, Tensor)
         return value, found.done
 
 

@@ -72,7 +72,6 @@ def measure(plans: Tensor) -> Tensor:
     used = plans != 0  # lines of zeros are padding
     lines = used.any(-1, keepdim=True) & used.any(-2, keepdim=True)
     value = sigma2(plans, mask=lines, tol=1e-3)
-    assert isinstance(value, Tensor)
     square = plans.shape[-1] == plans.shape[-2]
     identity = distance_to_identity(plans) if square else torch.full_like(value, math.nan)
     columns = [value.mean(1), value.amin(1), value.amax(1), distance_to_uniform(plans, mask=lines).mean(1), identity.mean(1)]

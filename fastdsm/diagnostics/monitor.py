@@ -71,13 +71,9 @@ class SpectralMonitor:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        for value, name in ((every, "every"), (sample, "sample")):
-            arguments.check_count(value, name)
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
         self.rows: list[Row] = []
         self.step = 0
-        self._every, self._sample = every, sample
+        self._every, self._sample = arguments.count_of(every, "every", 1), arguments.count_of(sample, "sample", 1)
         self._thresholds = Thresholds(uniform, identity)
         self._sinks = sinks_of(path, tensorboard)
         self._kept: dict[str, Tensor] = {}

@@ -33,7 +33,6 @@ def summarize(plan: Tensor) -> PlanSummary:
     """Measure plans (..., n, m) of uniform marginals; each number as the function of its name defines it. Errors as there."""
     plan = plan.detach() if isinstance(plan, Tensor) else plan
     value = sigma2(plan)
-    assert isinstance(value, Tensor)
     lower, upper = sigma2_bounds(plan)
     identity = distance_to_identity(plan) if plan.shape[-1] == plan.shape[-2] else None
     return PlanSummary(

@@ -37,9 +37,8 @@ class SpectralFloor(nn.Module):
         super().__init__()
         if not 0 < floor < 1:
             raise ValueError(f"floor must lie in (0, 1), between the uniform plan and a permutation, got {floor}")
-        arguments.check_count(n_iters, "n_iters")
         self.floor = floor
-        self.n_iters = n_iters
+        self.n_iters = arguments.count_of(n_iters, "n_iters")
 
     def forward(self, logits: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
         """The temperatures (...,) for :func:`fastdsm.sinkhorn` on ``logits`` under ``mask``."""

@@ -11,10 +11,11 @@ its mean (weighted by r; v likewise) never falls and rises by no more than the d
 So |log u|, |log v| <= 4 D + log m, which float32 holds. One K serves all sweeps, whatever their number.
 
 *Wild*, everything else: the first sweep takes maxima out twice, and K is rebuilt in time. A column sum K^T 1 of a matrix
-with row sums r lies between c_j / b and c_j b, b = max(total / min r, total / min c, 2), which is max(n, m) for uniform
-marginals; so one sweep multiplies u and v by factors within [1/b, b]. An entry that float32 dropped from K (below 2^-126)
-is at most 2^-126 max(u) max(v) in P, thus at most 2^-36 for R = floor(45 / log2 b) sweeps (one less for uneven marginals);
-then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R = 0: every sweep in the log domain.
+with row sums r lies between c_j / b and c_j b, b = max(total / min r, total / min c, 2) of the larger total, which is
+max(n, m) for uniform marginals; so one sweep multiplies u and v by factors within [1/b, b]. An entry that float32 dropped
+from K (below 2^-126) is at most 2^-126 max(u) max(v) in P, thus at most 2^-36 for R = floor(45 / log2 b) sweeps (one less
+for uneven marginals); then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R = 0: every sweep in
+the log domain.
 """
 
 from __future__ import annotations
@@ -252,10 +253,11 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
         return int(_LOG2_GAIN / math.log2(max(*chunk.matrix_shape, 2)))
     if chunk.S.device.type != "cpu":
         return 0  # looking at the marginals would stall the host
-    gain = 2.0
+    gain, line = 2.0, chunk.layout.line
+    total = torch.maximum(chunk.r.sum(line), chunk.c.sum(line))  # of lines that take part, where they may differ under a mask
     for x in (chunk.r, chunk.c):
-        least = x.masked_fill(x == 0, math.inf).amin(chunk.layout.line)
-        gain = max(gain, float((x.sum(chunk.layout.line) / least).nan_to_num_(nan=math.inf).amax()))
+        least = x.masked_fill(x == 0, math.inf).amin(line)
+        gain = max(gain, float((total / least).nan_to_num_(nan=math.inf).amax()))
     return max(int(_LOG2_GAIN / math.log2(gain)) - 1, 0)
 
 

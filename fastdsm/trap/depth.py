@@ -58,7 +58,6 @@ def run(heads: Tensor) -> Result:
 def decay(plans: Tensor) -> Tensor:
     """(L, 4): each layer's sigma2, the product of squares so far, the product's own square, and the energy of detail left."""
     each = sigma2(plans)
-    assert isinstance(each, Tensor)
     x = torch.randn(plans.shape[-1], _FEATURES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x = x - x.mean(0)
     start, left = x.square().sum(), []
@@ -71,5 +70,4 @@ def decay(plans: Tensor) -> Tensor:
 
 def _converged(logits: Tensor) -> Tensor:
     plans = sinkhorn(logits, tol=1e-5, n_iters=300)
-    assert isinstance(plans, Tensor)
     return plans

@@ -222,7 +222,6 @@ def _normalised(x: Tensor) -> Tensor:
 
 def _sigma2(plans: Tensor) -> Tensor:
     found = sigma2(plans)
-    assert isinstance(found, Tensor)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,12 +21,20 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fastdsm.sinkhorn(x.int()), TypeError, r"logits must be float16.*got torch.int32; convert"),
     (lambda: fastdsm.sinkhorn(x.to(torch.complex64)), TypeError, r"float64, got torch.complex64"),
     (lambda: fastdsm.sinkhorn(x[0, 0]), ValueError, r"shape \(\.\.\., n, m\), got \(4,\)"),
-    (lambda: fastdsm.sinkhorn(x[:, :0]), ValueError, r"n >= 1 and m >= 1, got \(2, 0, 4\)"),
+    (lambda: fastdsm.round_to_birkhoff(x[:, :0]), ValueError, r"n >= 1 and m >= 1, got \(2, 0, 4\)"),
     (lambda: fastdsm.sinkhorn(x, n_iters=-1), ValueError, r"n_iters must be >= 0, got -1"),
     (lambda: fastdsm.sinkhorn(x, n_iters=2.0), TypeError, r"n_iters must be an int >= 0, got 2.0 of type float"),
     (lambda: fastdsm.sinkhorn(x, n_iters=True), TypeError, r"n_iters must be an int"),
-    (lambda: fastdsm.sinkhorn(x, temperature=0.0), ValueError, r"temperature must be > 0, got 0.0"),
-    (lambda: fastdsm.sinkhorn(x, temperature=float("nan")), ValueError, r"temperature must be > 0, got nan"),
+    (lambda: fastdsm.sinkhorn(x, temperature=0.0), ValueError, r"temperature must be > 0 and finite, got 0.0"),
+    (lambda: fastdsm.sinkhorn(x, temperature=float("nan")), ValueError, r"temperature must be > 0 and finite, got nan"),
+    (lambda: fastdsm.sinkhorn(x, temperature=float("inf")), ValueError, r"temperature must be > 0 and finite, got inf"),
+    (lambda: fastdsm.sinkhorn(x.to_sparse()), TypeError, r"logits must be a dense tensor, got a sparse_coo one"),
+    (lambda: fastdsm.sinkhorn(torch.nested.as_nested_tensor([x, x])), TypeError, r"must be a dense tensor, got a nested one"),
+    (
+        lambda: fastdsm.sinkhorn_attention(*[x.to_sparse()] * 3),
+        TypeError,
+        r"query must be a dense tensor, got a sparse_coo one",
+    ),
     (lambda: fastdsm.sinkhorn(x, temperature="hot"), TypeError, r"a float or a tensor, got str"),
     (lambda: fastdsm.sinkhorn(x, temperature=torch.tensor([1.0, -2.0])), ValueError, r"> 0 everywhere, got -2.0"),
     (lambda: fastdsm.sinkhorn(x, temperature=torch.ones(2, 1)), ValueError, r"batch shape \(2,\) \(no trailing ones"),
@@ -114,7 +123,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r"method must be one of 'auto', 'jacobi', 'squaring', 'lanczos', 'power'",
     ),
     (lambda: fastdsm.sigma2(x, tol=0.0), ValueError, r"tol must be > 0.*got 0.0"),
-    (lambda: fastdsm.sigma2(x, max_iters=-3), ValueError, r"max_iters must be >= 0, got -3"),
+    (lambda: fastdsm.sigma2(x, max_iters=0), ValueError, r"max_iters must be >= 1, got 0"),
     (lambda: fastdsm.sigma2(torch.zeros(9, 9), method="jacobi"), ValueError, r"min\(n, m\) <= 8, got \(9, 9\); use"),
     (lambda: fastdsm.sigma2(x, v0=torch.ones(4)), ValueError, r'start of method="power" alone, got method=\'auto\''),
     (lambda: fastdsm.sigma2(x, backend="reference", return_vectors=True), ValueError, r"gives no vectors"),
@@ -132,3 +141,58 @@ def test_kernels_on_a_cpu_tensor_need_the_interpreter(monkeypatch: pytest.Monkey
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu; use"):
         fastdsm.sinkhorn(x, backend="triton")
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_numbers_of_numpy(kind: Any) -> None:
+    logits = torch.randn(2, 4, 4)
+    expected = fastdsm.sinkhorn(logits, n_iters=7, temperature=0.5)
+    for temperature in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(fastdsm.sinkhorn(logits, n_iters=kind(7), temperature=temperature), expected)
+    leaf = logits.requires_grad_()
+    fastdsm.sinkhorn(leaf, n_iters=kind(7), temperature=np.float32(0.5)).square().sum().backward()
+    assert leaf.grad is not None
+    fastdsm.sinkhorn_attention(leaf, leaf, leaf, n_iters=kind(2), temperature=np.float32(0.5))
+    fastdsm.temperature_for_sigma2(logits.detach(), 0.5, n_iters=kind(7))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("shape", [(2, 0, 3), (3, 0), (0, 0), (0, 4, 0), (2, 5, 0)], ids=str)
+def test_no_rows_or_no_columns(shape: tuple[int, ...], backend: str) -> None:
+    logits = torch.zeros(shape, requires_grad=True)
+    plan, info = fastdsm.sinkhorn(logits, return_info=True, backend=backend)
+    assert plan.shape == shape
+    assert info.converged.all()
+    assert (info.residual == 0).all()
+    assert (info.sweeps == 0).all()
+    assert (info.f.shape, info.g.shape) == (shape[:-1], (*shape[:-2], shape[-1]))
+    plan.sum().backward()
+    assert logits.grad.shape == shape
+    found = fastdsm.sinkhorn_sigma2(logits, backend=backend)
+    assert found.sigma2.shape == shape[:-2]
+    assert (found.sigma2 == 0).all()
+    assert (fastdsm.sigma2(plan, backend=backend) == 0).all()
+    assert all((x == 0).all() and x.shape == shape[:-2] for x in fastdsm.sigma2_bounds(plan, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (4, 0), (0, 0)])
+@pytest.mark.parametrize("lead", [(2, 3), (2, 2, 3), ()], ids=str)
+def test_attention_without_lines(lead: tuple[int, ...], n: int, m: int, backend: str) -> None:
+    """As scaled_dot_product_attention: no queries give nothing, no keys zeros."""
+    query, key = torch.randn(*lead, n, 8), torch.randn(*lead, m, 8)
+    paddings = {"query_padding_mask": torch.zeros(n, dtype=torch.bool), "key_padding_mask": torch.zeros(m)}
+    for options in ({}, paddings):
+        out = fastdsm.sinkhorn_attention(query, key, key, backend=backend, **options)
+        assert out.shape == (*lead, n, 8)
+        assert (out == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_marginals_whose_totals_a_mask_parts(backend: str) -> None:
+    """What is left of the columns is ten times what is left of the rows: bounded, and rows are exact, after any sweeps."""
+    mask = torch.tensor([[True, True], [False, False]])
+    options: dict[str, Any] = {"row_marginal": torch.tensor([1.0, 9.0]), "col_marginal": torch.tensor([5.0, 5.0]), "mask": mask}
+    for n_iters in (1, 8, 40):
+        plan = fastdsm.sinkhorn(torch.zeros(2, 2), n_iters=n_iters, backend=backend, **options)
+        torch.testing.assert_close(plan, torch.tensor([[0.5, 0.5], [0.0, 0.0]]), rtol=1e-5, atol=1e-6)

@@ -214,7 +214,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="must be a tensor, None or \"auto\", got 'yes'"):
             layer(x, x, x, query_padding_mask="yes")
         nested = torch.nested.nested_tensor([torch.randn(4, 12), torch.randn(2, 12)])
-        with pytest.raises(TypeError, match="encoder.use_nested_tensor = False"):
+        with pytest.raises(TypeError, match=r"encoder\.use_nested_tensor = False"):
             layer(nested, nested, nested)
         with pytest.raises(ValueError, match="add_bias_kv and add_zero_attn must be False"):
             SinkhornAttention(12, 3, add_zero_attn=True)
