@@ -5,7 +5,12 @@ from setuptools import find_packages, setup
 families = [f"fastdsm.kernels.{family}" for family in find_packages("kernels")]
 
 setup(
-    packages=[*find_packages(include=["fastdsm", "fastdsm.*"], exclude=["fastdsm.kernels*"]), "fastdsm.kernels", *families],
+    packages=[
+        *find_packages(include=["fastdsm", "fastdsm.*"], exclude=["fastdsm.kernels*"]),
+        "fastdsm.data",
+        "fastdsm.kernels",
+        *families,
+    ],
     package_dir={"fastdsm.kernels": "kernels"},
-    package_data={"fastdsm": ["py.typed", "data/*"]},
+    package_data={"fastdsm": ["py.typed"], "fastdsm.data": ["*"]},
 )

@@ -174,12 +174,12 @@ class Checked:
             paddings.append(padding)
             if added is not None:
                 added = added[:, None, :, None] if role == "query" else added[:, None, None, :]
-                bias = added if bias is None else masks.lowered(bias) + added
+                bias = added if bias is None else bias + added
         query, key, value = map(_four, (query, key, value))
         if mask is not None:
             query, key, value = _without_unmet(query, key, value, mask, paddings)
         elif bias is not None:
-            query, key, value = _without_unmet(query, key, value, ~masks.taken_out(bias), paddings)
+            query, key, value = _without_unmet(query, key, value, bias != -torch.inf, paddings)
         heads = query.shape[1]
         tensors = [
             query,
@@ -298,7 +298,7 @@ def _attn_mask(attn_mask: Tensor | None, query: Tensor, M: int) -> tuple[Tensor 
     if x.dim() > 4:
         x = x.expand(*shape[:-3], *x.shape[-3:])
     x = _four(x)
-    return (None, x) if x.dtype == torch.bool else (x, None)
+    return (None, x) if x.dtype == torch.bool else (masks.lowered(x), None)
 
 
 def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str) -> tuple[Tensor | None, Tensor | None]:

@@ -23,7 +23,7 @@ def sinkhorn(
     logits: Tensor,
     *,
     n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
     solver: str = ..., grad: str | None = ..., backend: str = ...,
     return_info: Literal[False] = ...,
 ) -> Tensor: ...
@@ -32,7 +32,7 @@ def sinkhorn(
     logits: Tensor,
     *,
     n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
     solver: str = ..., grad: str | None = ..., backend: str = ...,
     return_info: Literal[True],
 ) -> tuple[Tensor, SinkhornInfo]: ...
@@ -41,7 +41,7 @@ def sinkhorn(
     logits: Tensor,
     *,
     n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., mask: Tensor | None = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
     solver: str = ..., grad: str | None = ..., backend: str = ...,
     return_info: bool,
 ) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
@@ -54,8 +54,8 @@ def sinkhorn(
     first: str = "col",
     tol: float | None = None,
     f0: Tensor | None = None,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
     solver: str = "sinkhorn",
     grad: str | None = None,
@@ -82,7 +82,8 @@ def sinkhorn(
             "newton" is 1e-6, 1e-12 for float64.
         f0: potential before the first sweep of the side not updated first, (..., n) for "col", (..., m) for "row";
             default 0; differentiable; ignored at n_iters = 0. With "newton" a warm start.
-        row_marginal: (..., n), >= 0, default 1 per row that takes part; differentiable. A zero excludes its row.
+        row_marginal: (..., n), >= 0, or a number for every row; default 1 per row that takes part; differentiable. A zero
+            excludes its row.
         col_marginal: (..., m), likewise; default uniform with the rows' total. Totals must agree to 1e-4.
         mask: bool, broadcastable to (..., n, m), True where an entry takes part. What lies under it is never used. A row
             or column without any entry left is zero in value and gradient.
@@ -107,7 +108,8 @@ def sinkhorn(
     Clason, Lorenz and Wirth (arXiv 1710.06635); its safeguard is derived in ``fastdsm.pytorch.newton``, the implicit gradient
     and its condition number in ``fastdsm.pytorch.implicit``.
     """
-    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
+    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
+    tensors = (logits, temperature, f0, row, col, mask)
     return _calls(tensors, (n_iters, first, tol, solver, grad, return_info, backend, False))
 
 
@@ -119,8 +121,8 @@ def sinkhorn_sigma2(
     first: str = "col",
     tol: float | None = None,
     f0: Tensor | None = None,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
     solver: str = "sinkhorn",
     grad: str | None = None,
@@ -132,7 +134,8 @@ def sinkhorn_sigma2(
     take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
     respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
     """
-    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
+    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
+    tensors = (logits, temperature, f0, row, col, mask)
     return _calls(tensors, (n_iters, first, tol, solver, grad, True, backend, True))
 
 

@@ -19,8 +19,8 @@ from ._ops.problem import compute_dtype
 def round_to_birkhoff(
     plan: Tensor,
     *,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Nearby plan whose marginals are exact up to rounding, where a projection has stopped short of them.
@@ -28,7 +28,7 @@ def round_to_birkhoff(
     Args:
         plan: (..., n, m), >= 0, float16, bfloat16, float32 or float64, any strides, n >= 1 and m >= 1; computed in float32
             (float64 for float64). NaN or inf make their matrix NaN at most.
-        row_marginal: (..., n), >= 0, default 1 per row that takes part. A zero excludes its row.
+        row_marginal: (..., n), >= 0, or a number; default 1 per row that takes part. A zero excludes its row.
         col_marginal: (..., m), likewise; default uniform with the rows' total. Totals must agree to 1e-4: the sums meet
             both marginals as far as these meet each other.
         mask: bool, broadcastable to (..., n, m), True where an entry takes part. What lies under it is never used. A line
@@ -48,8 +48,8 @@ def round_to_birkhoff(
     iteration (NeurIPS 2017), algorithm 2.
     """
     arguments.check_matrices(plan, "plan")
-    row = arguments.line_vector(row_marginal, "row_marginal", plan, plan.shape[-2], "row")
-    col = arguments.line_vector(col_marginal, "col_marginal", plan, plan.shape[-1], "column")
+    row = arguments.line_vector(arguments.marginal_of(row_marginal, plan, -2), "row_marginal", plan, plan.shape[-2], "row")
+    col = arguments.line_vector(arguments.marginal_of(col_marginal, plan, -1), "col_marginal", plan, plan.shape[-1], "column")
     arguments.check_marginals(row, col)
     mask = arguments.mask_of(mask, plan)
     P, r, c = _entries_and_marginals(plan, row, col, mask)

@@ -21,7 +21,7 @@ def sigma2(
     plan: Tensor,
     *,
     method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
     return_vectors: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -29,7 +29,7 @@ def sigma2(
     plan: Tensor,
     *,
     method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
     return_vectors: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
@@ -37,7 +37,7 @@ def sigma2(
     plan: Tensor,
     *,
     method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: Tensor | None = ..., col_marginal: Tensor | None = ..., backend: str = ...,
+    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
     return_vectors: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 # fmt: on
@@ -49,8 +49,8 @@ def sigma2(
     max_iters: int | None = None,
     v0: Tensor | None = None,
     mask: Tensor | None = None,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     return_vectors: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -68,23 +68,24 @@ def sigma2(
         max_iters: steps at most (squarings, Lanczos or power steps, Jacobi sweeps); None: the method's own default.
         v0: (..., m), start of "power", which alone takes it.
         mask: bool, broadcastable to (..., n, m): lines without an entry take no part.
-        row_marginal, col_marginal: (..., n) and (..., m), the marginals the plan was made for; default uniform.
-        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors (not differentiable).
+        row_marginal, col_marginal: (..., n) and (..., m), or a number, the marginals the plan was made for; default uniform.
+        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors, or zeros where sigma2 is 0 (not differentiable).
         backend: as for :func:`fastdsm.sinkhorn`; a named method always runs on the PyTorch path.
 
     Returns:
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
         marginals; at multiplicity one element of the subdifferential.
     """
-    tensors = (plan, row_marginal, col_marginal, mask, v0)
+    row, col = arguments.marginal_of(row_marginal, plan, -2), arguments.marginal_of(col_marginal, plan, -1)
+    tensors = (plan, row, col, mask, v0)
     return _values(tensors, (method, tol, max_iters, return_vectors, backend))
 
 
 def sigma2_bounds(
     plan: Tensor,
     *,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,8 @@ def sigma2_bounds(
     upper / lower <= 1.001 for n <= 64.
     Arguments and errors as for :func:`sigma2`.
     """
-    return _intervals((plan, row_marginal, col_marginal, mask), (backend,))
+    row, col = arguments.marginal_of(row_marginal, plan, -2), arguments.marginal_of(col_marginal, plan, -1)
+    return _intervals((plan, row, col, mask), (backend,))
 
 
 class _OfPlans:

@@ -37,8 +37,8 @@ def temperature_for_sigma2(
     logits: Tensor,
     target: float | Tensor,
     *,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
     n_iters: int = 50,
     backend: str = "auto",
@@ -81,14 +81,15 @@ def temperature_where(
     logits: Tensor,
     target: float | Tensor,
     *,
-    row_marginal: Tensor | None = None,
-    col_marginal: Tensor | None = None,
+    row_marginal: float | Tensor | None = None,
+    col_marginal: float | Tensor | None = None,
     mask: Tensor | None = None,
     n_iters: int = 50,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`temperature_for_sigma2` of the matrices that are ``needed`` (...,), bool, None for all; the rest not reached."""
-    tensors = (logits, target, row_marginal, col_marginal, mask, needed)
+    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
+    tensors = (logits, target, row, col, mask, needed)
     found: tuple[Tensor, Tensor] = _called(tensors, (n_iters, backend))
     return found
 

@@ -68,11 +68,19 @@ def line_vector(x: Tensor | None, name: str, like: Tensor, length: int, role: st
     if x is None:
         return None
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor of shape (..., {length}), got {_kind(x)}")
+        number = " or a number" if name.endswith("marginal") else ""
+        raise TypeError(f"{name} must be a floating-point tensor of shape (..., {length}){number}, got {_kind(x)}")
     check_device(x, name, like)
     if x.dim() < 1 or x.shape[-1] != length:
         raise ValueError(f"{name} must have shape (..., {length}), one entry per {role}, got {_shape(x)}")
     return broadcast(x, name, (*like.shape[:-2], length)).to(compute_dtype(like.dtype))
+
+
+def marginal_of(x: Any, matrices: Any, dim: int) -> Any:
+    """A number as the marginal (n,) or (m,) that it stands for, one of each line; what else came as it is, to be checked."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not isinstance(matrices, Tensor) or matrices.dim() < 2:
+        return x
+    return torch.full((matrices.shape[dim],), float(x), dtype=compute_dtype(matrices.dtype), device=matrices.device)
 
 
 Flattening = Callable[[tuple[Any, ...]], tuple[Any, ...]]

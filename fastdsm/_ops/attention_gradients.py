@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import reference
 from .gradients import Calls, Gradients, padded, save, saved, through
-from .masks import lowered
 
 _ENTRIES = 1 << 24  # of the logits' gradient, stored at once for the temperature's
 
@@ -52,7 +51,7 @@ def _with_temperature(
     if dtypes[0] != wide and backend == "triton":
         # Tensor cores add up narrow products in their own way: with potentials of their logits, the line sums of these
         # would be off by an ulp of a logit, which more than doubles the error of that sum.
-        given = [*(x.to(wide) for x in (query, key, value)), None if bias is None else lowered(bias).to(wide), *inputs[4:]]
+        given = [*(x.to(wide) for x in (query, key, value)), None if bias is None else bias.to(wide), *inputs[4:]]
         _, f, g, _, sweeps = calls.sinkhorn_attention(*given, False, True)
         kept = [f, g, sweeps]
     B, H, N, _ = query.shape
@@ -115,7 +114,7 @@ class _Heads:
         key, value = (x[self.batch, self.groups].to(wide) for x in (key, value))
         if bias is not None:
             shape = (*query.shape[:3], key.shape[2])
-            bias = lowered(self.by_query(bias)).expand(shape).to(wide)
+            bias = self.by_query(bias).expand(shape).to(wide)
         mask = None if mask is None else self.by_query(mask)
         return [
             query,

@@ -1,4 +1,4 @@
-"""What a mask takes out: one rule for masks of every kind, on every backend.
+"""What a mask takes out: one rule for masks of every kind. Backends are given -inf wherever a floating one takes out.
 
 A bool mask says so itself. A floating one is added to logits, and takes out where it is -inf or so far down that it can only be
 meant to: at or below half the lowest number of its dtype, as ``torch.finfo(dtype).min`` is, which softmax rounds to zero while
@@ -22,7 +22,7 @@ def taken_out(mask: Tensor) -> Tensor:
 
 
 def lowered(mask: Tensor) -> Tensor:
-    """A floating mask with -inf where it takes out: what may be added to others and cast to other dtypes."""
+    """A floating mask with -inf where it takes out, so that it may be added to others and cast to other dtypes."""
     return mask.masked_fill(taken_out(mask), -torch.inf)
 
 

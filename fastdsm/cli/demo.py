@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..diagnostics import effective_depth
+from .outputs import writable_folder
 
 if TYPE_CHECKING:
     from ..demo.measurement import Measurement
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.", file_okay=False)] = Path("demo_output"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the figure and the numbers.", file_okay=False, callback=writable_folder)
+    ] = Path("demo_output"),
     heads: Annotated[bool, typer.Option("--heads", help="Print every head, not only every layer.")] = False,
 ) -> None:
     """Project, measure and time the attention of a real transformer on real text.

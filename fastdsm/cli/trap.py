@@ -16,15 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
+from .outputs import writable_folder
 
 if TYPE_CHECKING:
     from ..trap.result import Result
 
 
 def trap(
-    out: Annotated[Path, typer.Option(help="Folder for the report, the figures and the numbers.", file_okay=False)] = Path(
-        "trap_output"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the report, the figures and the numbers.", file_okay=False, callback=writable_folder),
+    ] = Path("trap_output"),
     trained: Annotated[bool, typer.Option("--trained", help="Also train small networks on digits, some minutes.")] = False,
 ) -> None:
     """Measure the homogeneity trap: temperature, depth, noise, residual connections, and sigma2 held at a floor.

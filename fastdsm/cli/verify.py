@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .outputs import writable_file
+
 if TYPE_CHECKING:
     from .._verify.sinkhorn import Case, Record, Target
 
@@ -38,7 +40,8 @@ def verify(
     backend: Annotated[Backend, typer.Option(help="Verify one backend only.")] = Backend.ALL,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes; of one thread each if several.")] = 1,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every comparison to FILE.", dir_okay=False)
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write every comparison to FILE.", dir_okay=False, callback=writable_file),
     ] = None,
 ) -> None:
     """Hold every call to its error budget, on whatever this machine has.

@@ -67,9 +67,7 @@ def distance_to_uniform(
 
     Arguments, dtype and errors as for :func:`fastdsm.diagnostics.chi2`; n and m count all lines; 0 where min(n, m) = 1.
     """
-    return (
-        chi2(plan, row_marginal=row_marginal, col_marginal=col_marginal, mask=mask) / max(min(plan.shape[-2:]) - 1, 1)
-    ).sqrt()
+    return _root(chi2(plan, row_marginal=row_marginal, col_marginal=col_marginal, mask=mask) / max(min(plan.shape[-2:]) - 1, 1))
 
 
 def distance_to_identity(plan: Tensor) -> Tensor:
@@ -89,4 +87,9 @@ def distance_to_identity(plan: Tensor) -> Tensor:
     if n != m:
         raise ValueError(f"plan must be square, (..., n, n), to have a distance to the identity, got {tuple(plan.shape)}")
     difference = plan.double() - torch.eye(n, dtype=torch.float64, device=plan.device)
-    return (difference.square().sum((-2, -1)) / max(n - 1, 1)).sqrt().to(compute_dtype(plan.dtype))
+    return _root(difference.square().sum((-2, -1)) / max(n - 1, 1)).to(compute_dtype(plan.dtype))
+
+
+def _root(x: Tensor) -> Tensor:
+    """sqrt(x), whose gradient at 0, where a distance has a kink, is 0."""
+    return torch.where(x > 0, x.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0 * x)

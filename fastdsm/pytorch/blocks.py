@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._ops.masks import taken_out
 from .._ops.problem import Attention, Dropout, Potentials
 
 BLOCK_ENTRIES = 1 << 20
@@ -75,9 +74,7 @@ class Block:
         tau = self.temperature(problem)
         S = (self.queries(problem.query, problem) * (problem.scale / tau)) @ self.keys(problem.key, problem).mT
         if problem.bias is not None:
-            bias = self.rows_of(problem.bias)
-            S += bias.to(S.dtype) / tau
-            S.masked_fill_(taken_out(bias), -torch.inf)
+            S += self.rows_of(problem.bias).to(S.dtype) / tau
         if problem.mask is not None:
             S.masked_fill_(~self.rows_of(problem.mask), -torch.inf)
         if problem.query_padding is not None:

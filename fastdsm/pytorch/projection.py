@@ -13,6 +13,7 @@ per sweep, never a matrix. A segment with another K contributes a product of its
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -72,6 +73,9 @@ def sinkhorn_backward(
 
     tape: what the forward left there.
     """
+    if sweeps is not None and sweeps.is_cpu:  # memory for those done, not for those allowed
+        done = int(sweeps.max()) if len(sweeps) else 0
+        problem = replace(problem, n_iters=min(problem.n_iters, max(done, min(problem.n_iters, 1))))
     by_parts = partial(_backward_by_parts, problem, grad_plan, gradients, sweeps)
     if gradients.f0 is None:
         few.backward(problem, grad_plan, gradients.logits, by_parts, tape)

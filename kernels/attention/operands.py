@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdsm._ops.masks import lowered
 from fastdsm._ops.problem import Attention, Dropout, Potentials
 
 from .arguments import EntryStrides, Logits, Operands, Scales, Sizes, Strides, VectorStrides
@@ -30,13 +29,11 @@ def whole_lines(tensor: Tensor) -> Tensor:
 
 
 def near_entries(entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bias or mask in ``dtype``, with entries of a tile less than 2^31 apart; what is expanded stays so, what is out too."""
+    """Bias or mask in ``dtype``, with entries of a tile less than 2^31 apart; what is expanded stays so."""
     if entries.dtype == dtype and max(entries.stride()[2:]) < MAX_STRIDE:
         return entries
-    once = entries[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in entries.stride())]
-    if once.dtype != dtype:
-        once = lowered(once)
-    return once.to(dtype, memory_format=torch.contiguous_format, copy=True).expand(entries.shape)
+    once = [slice(0, 1) if stride == 0 else slice(None) for stride in entries.stride()]
+    return entries[tuple(once)].to(dtype, memory_format=torch.contiguous_format, copy=True).expand(entries.shape)
 
 
 def has_entries(problem: Attention) -> bool:

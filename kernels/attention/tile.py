@@ -226,14 +226,6 @@ def entries_of(logits, b, h):
     )
 
 
-@triton.constexpr_function
-def least_logit(element):
-    """The largest value of a bias of this type that takes an entry out: half the lowest number (fastdsm._ops.masks)."""
-    if element == tl.float16:
-        return -32752.0
-    return -1.6947656946257677e38 if element == tl.bfloat16 else -1.7014117331926443e38
-
-
 @triton.jit
 def load_entries(entries, logits, k_bias, line_used, stream_used, first_line, first_stream):
     """What bias and mask add to x, (lines, streams); 0 on lines not used, where either may hold anything.
@@ -249,11 +241,8 @@ def load_entries(entries, logits, k_bias, line_used, stream_used, first_line, fi
         offsets = lines * bias.n.to(tl.int32) + streams * bias.m.to(tl.int32)
         if sizes.bias_kind == 1:
             x = tl.load(entries.bias_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
-            least = least_logit(entries.bias_ptr.dtype.element_ty)
         else:
             x = tl.load(entries.bias32_ptr + at + offsets, mask=inside, other=0.0)
-            least = least_logit(tl.float32)
-        x = tl.where(x <= least, -float("inf"), x)
     if sizes.has_mask != 0:
         at = first_line * mask.n + first_stream * mask.m
         offsets = lines * mask.n.to(tl.int32) + streams * mask.m.to(tl.int32)

@@ -196,3 +196,37 @@ def test_marginals_whose_totals_a_mask_parts(backend: str) -> None:
     for n_iters in (1, 8, 40):
         plan = fastdsm.sinkhorn(torch.zeros(2, 2), n_iters=n_iters, backend=backend, **options)
         torch.testing.assert_close(plan, torch.tensor([[0.5, 0.5], [0.0, 0.0]]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_numbers_as_marginals(first: str) -> None:
+    """Of every line: a fifth and a third where rows and columns share mass 1, and in every call that takes marginals."""
+    logits = torch.randn(3, 5, 3)
+    row, col = torch.full((3, 5), 0.2), torch.full((3, 3), 1 / 3)
+    for backend in ("torch", "reference"):
+        expected = fastdsm.sinkhorn(logits, row_marginal=row, col_marginal=col, first=first, backend=backend)
+        for one, other in ((0.2, 1 / 3), (row, 1 / 3), (np.float32(0.2), col)):
+            plan = fastdsm.sinkhorn(logits, row_marginal=one, col_marginal=other, first=first, backend=backend)
+            torch.testing.assert_close(plan, expected)
+    numbers: dict[str, Any] = {"row_marginal": 0.2, "col_marginal": 1 / 3}
+    tensors: dict[str, Any] = {"row_marginal": row, "col_marginal": col}
+    for call in (
+        lambda **x: fastdsm.sinkhorn_sigma2(logits, **x).sigma2,
+        lambda **x: fastdsm.sigma2(expected, **x),
+        lambda **x: fastdsm.sigma2_bounds(expected, **x)[1],
+        lambda **x: fastdsm.temperature_for_sigma2(logits, 0.3, **x)[0],
+        lambda **x: fastdsm.round_to_birkhoff(expected, **x),
+    ):
+        torch.testing.assert_close(call(**numbers), call(**tensors), equal_nan=True)
+    torch.testing.assert_close(fastdsm.sinkhorn(logits, col_marginal=1.0).sum((-2, -1)), torch.full((3,), 3.0))
+    twice = [fastdsm.sinkhorn(logits, row_marginal=x) for x in (1.0, 2.0)]
+    torch.testing.assert_close(twice[1], 2.0 * twice[0])
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[4] = False
+    torch.testing.assert_close(
+        fastdsm.sinkhorn(logits, row_marginal=0.2, mask=mask), fastdsm.sinkhorn(logits, row_marginal=row, mask=mask)
+    )
+    with pytest.raises(ValueError, match="equal totals"):
+        fastdsm.sinkhorn(logits, row_marginal=1.0, col_marginal=1.0)
+    with pytest.raises(TypeError, match="or a number, got bool"):
+        fastdsm.sinkhorn(logits, row_marginal=True)

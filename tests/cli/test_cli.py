@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fastdsm
 from fastdsm import reference
 from fastdsm._verify import attention as attention_verification
 from fastdsm._verify import newton as newton_verification
@@ -293,3 +294,26 @@ def test_module_runs_and_its_import_is_light():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert "Usage: fastdsm" in found.stdout
+
+
+def test_version():
+    found = run("--version")
+    assert found.exit_code == 0
+    assert found.output.strip() == f"fastdsm {fastdsm.__version__}"
+
+
+def test_outputs_are_looked_at_before_the_work(tmp_path, tiny_grid):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for arguments in (
+        ("verify", "--json", str(blocked / "x.json")),
+        ("demo", "--out", str(blocked)),
+        ("trap", "--out", str(blocked / "x")),
+    ):
+        found = run(*arguments)
+        assert found.exit_code == 2, arguments
+        assert "cannot write" in found.output or "is a file" in found.output
+        assert "Traceback" not in found.output
+    kept = tmp_path / "new" / "found.json"
+    assert run("verify", "--json", str(kept)).exit_code == 0
+    assert len(json.loads(kept.read_text())) > 0

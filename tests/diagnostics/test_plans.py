@@ -234,3 +234,14 @@ def test_stagnation_is_the_share_of_the_plan_in_what_passes() -> None:
         assert diagnostics.stagnation_index(s, a).item() == pytest.approx(parts.item(), rel=1e-9)
     assert diagnostics.stagnation_index(torch.tensor([0.5, 0.0]), 0.0).tolist() == [0.0, 0.0]
     assert diagnostics.stagnation_index(0.5, 1.0).item() == math.inf
+
+
+def test_distances_have_a_gradient_where_they_are_zero() -> None:
+    for distance, plan in (
+        (diagnostics.distance_to_uniform, torch.full((2, 4, 4), 0.25)),
+        (diagnostics.distance_to_identity, torch.eye(4)),
+    ):
+        leaf = plan.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(distance(leaf).sum(), leaf)
+        assert (slope == 0).all()
+    assert diagnostics.distance_to_uniform(torch.full((4, 4), torch.nan)).isnan()

@@ -146,3 +146,13 @@ def test_unrolled_gradient_takes_no_matrix_per_sweep() -> None:
             saved.clear()
             fastdsm.sinkhorn(logits)
             assert logits.numel() < sum(x.numel() for x in saved) <= (10 << 20) // 4 + logits.numel()
+
+
+def test_a_backward_takes_memory_for_the_sweeps_done() -> None:
+    """Not for those that were allowed: a thousand million of them."""
+    logits = torch.randn(3, 5, 5, requires_grad=True)
+    gradients = []
+    for n_iters in (200, 10**9):
+        plan = fastdsm.sinkhorn(logits, n_iters=n_iters, tol=1e-3)
+        gradients += torch.autograd.grad(plan.square().sum(), logits)
+    assert torch.equal(*gradients)
