@@ -1,8 +1,9 @@
-"""What only a GPU is asked for: many long heads, one large matrix, Newton's method beside as many sweeps, full batches."""
+"""What only a GPU is asked for: long heads, one large matrix, Newton's method beside sweeps, full batches, temperatures."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -37,13 +38,16 @@ from .gpu_targets import (
     WIDE_SHAPE,
     of_sweeps,
 )
-from .harness import Case, Definition, Implementation, Outputs, measure
+from .harness import SHAPES, Case, Definition, Implementation, Outputs, measure
 from .peers import peer, sinkhorn_peers
 from .rows import BACKWARD, FORWARD
 from .targets import ATTENTION_SWEEPS, FLASH, READ, TWENTY
 
 # Half a unit in the last place of bfloat16 is 2^-9 of an output; plans and their gradients are rounded to it on the way.
 BFLOAT16_TOLERANCE, BFLOAT16_GRADIENT_TOLERANCE = 1e-2, 4e-2
+
+# The float32 search ends 3e-6 of sigma2 apart from that in float64, which moves a temperature by a few times as much.
+SIGMA2, TEMPERATURE_TOLERANCE = 0.5, 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +169,22 @@ def bench_newton_beside_twenty_sweeps(benchmark: BenchmarkFixture, device: str, 
         Implementation(TWENTY, OURS.call, OURS.function, COLUMNS_THEN_ROWS, capturable=True),
     ]
     measure(benchmark, Case("newton", logits, FORWARD, None, TOLERANCE, None), implementations)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def bench_temperature(benchmark: BenchmarkFixture, device: str, shape: tuple[int, ...]) -> None:
+    """Find the temperature at which plans of standard normal logits have a sigma2 of a half: one launch beside many."""
+
+    def search(x: Tensor, backend: str) -> Outputs:
+        temperature, reached = fastdsm.temperature_for_sigma2(x, SIGMA2, backend=backend)
+        return temperature, reached.to(temperature)
+
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    by_torch = partial(search, backend="torch")
+    definition = Definition(f"the temperature of sigma2 = {SIGMA2}, and that there is one", by_torch)
+    call = f"fastdsm.temperature_for_sigma2(x, {SIGMA2})"
+    implementations = [
+        Implementation("fastdsm", call, partial(search, backend="auto"), definition),
+        Implementation("eager", f'{call[:-1]}, backend="torch")', by_torch, definition),
+    ]
+    measure(benchmark, Case("temperature_for_sigma2", logits, FORWARD, None, TEMPERATURE_TOLERANCE, None), implementations)

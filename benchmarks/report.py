@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -21,9 +21,7 @@ COLORS = {"fastdsm": "#d1495b", "torch.compile": "#30638e", "hyper-connections":
 def main() -> None:
     """Rewrite the README between its markers, and a figure for each device with results."""
     sections = []
-    for path in (RESULTS / f"{device}.jsonl" for device in ("cpu", "cuda")):
-        if not path.exists():
-            continue
+    for path in (*sorted(RESULTS.glob("cpu.jsonl")), *sorted(RESULTS.glob("cuda*.jsonl"))):
         rows = read_rows(path)
         figure = path.with_name(f"{path.stem}-speedup.png")
         draw(rows, figure)
@@ -108,7 +106,6 @@ def time_text(seconds: float) -> str:
 def conditions(runs: list[Run]) -> str:
     """What was measured against what, where, with which versions, when; rows may be of several commits on one machine."""
     run = runs[0]
-    commits = list(dict.fromkeys(x.commit for x in runs))
     on_cpu = run.device == "cpu"
     where = f"{run.machine}, {run.threads} threads" if on_cpu else run.machine
     spread = "4" if on_cpu else "2, and 4 for 65,536 of 4 × 4 and 64 of 64 × 64"
@@ -120,9 +117,8 @@ def conditions(runs: list[Run]) -> str:
             "graph, without what the host does for it; ratios and % of clone are of those times where both have one. "
         )
     )
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     return (
-        f"{where}; {run.date[:10]}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {versions}. {also}"
+        f"{where}; {'; '.join(_made(runs))}. {also}"
         "float32, standard normal logits, 20 sweeps (attention: normal operands, 3 sweeps; newton: standard "
         f"deviation {spread}, to a residual of 1e-6, eager: sweeps to the same); medians of interleaved rounds in one process. "
         "Eager: the loop of alternating `torch.logsumexp`, and "
@@ -131,6 +127,16 @@ def conditions(runs: list[Run]) -> str:
         "held at once beyond the inputs, output and gradient included. % of clone: the time of a clone that moves as "
         "many bytes, in percent of this time. Error: the largest, of the output that was timed, against float64."
     )
+
+
+def _made(runs: Iterable[Run]) -> Iterator[str]:
+    """When, at which commits and with which versions; those of the same versions together."""
+    of_versions: dict[str, list[Run]] = {}
+    for run in runs:
+        of_versions.setdefault(", ".join(f"{name} {version}" for name, version in run.versions.items()), []).append(run)
+    for versions, made in of_versions.items():
+        commits = list(dict.fromkeys(run.commit for run in made))
+        yield f"{made[0].date[:10]}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {versions}"
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:

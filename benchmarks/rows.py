@@ -47,7 +47,7 @@ class Row:
     A row with ``left_out`` says why nothing was timed; its numbers are None.
     """
 
-    operation: str  # "sinkhorn", "newton", "sinkhorn_attention", "sinkhorn_sigma2", "sigma2", "sigma2_bounds"
+    operation: str  # the public call; "newton": sinkhorn by that solver
     shape: tuple[int, ...]  # of the input; attention: heads, lines, which of query, key and value, features
     dtype: str
     sweeps: int | None  # None where the operation has no sweeps

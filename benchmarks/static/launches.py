@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,17 @@ _SIZES = (*range(1, 34), 48, 64, 65, 96, 100, 128, 129, 160, 192, 193, 256)
 # Square matrices of 5 to 8 lines are the register family's; 7x8 is the tile family's.
 SHAPES = sorted([*((n, n) for n in _SIZES), (7, 8)])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Tensors(NamedTuple):
+    """Of a call: ``matrix`` is read, logits or plans, and of a backward ``other``, the cotangent; the rest is written."""
+
+    matrix: torch.Tensor
+    other: torch.Tensor
+    value: torch.Tensor
+    upper: torch.Tensor
+    u2: torch.Tensor
+    v2: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,32 @@ class Call:
         return launches if covered >= BATCH else self._record(n_iters, covered)
 
     def _record(self, n_iters: int, batch: int) -> list[Launch]:
-        matrix, other = (torch.empty(batch, self.n, self.m, dtype=self.dtype) for _ in range(2))
-        value, upper = (torch.empty(batch, dtype=compute_dtype(self.dtype)) for _ in range(2))
-        u2, v2 = (torch.empty(batch, lines, dtype=compute_dtype(self.dtype)) for lines in (self.n, self.m))
-        problem = Problem(logits=matrix, n_iters=n_iters)
+        tensors = self.tensors(batch, "cpu")
         with recorded() as launches:
-            if self.operation == "backward":
-                kernels.sinkhorn_backward(problem, other, Gradients(torch.empty_like(matrix)), None)
-            elif self.operation == "sigma2":
-                kernels.sigma2(matrix, None, None, None, 1e-4, value, u2, v2)
-            elif self.operation == "sigma2_bounds":
-                kernels.sigma2_bounds(matrix, None, None, None, value, upper)
-            else:
-                sigma2 = value if self.operation == "forward+sigma2" else None
-                kernels.sinkhorn_forward(problem, Outputs(other, sigma2=sigma2))
+            self.launch(n_iters, tensors)
         return launches
+
+    def tensors(self, batch: int, device: str) -> Tensors:
+        """What a launch takes, as it was taken."""
+        inside = compute_dtype(self.dtype)
+        matrix, other = (torch.empty(batch, self.n, self.m, dtype=self.dtype, device=device) for _ in range(2))
+        value, upper = (torch.empty(batch, dtype=inside, device=device) for _ in range(2))
+        u2, v2 = (torch.empty(batch, lines, dtype=inside, device=device) for lines in (self.n, self.m))
+        return Tensors(matrix, other, value, upper, u2, v2)
+
+    def launch(self, n_iters: int, tensors: Tensors) -> None:
+        """Launch what serves the call."""
+        matrix, other, value, upper, u2, v2 = tensors
+        problem = Problem(logits=matrix, n_iters=n_iters)
+        if self.operation == "backward":
+            kernels.sinkhorn_backward(problem, other, Gradients(torch.empty_like(matrix)), None)
+        elif self.operation == "sigma2":
+            kernels.sigma2(matrix, None, None, None, 1e-4, value, u2, v2)
+        elif self.operation == "sigma2_bounds":
+            kernels.sigma2_bounds(matrix, None, None, None, value, upper)
+        else:
+            sigma2 = value if self.operation == "forward+sigma2" else None
+            kernels.sinkhorn_forward(problem, Outputs(other, sigma2=sigma2))
 
 
 def _address(argument: Any) -> Any:

@@ -85,17 +85,12 @@ def _measured(console: Console, device: Device, threads: int, select: str) -> li
         console.print(message, style="red", markup=False)
         raise typer.Exit(2) from error
     from benchmarks.rows import RESULTS, read_rows
+    from benchmarks.suite import options
 
     output = RESULTS / f"{device.value}.part.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("")
-    options = [
-        str(_CHECKOUT / "benchmarks"), f"--rootdir={_CHECKOUT}", "-o", "python_files=bench_*.py",
-        "-o", "python_functions=bench_*", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--disable-warnings",
-        f"--device={device.value}", f"--threads={threads}", "-k", select,
-        "--benchmark-enable", "--benchmark-quiet", f"--rows={output}",
-    ]  # fmt: skip
-    code = pytest.main(options)
+    code = pytest.main(options(device.value, threads, select, output))
     if code != pytest.ExitCode.OK:
         console.print(f"what was measured until then: {output}", markup=False)
         raise typer.Exit(int(code))

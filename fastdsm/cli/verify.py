@@ -63,9 +63,8 @@ def verify(
 
         TRITON_INTERPRET=1 fastdsm verify --backend triton
     """
-    from .._verify.attention import attention_cases
-    from .._verify.newton import newton_cases
-    from .._verify.sinkhorn import cases, targets
+    from .._verify.grid import grid
+    from .._verify.sinkhorn import targets
 
     console = Console()
     chosen = [target for target in targets() if backend in (Backend.ALL, target.backend)]
@@ -78,13 +77,9 @@ def verify(
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        grid = [
-            (case, target)
-            for target in chosen
-            for case in (*cases(target, quick), *newton_cases(target, quick), *attention_cases(target, quick))
-        ]
-        bars = {target: progress.add_task(str(target), total=sum(x == target for _, x in grid)) for target in chosen}
-        for target, found in _verified(grid, jobs):
+        asked = [(case, target) for target in chosen for case in grid(target, quick)]
+        bars = {target: progress.add_task(str(target), total=sum(x == target for _, x in asked)) for target in chosen}
+        for target, found in _verified(asked, jobs):
             records += found
             progress.advance(bars[target])
     for target in chosen:
@@ -99,26 +94,20 @@ def verify(
     console.print(f"[green]{len(records)} comparisons, every one within its budget[/green]")
 
 
-def _verified(grid: list[tuple[Case, Target]], jobs: int) -> Iterator[tuple[Target, list[Record]]]:
+def _verified(asked: list[tuple[Case, Target]], jobs: int) -> Iterator[tuple[Target, list[Record]]]:
     """What each case shows, in this process or in ``jobs`` others, in order."""
     if jobs == 1:
-        yield from map(_verify, grid)
+        yield from map(_verify, asked)
         return
     with get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # CUDA bears no fork
-        yield from pool.imap(_verify, grid, chunksize=_CASES_AT_A_TIME)
+        yield from pool.imap(_verify, asked, chunksize=_CASES_AT_A_TIME)
 
 
 def _verify(case_and_target: tuple[Case, Target]) -> tuple[Target, list[Record]]:
-    from .._verify.attention import AttentionCase, verify_attention_case
-    from .._verify.newton import NewtonCase, verify_newton_case
-    from .._verify.sinkhorn import verify_case
+    from .._verify.grid import verify
 
     case, target = case_and_target
-    if isinstance(case, AttentionCase):
-        return target, verify_attention_case(case, target)
-    if isinstance(case, NewtonCase):
-        return target, verify_newton_case(case, target)
-    return target, verify_case(case, target)
+    return target, verify(case, target)
 
 
 def _table(target: Target, records: list[Record]) -> Table:
