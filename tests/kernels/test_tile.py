@@ -244,6 +244,15 @@ def test_tiny_marginals_make_every_sweep_a_log_sweep() -> None:
     _check(Problem(_logits(2, 3, 3), 6, row_marginal=row))
 
 
+def test_a_tiny_column_marginal_whose_line_has_one_entry() -> None:
+    """Row 0 has no other entry, so that every sweep multiplies its factor by r / c: every sweep is a log sweep."""
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    mask[:, 0] = torch.arange(5) == 2
+    mask[:, 1:, 2] = False
+    row, col = torch.full((2, 4), 0.25), torch.tensor([[0.3, 0.2, 1e-10, 0.3, 0.2]]).expand(2, 5)
+    _check(Problem(_logits(2, 4, 5), 6, row_marginal=row, col_marginal=col, mask=mask))
+
+
 @pytest.mark.parametrize(("n", "std"), [(4, [0.5, 1.0, 2.0, 3.0, 4.0]), (16, [0.5, 2.0, 3.0, 4.0, 5.0])])
 def test_each_matrix_stops_by_itself(n: int, std: list[float]) -> None:
     got = _check(Problem(_logits(5, n, n, std), 70, tol=3e-3))
