@@ -104,6 +104,17 @@ def test_bounds_enclose_the_value_in_forty_digits(batch: int, size: tuple[int, i
                     assert exceeds(most, gram)
 
 
+def test_of_a_truncated_plan() -> None:
+    """Whose columns leak: rows alone are exact after one sweep, and columns alone if these are the last."""
+    for size in ((4, 4), (7, 12), (40, 36)):
+        for first in ("col", "row"):
+            plan = reference.sinkhorn(torch.randn(3, *size, dtype=torch.float64) * 3, n_iters=1, first=first)
+            truth = reference.sigma2(plan)
+            torch.testing.assert_close(fastdsm.sigma2(plan, tol=1e-8), truth, rtol=1e-6, atol=0)
+            lower, upper = fastdsm.sigma2_bounds(plan)
+            assert bool((lower <= truth * (1 + 1e-13)).all() & (upper >= truth * (1 - 1e-13)).all())
+
+
 def test_multiplicity() -> None:
     """Permutations: every singular value is 1."""
     plan = torch.eye(40)[torch.randperm(40)]

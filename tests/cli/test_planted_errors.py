@@ -92,7 +92,7 @@ def missed(records: list[verification.Record]) -> set[str]:
     return {record.quantity for record in records if not record.ok}
 
 
-@pytest.mark.parametrize("option", verification.OPTIONS + ("",))
+@pytest.mark.parametrize("option", OF_OPTIONS)
 def test_quantities_of_a_projection(option: str) -> None:
     records = verify_case(case_of(option), CPU)
     assert missed(records) == set()
@@ -105,6 +105,25 @@ def test_an_error_in_one_quantity(quantity: str, monkeypatch: pytest.MonkeyPatch
     name, change = PLANTED[quantity]
     monkeypatch.setattr(verification, name, with_value_off(getattr(verification, name), change))
     assert missed(verify_case(case_of(""), CPU)) == {quantity}
+
+
+def test_nan_in_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside entries whose errors are within their budgets."""
+
+    def spoilt(found: Any) -> Any:
+        hole = torch.zeros_like(found[0])
+        hole[1, 2, 3] = torch.nan
+        return found[0] + hole, found[1]
+
+    monkeypatch.setattr(verification, "sinkhorn", with_value_off(verification.sinkhorn, spoilt))
+    assert "plan" in missed(verify_case(case_of(""), CPU))
+
+
+def test_an_upper_bound_below_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted below in both bounds; above, :data:`PLANTED` has it."""
+    lowered = with_value_off(verification.sigma2_bounds, lambda found: (found[0] / OFF, found[1] / OFF))
+    monkeypatch.setattr(verification, "sigma2_bounds", lowered)
+    assert missed(verify_case(case_of(""), CPU)) == {"sigma2 outside its bounds"}
 
 
 @pytest.mark.parametrize("option", OF_OPTIONS)

@@ -330,6 +330,18 @@ def test_any_strides() -> None:
     assert buffer[:, 1::2].isnan().all()
 
 
+def test_strided_marginals_and_starts() -> None:
+    """Every other entry of wider ones, one of them zero, whose matrices lie further apart than they need."""
+    row, col = (x.repeat_interleave(2, 1) for x in couple(2, 7, 9))
+    row[0, 4], col[1, 6] = 0.0, 0.0
+    row, col = row[:, ::2], col[:, ::2]
+    col.mul_(row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True))
+    f0 = torch.randn(2, 21)[:, ::3]
+    problem = Problem(logits_of(2, 7, 9, 2.0), 3, row_marginal=row, col_marginal=col, f0=f0)
+    check_forward(problem)
+    check_backward(problem)
+
+
 def test_vectors_may_be_left_out() -> None:
     problem = optioned("everything", 18, 11, 4)
     outputs, gradients = empty_outputs(problem), empty_gradients(problem)

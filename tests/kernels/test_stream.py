@@ -219,8 +219,9 @@ def test_any_strides() -> None:
 
 @pytest.mark.parametrize("n_iters", [0, 2])
 def test_strided_marginals_and_starts(n_iters: int) -> None:
-    """Every other entry of wider ones, whose matrices lie further apart than they need."""
+    """Every other entry of wider ones, one of them zero, whose matrices lie further apart than they need."""
     row, col = torch.rand(2, 14) + 0.2, torch.rand(2, 18) + 0.2
+    row[0, 4], col[1, 7] = 0.0, 0.0
     row, col = row[:, ::2], col[:, 1::2]
     col.mul_(row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True))
     f0 = torch.randn(2, 21)[:, ::3] if n_iters else None

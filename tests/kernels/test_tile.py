@@ -293,8 +293,8 @@ def test_what_lies_under_a_mask_is_never_used() -> None:
 
 def test_strides_are_followed() -> None:
     logits, cotangent = _logits(3, 6, 5), torch.randn(3, 6, 5)
-    mask, f0, row = _mask(3, 6, 5), torch.randn(3, 6), _weights(3, 6, 2.0)
-    problem = Problem(logits, 5, f0=f0, row_marginal=row, mask=mask)
+    mask, f0, row, col = _mask(3, 6, 5), torch.randn(3, 6), _weights(3, 6, 2.0), _weights(3, 5, 2.0)
+    problem = Problem(logits, 5, f0=f0, row_marginal=row, col_marginal=col, mask=mask)
     expected = _run(problem, cotangent)
 
     def spread(x: Tensor) -> Tensor:
@@ -304,7 +304,8 @@ def test_strides_are_followed() -> None:
         view = wide[tuple(slice(None, None, 2) for _ in axes)]
         return view.copy_(x)
 
-    strided = replace(problem, logits=spread(logits), f0=spread(f0), row_marginal=spread(row), mask=spread(mask))
+    operands = {"logits": logits, "f0": f0, "row_marginal": row, "col_marginal": col, "mask": mask}
+    strided = replace(problem, **{name: spread(x) for name, x in operands.items()})
     outputs = Outputs(spread(torch.full_like(logits, torch.nan)))
     gradients = Gradients(spread(torch.full_like(logits, torch.nan)))
     tile.sinkhorn_forward(strided, outputs)

@@ -260,20 +260,22 @@ def test_measured_rows(benchmark, direction: str) -> None:
 
 
 def test_a_right_output_with_a_wrong_gradient_is_left_out(benchmark) -> None:
-    """Its own gradient, a thousandth too large, is as wrong as a wrong output; forward alone nobody asks for it."""
+    """A thousandth too large, or NaN; our own stops the measurement."""
     right = Implementation("right", "", lambda x: (fastdsm.reference.sinkhorn(x, n_iters=20),), COLUMNS_THEN_ROWS)
     value = lambda x: fastdsm.reference.sinkhorn(x, n_iters=20)  # noqa: E731
     wrong = replace(right, name="wrong", function=lambda x: (1.001 * value(x) - 0.001 * value(x).detach(),))
-    implementations = [replace(right, name="fastdsm"), replace(right, name="eager"), wrong]
+    undefined = replace(right, name="undefined", function=lambda x: (value(x) + 0.0 * (x - x).sqrt(),))  # whose gradient is NaN
+    implementations = [replace(right, name="fastdsm"), replace(right, name="eager"), wrong, undefined]
     case = Case("sinkhorn", torch.randn(3, 4, 4), BACKWARD, seconds=0.0)
     measure(benchmark, case, implementations)
-    with pytest.raises(AssertionError, match="fastdsm, .*: output 1 misses"):
+    with pytest.raises(AssertionError, match=r"fastdsm, .*: output 1 misses"):
         measure(benchmark, case, [replace(wrong, name="fastdsm"), implementations[1]])
     if benchmark.disabled:
         pytest.skip("--benchmark-disable leaves nothing to look at")
     rows = {entry["implementation"]: row_of(entry) for entry in benchmark.extra_info.pop("rows")}
-    assert rows["wrong"].left_out is not None
-    assert rows["wrong"].left_out.startswith("output 1 misses")
+    for name in ("wrong", "undefined"):
+        assert rows[name].left_out is not None
+        assert rows[name].left_out.startswith("output 1 misses")
     assert rows["eager"].left_out is None
 
 
