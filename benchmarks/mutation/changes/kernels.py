@@ -52,17 +52,10 @@ REGISTERS = [
         "f without sweeps",
     ),
     Change(
-        "kernels/registers/forward.py",
-        "tl.store(residual_ptr + matrix, residual + broken, mask=live)",
-        "tl.store(residual_ptr + matrix, residual, mask=live)",
-        (f"{_REGISTERS}::test_a_poisoned_matrix_stays_alone",),
-        "the residual of a NaN matrix",
-    ),
-    Change(
         "kernels/registers/backward.py",
         "w = [reciprocal(value) for value in sums_over_rows(K, u, start)]",
         "w = [1.0 + 0.0 * value for value in sums_over_rows(K, u, start)]",
-        (f"{_REGISTERS}::test_gradient_of_packed_matrices[20-4]",),
+        (f"{_REGISTERS}::test_gradient_of_packed_matrices[1-4]",),
         "the adjoint of the first sweep with the rounding of large logits",
     ),
     Change(
@@ -78,6 +71,7 @@ REGISTERS = [
         "g = plus(g, log2_factors(v, 0 * n_iters, halves, rest))",
         (f"{_REGISTERS}::test_gradient_past_excluded_lines[8]", f"{_REGISTERS}::test_gradient_of_segments[32]"),
         "the drift of the factors where rows and columns are not as many",
+        equivalent="it adds one number to all of g, which the row step takes back: only f and g of a forward would show it",
     ),
     Change(
         "kernels/registers/implicit.py",
