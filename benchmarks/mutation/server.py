@@ -1,7 +1,7 @@
 """A process that has imported what takes long, and forks for each run of pytest: ``python -P server.py``, in a tree.
 
-A request is a line of JSON on stdin, {"tests": [...], "seconds": 9}; the answer one on stdout, {"code": 0, "output": "..."}: the
-exit code of pytest, or less than 0, that of the signal which ended it, SIGALRM after so many seconds.
+A request is a line of JSON on stdin, {"tests": [...], "seconds": 9}; the answer one on stdout, {"code": 0, "output": "..."}:
+the exit code of pytest, or less than 0, that of the signal which ended it, SIGALRM after so many seconds.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from importlib import import_module
 from tempfile import TemporaryFile
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, as in tests/conftest.py
 
 import pytest
-import torch  # noqa: F401
 
-with suppress(ImportError):
-    import triton  # noqa: F401
+for name in ("torch._inductor", "triton", "hypothesis"):  # which tests come to import, in seconds
+    with suppress(ImportError):
+        import_module(name)
 
-_OPTIONS = ("-x", "-q", "--tb=no", "-p", "no:cacheprovider")
+_OPTIONS = ("-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider")
 
 
 def answer(tests: list[str], seconds: int) -> dict[str, Any]:
