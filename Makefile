@@ -2,10 +2,12 @@
 PYTHON ?= python3
 # What `make execute` compiles for: sm_80, sm_90 or sm_100.
 TARGET ?= sm_90
+# Which changes `make mutate` makes: the K-th of N parts.
+PART ?= 1/1
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test execute verify bench report static lint format clean
+.PHONY: setup demo test execute mutate verify bench report static lint format clean
 
 setup: .venv/dev.done
 
@@ -26,6 +28,9 @@ test: .venv/dev.done
 
 execute: .venv/dev.done
 	PTX_TARGET=$(TARGET) $(BIN)/python -m pytest -p benchmarks.execution.plugin tests/kernels -n auto --dist loadfile
+
+mutate: .venv/bench.done .venv/dev.done
+	$(BIN)/python -m benchmarks.mutation --part $(PART)
 
 verify: .venv/dev.done
 	$(BIN)/fastdsm verify

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._ops.krylov import lanczos_of, noise, stop, times, unit
+from .._ops.marginals import marginals, valid_entries
 from .._ops.problem import compute_dtype
 from ..reference import deflated_plan
 
@@ -163,15 +164,20 @@ def sigma2_bounds(
 
     Forming G errs by at most size * eps relative to ||M||_F^2 <= rank * ||M||^2, and each squaring likewise at half the
     weight of the one before, or a Cholesky factor by rank (size + 1) eps: together less than 2 rank * size * eps of sigma2.
+    Forming M errs relative to what it is formed of, N = diag(r)^-1/2 P diag(c)^-1/2, which next to uniform is far larger. With
+    u = eps / 2, an entry of N errs by 6 u of itself at most, the n or m entries that a mean or a product with a unit vector
+    adds up by n u or m u of ||N||_F in all, these vectors and the subtractions by less than 8 u: together (n + m + 14) u, which
+    is below (size + 8) eps, of ||N||_F; twice that is allowed for, as everything else here.
     """
-    size = max(plan.shape[1:])
-    slack = 4 * size * size * torch.finfo(torch.float64).eps + torch.finfo(lower.dtype).eps
+    size, eps = max(plan.shape[1:]), torch.finfo(torch.float64).eps
+    slack = 4 * size * size * eps + torch.finfo(lower.dtype).eps
     for part in _parts(plan):
         M = _deflated(plan, row_marginal, col_marginal, mask, part)
+        formed = 2 * (size + 8) * eps * _norm(plan, row_marginal, col_marginal, mask, part)
         M = M.mT if M.shape[1] < M.shape[2] else M
         by = _factored_bounds if M.device.type == "cpu" and M.shape[2] > _SQUARING_MAX_SIDE else _squared_bounds
         least, most = by(M)
-        lower[part], upper[part] = least * (1 - slack), most * (1 + slack)
+        lower[part], upper[part] = (least * (1 - slack) - formed).clamp(min=0.0), most * (1 + slack) + formed
 
 
 def _squared_bounds(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +213,24 @@ def deflated_uniform(plan: Tensor, mass: float) -> Tensor:
 def _deflated(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice) -> Tensor:
     if row is None and col is None and mask is None:
         return deflated_uniform(plan[part], plan.shape[1] / plan.shape[2])
-    cut = (None if x is None else x[part] for x in (row, col, mask))
-    row, col, mask = cut
-    row, col = (None if x is None else x.double() for x in (row, col))
-    return deflated_plan(plan[part].double(), row, col, mask)
+    return deflated_plan(plan[part].double(), *_cut(row, col, mask, part))
+
+
+def _norm(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice) -> Tensor:
+    """||N||_F (B,), of what M is formed of."""
+    P = plan[part].double()
+    if row is None and col is None and mask is None:
+        return P.flatten(1).norm(dim=1) * (plan.shape[1] / plan.shape[2]) ** -0.5
+    row, col, mask = _cut(row, col, mask, part)
+    valid = valid_entries(mask, P, row, col)
+    r, c = marginals(valid, row, col, P.dtype)
+    squares = P.square() / (r.unsqueeze(-1) * c.unsqueeze(-2))
+    return squares.masked_fill(~valid, 0.0).sum((-2, -1)).sqrt()
+
+
+def _cut(row: Tensor | None, col: Tensor | None, mask: Tensor | None, part: slice) -> tuple[Tensor | None, ...]:
+    """Those of some matrices, marginals in float64."""
+    return *(None if x is None else x[part].double() for x in (row, col)), None if mask is None else mask[part]
 
 
 def _parts(plan: Tensor) -> list[slice]:

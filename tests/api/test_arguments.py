@@ -137,6 +137,17 @@ def test_errors(call: Callable[[], Any], kind: type[Exception], message: str) ->
         call()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_totals_agree_to_a_ten_thousandth(scale: float) -> None:
+    """Of each matrix by itself, relative to the larger."""
+    row, col = torch.full((2, 3), 4 * scale), torch.full((2, 4), 3 * scale)
+    for apart in (5e-5, -5e-5):
+        fastdsm.sinkhorn(x, row_marginal=row, col_marginal=torch.stack([col[0], col[1] * (1 + apart)]))
+    for apart in (2e-4, -2e-4):
+        with pytest.raises(ValueError, match="equal totals"):
+            fastdsm.sinkhorn(x, row_marginal=row, col_marginal=torch.stack([col[0], col[1] * (1 + apart)]))
+
+
 def test_kernels_on_a_cpu_tensor_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu; use"):

@@ -90,6 +90,16 @@ def test_uneven_marginals_sweep_in_the_log_domain() -> None:
     check(torch.randn(6, 4, 4) * 30, row_marginal=row.expand(6, 4))
 
 
+def test_a_tiny_column_marginal_whose_line_has_one_entry() -> None:
+    """Row 0 has no other entry, so that every sweep multiplies its factor by r / c: every sweep is a log sweep."""
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[0] = torch.arange(5) == 2
+    mask[1:, 2] = False
+    row, col = torch.full((4,), 0.25), torch.tensor([0.3, 0.2, 1e-10, 0.3, 0.2])
+    for n_iters in (6, 20):
+        check(torch.randn(2, 4, 5) * 2, n_iters=n_iters, row_marginal=row, col_marginal=col, mask=mask)
+
+
 def test_adversarial_patterns_over_many_sweeps() -> None:
     n = 12
     index = torch.arange(n, dtype=torch.float32)

@@ -107,6 +107,21 @@ def test_a_poisoned_matrix_stays_alone() -> None:
         assert bool(found[[1, 3]].isnan().any(-1).any(-1).all())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_lines_of_zero_marginal_are_zero_and_never_read(value: float) -> None:
+    row, col = marginals(3, 5, 4)
+    col[:, 2] = 0.0
+    col = col * (row.sum(-1) / col.sum(-1)).unsqueeze(-1)
+    plan = torch.rand(3, 5, 4, dtype=torch.float64)
+    unseen = (row == 0).unsqueeze(-1) | (col == 0).unsqueeze(-2)
+    found, clean = (
+        fastdsm.round_to_birkhoff(plan.masked_fill(unseen, x), row_marginal=row, col_marginal=col) for x in (value, 0.0)
+    )
+    assert torch.equal(found, clean)
+    assert bool((found[unseen] == 0).all())
+    torch.testing.assert_close(found.sum(-1), row)
+
+
 def test_masked_lines_are_zero_and_never_read() -> None:
     mask = torch.ones(5, 4, dtype=torch.bool)
     mask[1], mask[:, 2], mask[4, 0] = False, False, False

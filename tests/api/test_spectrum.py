@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mpmath  # torch depends on it
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +59,60 @@ def test_bounds_hold_whatever_lanczos_finds(monkeypatch: pytest.MonkeyPatch) -> 
     lower, upper = fastdsm.sigma2_bounds(plan)
     assert bool((lower <= truth + 1e-13).all() & (upper >= truth - 1e-13).all() & (upper <= 1.001 * lower + 1e-7).all())
     torch.testing.assert_close(lower, found[0], rtol=1e-3, atol=1e-7)
+
+
+def gram_matrix(plan: Tensor, r: Tensor, c: Tensor) -> mpmath.matrix:
+    """M^T M of one plan, in 40 digits."""
+    n, m = plan.shape
+    root_r, root_c = ([mpmath.sqrt(x) for x in line.tolist()] for line in (r, c))
+    M = mpmath.matrix(n, m)
+    for i in range(n):
+        for j in range(m):
+            M[i, j] = mpmath.mpf(plan[i, j].item()) / (root_r[i] * root_c[j])
+    q, p = mpmath.matrix(root_r) / mpmath.norm(root_r), mpmath.matrix(root_c) / mpmath.norm(root_c)
+    M -= q * (q.T * M)
+    M -= (M * p) * p.T
+    return M.T * M
+
+
+def exceeds(value: float, gram: mpmath.matrix) -> bool:
+    """Whether ``value`` is above sigma2: exactly then its square less M^T M has a Cholesky factor."""
+    try:
+        mpmath.cholesky(mpmath.mpf(value) ** 2 * mpmath.eye(gram.rows) - gram)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "size"), [(8, (4, 4)), (8, (3, 7)), (4, (9, 12)), (1, (34, 33))])
+def test_bounds_enclose_the_value_in_forty_digits(batch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Next to uniform too, where forming M rounds at the size of the plan."""
+    n, m = size
+    row, col = torch.rand(n, dtype=torch.float64) + 0.3, torch.rand(m, dtype=torch.float64) + 0.3
+    uneven = {"row_marginal": row.to(dtype), "col_marginal": (col * row.sum() / col.sum()).to(dtype)}
+    even = {"row_marginal": torch.ones(n), "col_marginal": torch.full((m,), n / m, dtype=torch.float64)}
+    with mpmath.workdps(40):
+        for std in (1e-7, 1e-3, 1.0, 6.0):
+            logits = torch.randn(batch, n, m, dtype=torch.float64) * std
+            for given in ({}, uneven):
+                plan = reference.sinkhorn(logits, n_iters=50, **given).to(dtype)
+                lower, upper = fastdsm.sigma2_bounds(plan, **given)
+                for matrix, least, most in zip(plan, lower.tolist(), upper.tolist(), strict=True):
+                    gram = gram_matrix(matrix, *(given or even).values())
+                    assert not exceeds(least, gram)
+                    assert exceeds(most, gram)
+
+
+def test_of_a_truncated_plan() -> None:
+    """Whose columns leak: rows alone are exact after one sweep, and columns alone if these are the last."""
+    for size in ((4, 4), (7, 12), (40, 36)):
+        for first in ("col", "row"):
+            plan = reference.sinkhorn(torch.randn(3, *size, dtype=torch.float64) * 3, n_iters=1, first=first)
+            truth = reference.sigma2(plan)
+            torch.testing.assert_close(fastdsm.sigma2(plan, tol=1e-8), truth, rtol=1e-6, atol=0)
+            lower, upper = fastdsm.sigma2_bounds(plan)
+            assert bool((lower <= truth * (1 + 1e-13)).all() & (upper >= truth * (1 - 1e-13)).all())
 
 
 def test_multiplicity() -> None:

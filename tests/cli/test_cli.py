@@ -90,36 +90,14 @@ def test_stopping_early_and_late_are_misses(monkeypatch):
         assert "stopping at tol" in misses
 
 
-def scaled(name, factor):
-    genuine = getattr(verification, name)
+def with_gradient_off(call):
+    """The value is right and the gradient is a thousandth too large."""
 
     def wrong(x, **options):
-        found = genuine(x, **options)
-        if name == "sigma2":
-            return found * factor
-        if name == "sigma2_bounds":
-            return found[0] * factor, found[1]
-        if name == "sinkhorn_sigma2":
-            return found._replace(sigma2=found.sigma2 * factor)
-        # The value is right and the gradient is not.
-        return found[0].detach() + (found[0] - found[0].detach()) * factor, found[1]
+        plan, info = call(x, **options)
+        return 1.001 * plan - 0.001 * plan.detach(), info
 
     return wrong
-
-
-@pytest.mark.parametrize(
-    ("name", "missed"),
-    [
-        ("sinkhorn", "gradient of logits"),
-        ("sinkhorn_sigma2", "sigma2 of the call"),
-        ("sigma2", "sigma2 of a plan"),
-        ("sigma2_bounds", "sigma2 outside its bounds"),
-    ],
-)
-def test_an_error_of_a_thousandth_is_a_miss(monkeypatch, name, missed):
-    monkeypatch.setattr(verification, name, scaled(name, 1.001))
-    misses = {record.quantity for record in verify_case(Case((4, 4, 4), torch.float32, 1.0), CPU) if not record.ok}
-    assert misses == {missed}
 
 
 @pytest.mark.parametrize("case", TINY_NEWTON)
@@ -127,9 +105,8 @@ def test_newton_is_verified(monkeypatch, case):
     records = verify_newton_case(case, CPU)
     assert [str(record) for record in records if not record.ok] == []
     assert {record.quantity for record in records} == {"plan", "residual", "gradient of logits"}
-    monkeypatch.setattr(verification, "sinkhorn", scaled("sinkhorn", 1.001))
     genuine = newton_verification.sinkhorn
-    monkeypatch.setattr(newton_verification, "sinkhorn", verification.sinkhorn)
+    monkeypatch.setattr(newton_verification, "sinkhorn", with_gradient_off(genuine))
     assert [record.quantity for record in verify_newton_case(case, CPU) if not record.ok] == ["gradient of logits"]
     monkeypatch.setattr(newton_verification, "sinkhorn", lambda x, tol=0, **options: genuine(x, tol=1e-2, **options))
     assert "residual" in [record.quantity for record in verify_newton_case(case, CPU) if not record.ok]

@@ -147,6 +147,17 @@ def test_of_a_large_batch_every_other_is_taken(batch_first: bool) -> None:
         assert row.sigma2_max == pytest.approx(value[:, row.head].max().item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("sample", [1, 3, 4])
+def test_a_sample_is_spread_over_the_batch(sample: int) -> None:
+    """Of a batch whose second half differs: every 8th, 3rd and 2nd of eight plans."""
+    logits = torch.cat([0.1 * torch.randn(4, 5, 5), 8 * torch.randn(4, 5, 5)])
+    model = SinkhornProjection()
+    with SpectralMonitor(model, sample=sample) as monitor:
+        plans = model(logits)
+    (row,) = monitor.rows
+    check(row, plans[:: -(-8 // sample)])
+
+
 def test_padding_takes_no_part() -> None:
     model = SinkhornAttention(8, 2, batch_first=True, n_iters=60)
     x = torch.randn(3, 6, 8)

@@ -1,9 +1,10 @@
-"""Laws of noise and LayerNorm against Monte-Carlo with nn.functional.layer_norm, on P = J + sigma Q, and against scipy."""
+"""Laws of noise and LayerNorm against Monte-Carlo with nn.functional.layer_norm, on P = J + sigma Q, scipy and mpmath."""
 
 from __future__ import annotations
 
 import math
 
+import mpmath  # torch depends on it
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +60,37 @@ def test_tail_is_the_noncentral_t_distribution(dim: int) -> None:
         known = expected.isfinite()
         assert known.sum() >= 15
         torch.testing.assert_close(found[known], expected[known], rtol=0.0, atol=1e-9)
+
+
+def by_mpmath(snr: float, dim: int, cosine: float) -> tuple[float, float]:
+    """E cos and P(cos <= cosine) from their definitions, to 20 digits; integrals are cut where the integrand is below 1e-25."""
+    with mpmath.workdps(25):
+        delta, k = mpmath.sqrt(mpmath.mpf(snr) * dim), dim - 1
+        end = min(mpmath.pi / 2, 12 / mpmath.sqrt(delta**2 * 4 / mpmath.pi**2 + dim))
+        weight = mpmath.quad(lambda t: mpmath.exp(-((delta * mpmath.sin(t)) ** 2) / 2) * mpmath.cos(t) ** dim, [0, end])
+        a = mpmath.mpf(cosine) / mpmath.sqrt(1 - mpmath.mpf(cosine) ** 2)
+        if k == 0:
+            return float(mpmath.sqrt(2 / mpmath.pi) * delta * weight), float(mpmath.ncdf(-delta))
+        log_scale = (mpmath.mpf(k) / 2 - 1) * mpmath.log(2) + mpmath.loggamma(mpmath.mpf(k) / 2)
+
+        def density(x: mpmath.mpf) -> mpmath.mpf:
+            return (
+                mpmath.exp((k - 1) * mpmath.log(x) - x**2 / 2 - log_scale) if x else mpmath.mpf(k == 1) * mpmath.exp(-log_scale)
+            )
+
+        middle = mpmath.sqrt(k)
+        ends = [max(middle - 12, mpmath.mpf(0)), middle, middle + 12]
+        tail = mpmath.quad(lambda x: mpmath.ncdf(a * x - delta) * density(x), ends)
+        return float(mpmath.sqrt(2 / mpmath.pi) * delta * weight), float(tail)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 17, 400, 5000])
+def test_quadrature_has_the_digits_it_states(dim: int) -> None:
+    for snr, cosine in ((0.01, 0.1), (1.0, 0.6), (25.0, 0.97)):
+        mean, tail = by_mpmath(snr, dim, cosine)
+        wide = torch.tensor(snr, dtype=torch.float64)
+        assert diagnostics.layernorm_cosine(wide, dim).item() == pytest.approx(mean, rel=0, abs=1e-12)
+        assert diagnostics.layernorm_cosine_tail(wide, dim, cosine).item() == pytest.approx(tail, rel=0, abs=1e-12)
 
 
 def test_cosine_is_the_integral_of_its_tail_and_has_the_stated_limit() -> None:

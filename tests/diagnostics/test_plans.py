@@ -158,6 +158,13 @@ def test_the_law_of_random_logits_is_approached(std: float, wide: int) -> None:
     assert diagnostics.random_sigma2(2.0, 4).item() == 1.0
 
 
+def test_the_law_of_random_logits_by_hand() -> None:
+    """e^(std^2) = 2: the law is 1 / 4 + 1 / 8 at 16 x 64, either way round, and 2 / 4 at 16 x 16."""
+    std = torch.tensor(math.log(2), dtype=torch.float64).sqrt()
+    found = [diagnostics.random_sigma2(std, *size).item() for size in ((16, 64), (64, 16), (16,))]
+    assert found == pytest.approx([0.375, 0.375, 0.5], rel=1e-15)
+
+
 def test_summary_is_its_parts() -> None:
     plan = fastdsm.sinkhorn(torch.randn(3, 2, 5, 5))
     found = diagnostics.summarize(plan)

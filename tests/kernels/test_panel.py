@@ -215,6 +215,17 @@ def test_every_option(option: str, n_iters: int) -> None:
     check_backward(problem)
 
 
+def test_a_tiny_column_marginal_whose_line_has_one_entry() -> None:
+    """Row 0 has no other entry, so that every sweep multiplies its factor by r / c: every sweep is a log sweep."""
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    mask[:, 0] = torch.arange(5) == 2
+    mask[:, 1:, 2] = False
+    row, col = torch.full((2, 4), 0.25), torch.tensor([[0.3, 0.2, 1e-10, 0.3, 0.2]]).expand(2, 5)
+    problem = Problem(logits_of(2, 4, 5, 2.0), 6, row_marginal=row, col_marginal=col, mask=mask)
+    check_forward(problem)
+    check_backward(problem)
+
+
 def test_gradients_of_vectors_alone() -> None:
     problem = optioned("everything", 20, 35, 3)
     r, c = problem.row_marginal, problem.col_marginal
@@ -317,6 +328,18 @@ def test_any_strides() -> None:
     assert usual is not None
     assert_within(buffer[:, ::2].mT, exact, usual, cotangent=grad_plan)
     assert buffer[:, 1::2].isnan().all()
+
+
+def test_strided_marginals_and_starts() -> None:
+    """Every other entry of wider ones, one of them zero, whose matrices lie further apart than they need."""
+    row, col = (x.repeat_interleave(2, 1) for x in couple(2, 7, 9))
+    row[0, 4], col[1, 6] = 0.0, 0.0
+    row, col = row[:, ::2], col[:, ::2]
+    col.mul_(row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True))
+    f0 = torch.randn(2, 21)[:, ::3]
+    problem = Problem(logits_of(2, 7, 9, 2.0), 3, row_marginal=row, col_marginal=col, f0=f0)
+    check_forward(problem)
+    check_backward(problem)
 
 
 def test_vectors_may_be_left_out() -> None:

@@ -184,6 +184,19 @@ def test_packed_and_strided_agree() -> None:
     assert torch.equal(backward(Problem(logits, 20), grad_plan), backward(Problem(spread[:, :, ::2], 20), grad_plan))
 
 
+@pytest.mark.parametrize(("lines", "n_iters"), [(4, 40), (4, 100), (6, 40), (8, 40)])
+def test_packed_matrices_without_support(lines: int, n_iters: int) -> None:
+    """All rows but one have the last column alone: factors grow by lines - 1 in every sweep, and for ever."""
+    logits = random_logits(lines, lines, 2.0)
+    logits[:, 1:, :-1] = -torch.inf
+    logits[:, 0, -1] = -torch.inf
+    outputs = check_forward(Problem(logits, n_iters))
+    assert outputs.residual is not None
+    assert (outputs.residual > lines - 2.1).all()
+    if lines == 6:
+        check_backward(Problem(logits, n_iters))
+
+
 @pytest.mark.parametrize("lines", [7, 8])
 def test_counts_of_lines(lines: int) -> None:
     """Every number of rows and of columns, by exclusion, so that potentials drift."""

@@ -217,6 +217,17 @@ def test_any_strides() -> None:
     assert buffer[:, 1::2].isnan().all()
 
 
+@pytest.mark.parametrize("n_iters", [0, 2])
+def test_strided_marginals_and_starts(n_iters: int) -> None:
+    """Every other entry of wider ones, one of them zero, whose matrices lie further apart than they need."""
+    row, col = torch.rand(2, 14) + 0.2, torch.rand(2, 18) + 0.2
+    row[0, 4], col[1, 7] = 0.0, 0.0
+    row, col = row[:, ::2], col[:, 1::2]
+    col.mul_(row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True))
+    f0 = torch.randn(2, 21)[:, ::3] if n_iters else None
+    check(Problem(logits_of(2, 7, 9, 2.0), n_iters, row_marginal=row, col_marginal=col, f0=f0))
+
+
 def test_runs_agree_to_the_bit_whatever_else_is_asked_for() -> None:
     problem = optioned("everything", 18, 11, 1)
     outputs, gradients = empty_outputs(problem), empty_gradients(problem)

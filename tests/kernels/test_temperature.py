@@ -67,6 +67,30 @@ def test_what_cannot_be_reached_touches_no_neighbour() -> None:
     assert found[0] == fastdsm.temperature_for_sigma2(normal, 0.9, n_iters=20, backend="triton")[0]
 
 
+def test_plans_that_too_few_steps_leave_unconverged_reach_nothing() -> None:
+    """At sigma2 = 0.98 one step, of sweeps alone, is far from enough, wherever sigma2 of what they leave has the target."""
+    logits = 3 * torch.randn(4, 3, 3)
+    found, reached = fastdsm.temperature_for_sigma2(logits, 0.98, n_iters=1, backend="triton")
+    assert not reached.any()
+    assert found.isnan().all()
+    assert fastdsm.temperature_for_sigma2(logits, 0.98, backend="torch")[1].all()
+
+
+def test_a_curve_that_turns() -> None:
+    """Under this mask sigma2 falls from 0.63 to 0.58 before it rises to 1: the largest root is where it falls."""
+    logits = torch.tensor([[[9, 10, 13, -2], [-4, 43, 14, 2], [-7, -13, -2, 5], [1, -14, 13, 5]]]) / 10
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[0, :2], mask[1, 0] = False, False
+    found, reached = both(logits, 0.61, mask=mask)
+    assert reached.all()
+    temperatures = torch.tensor([16.0, 8.0, 3.7, 2.0])
+    plans = fastdsm.sinkhorn(logits.expand(4, 4, 4), temperature=temperatures, mask=mask, solver="newton")
+    highest, high, lowest, low = fastdsm.sigma2(plans, tol=1e-7).tolist()
+    assert highest > 0.61 > high > lowest
+    assert low > 0.61
+    assert 8.0 < found.item() < 16.0
+
+
 def test_masks_and_marginals() -> None:
     logits = torch.randn(3, 3, 4)
     mask = torch.rand(3, 3, 4) > 0.15

@@ -244,6 +244,15 @@ def test_tiny_marginals_make_every_sweep_a_log_sweep() -> None:
     _check(Problem(_logits(2, 3, 3), 6, row_marginal=row))
 
 
+def test_a_tiny_column_marginal_whose_line_has_one_entry() -> None:
+    """Row 0 has no other entry, so that every sweep multiplies its factor by r / c: every sweep is a log sweep."""
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    mask[:, 0] = torch.arange(5) == 2
+    mask[:, 1:, 2] = False
+    row, col = torch.full((2, 4), 0.25), torch.tensor([[0.3, 0.2, 1e-10, 0.3, 0.2]]).expand(2, 5)
+    _check(Problem(_logits(2, 4, 5), 6, row_marginal=row, col_marginal=col, mask=mask))
+
+
 @pytest.mark.parametrize(("n", "std"), [(4, [0.5, 1.0, 2.0, 3.0, 4.0]), (16, [0.5, 2.0, 3.0, 4.0, 5.0])])
 def test_each_matrix_stops_by_itself(n: int, std: list[float]) -> None:
     got = _check(Problem(_logits(5, n, n, std), 70, tol=3e-3))
@@ -284,8 +293,8 @@ def test_what_lies_under_a_mask_is_never_used() -> None:
 
 def test_strides_are_followed() -> None:
     logits, cotangent = _logits(3, 6, 5), torch.randn(3, 6, 5)
-    mask, f0, row = _mask(3, 6, 5), torch.randn(3, 6), _weights(3, 6, 2.0)
-    problem = Problem(logits, 5, f0=f0, row_marginal=row, mask=mask)
+    mask, f0, row, col = _mask(3, 6, 5), torch.randn(3, 6), _weights(3, 6, 2.0), _weights(3, 5, 2.0)
+    problem = Problem(logits, 5, f0=f0, row_marginal=row, col_marginal=col, mask=mask)
     expected = _run(problem, cotangent)
 
     def spread(x: Tensor) -> Tensor:
@@ -295,7 +304,8 @@ def test_strides_are_followed() -> None:
         view = wide[tuple(slice(None, None, 2) for _ in axes)]
         return view.copy_(x)
 
-    strided = replace(problem, logits=spread(logits), f0=spread(f0), row_marginal=spread(row), mask=spread(mask))
+    operands = {"logits": logits, "f0": f0, "row_marginal": row, "col_marginal": col, "mask": mask}
+    strided = replace(problem, **{name: spread(x) for name, x in operands.items()})
     outputs = Outputs(spread(torch.full_like(logits, torch.nan)))
     gradients = Gradients(spread(torch.full_like(logits, torch.nan)))
     tile.sinkhorn_forward(strided, outputs)

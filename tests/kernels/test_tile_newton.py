@@ -210,6 +210,19 @@ def test_a_poisoned_matrix_stays_alone() -> None:
         assert torch.equal(getattr(second, name)[~bad], getattr(first, name)[~bad]), name
 
 
+@pytest.mark.parametrize("n_iters", [0, 1, 2])
+def test_a_poisoned_matrix_is_marked_after_no_step_and_after_one(n_iters: int) -> None:
+    clean = random_logits(6, 5, 3.0, 4)
+    dirty = clean.clone()
+    dirty[1, 2, 1], dirty[2, 0, 3] = torch.nan, torch.inf
+    before, after = (newton(Problem(x, n_iters, tol=TOL)) for x in (clean, dirty))
+    assert after.plan[1:3].isnan().all()
+    assert after.residual is not None
+    assert after.residual.isnan().tolist() == [False, True, True, False]
+    for name in ("plan", "residual", "sweeps", "f", "g"):
+        assert torch.equal(getattr(after, name)[::3], getattr(before, name)[::3]), name
+
+
 def test_strides_and_what_is_not_asked_for() -> None:
     logits = random_logits(6, 5, 3.0)
     spread = torch.full((3, 6, 10), torch.nan)

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastdsm
 from fastdsm import reference
+from fastdsm._verify.sinkhorn import budget, gradient_size, half_ulp
 
 from ..tolerances import assert_within
 
@@ -69,6 +70,31 @@ def test_every_operand(first: str, batch: int) -> None:
                 gradients.append(torch.autograd.grad(plan, list(copies.values()), cotangent))
             for name, found, truth in zip(leaves, *gradients, strict=True):
                 torch.testing.assert_close(found, torch.where(leaves[name] == 0, 0.0, truth), msg=lambda s, n=name: f"{n}: {s}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std", [1.0, 30.0, 200.0])
+@pytest.mark.parametrize("shape", [(40, 4, 4), (4, 20, 17)])
+def test_of_a_temperature(shape: tuple[int, int, int], std: float, dtype: torch.dtype) -> None:
+    """The sum of products far larger than itself is taken in float64 on a CPU: what is left is one rounding to float32.
+
+    s of the policy for float64 is the size of these products, of the gradient in logits / temperature with logits.
+    """
+    finite, cotangent = (torch.randn(shape) * std).to(dtype), torch.randn(shape).to(dtype)
+    logits = finite.masked_fill(torch.rand(shape) < 0.05, -torch.inf)
+    tau = torch.rand(shape[0]) + 0.5
+
+    def gradient_of(call: object, logits: Tensor, inside: torch.dtype, n_iters: int) -> Tensor:
+        leaf = tau.to(inside).requires_grad_()
+        plan = call(logits, temperature=leaf, n_iters=n_iters)  # type: ignore[operator]
+        return torch.autograd.grad(plan, leaf, cotangent.to(plan.dtype))[0]
+
+    for n_iters in (1, 20):
+        truth, plain = (gradient_of(reference.sinkhorn, logits.to(x), x, n_iters) for x in (torch.float64, torch.float32))
+        found = gradient_of(fastdsm.sinkhorn, logits, torch.float32, n_iters)
+        size = gradient_size(truth, cotangent) * (finite.abs().amax((-2, -1)) / tau).amax().item()
+        allowed = budget(truth, plain, torch.float64, size=size)
+        assert ((found.double() - truth).abs() <= allowed + half_ulp(truth.abs() + allowed, torch.float32)).all()
 
 
 @pytest.mark.parametrize("batch", [5, 200])

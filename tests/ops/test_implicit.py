@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastdsm
 from fastdsm import reference
+from fastdsm._verify.sinkhorn import gradient_size
 from fastdsm.pytorch import laplacian
 
 Call = Callable[..., Any]
@@ -151,6 +152,29 @@ def test_the_error_of_what_has_not_converged() -> None:
     assert errors[0] > 1e-2
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [("torch", (20, 4, 4)), ("torch", (10, 9, 7)), ("torch", (4, 16, 16)), ("triton", (20, 4, 4)), ("triton", (3, 9, 7))],
+)
+def test_of_a_residual_that_a_newton_step_squares(backend: str, shape: tuple[int, ...]) -> None:
+    """Plans that sweeps leave at 1e-3 have the gradient of the fixed point.
+
+    k = residual / (1 - sigma2^2) is the error of the potentials, k^2 what a Newton step leaves of it, and of the gradient
+    that over 1 - sigma2^2; without the step it would be k over that. Logits rounded to u add what ``_verify.newton`` derives.
+    """
+    for std in (0.5, 1.0):
+        logits, cotangent = torch.randn(shape) * std, torch.randn(shape)
+        truth = gradients(reference.sinkhorn, {"logits": logits.double()}, cotangent, solver="newton")["logits"]
+        options = {"n_iters": 100, "tol": 1e-3, "backend": backend}
+        found = gradients(fastdsm.sinkhorn, {"logits": logits}, cotangent, grad="implicit", **options)["logits"]
+        residual = fastdsm.sinkhorn(logits, return_info=True, **options)[1].residual.double()
+        assert residual.max() > 5e-5
+        gap = 1 - reference.sigma2(reference.sinkhorn(logits.double(), solver="newton")).square()
+        k, u = residual / gap, 2 * torch.finfo(torch.float32).eps * logits.abs().amax().item() / gap
+        allowed = (k.square() + u) / gap * gradient_size(truth, cotangent)
+        assert ((found.double() - truth).abs().amax((-2, -1)) <= allowed).all()
 
 
 def test_condition_number() -> None:

@@ -259,6 +259,26 @@ def test_measured_rows(benchmark, direction: str) -> None:
     assert ours.peak_extra_bytes >= (1 if direction == FORWARD else 2) * size
 
 
+def test_a_right_output_with_a_wrong_gradient_is_left_out(benchmark) -> None:
+    """A thousandth too large, or NaN; our own stops the measurement."""
+    right = Implementation("right", "", lambda x: (fastdsm.reference.sinkhorn(x, n_iters=20),), COLUMNS_THEN_ROWS)
+    value = lambda x: fastdsm.reference.sinkhorn(x, n_iters=20)  # noqa: E731
+    wrong = replace(right, name="wrong", function=lambda x: (1.001 * value(x) - 0.001 * value(x).detach(),))
+    undefined = replace(right, name="undefined", function=lambda x: (value(x) + 0.0 * (x - x).sqrt(),))  # whose gradient is NaN
+    implementations = [replace(right, name="fastdsm"), replace(right, name="eager"), wrong, undefined]
+    case = Case("sinkhorn", torch.randn(3, 4, 4), BACKWARD, seconds=0.0)
+    measure(benchmark, case, implementations)
+    with pytest.raises(AssertionError, match=r"fastdsm, .*: output 1 misses"):
+        measure(benchmark, case, [replace(wrong, name="fastdsm"), implementations[1]])
+    if benchmark.disabled:
+        pytest.skip("--benchmark-disable leaves nothing to look at")
+    rows = {entry["implementation"]: row_of(entry) for entry in benchmark.extra_info.pop("rows")}
+    for name in ("wrong", "undefined"):
+        assert rows[name].left_out is not None
+        assert rows[name].left_out.startswith("output 1 misses")
+    assert rows["eager"].left_out is None
+
+
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 def test_a_wrong_output_of_our_own_stops_the_measurement(benchmark) -> None:
     wrong = Implementation("fastdsm", "", lambda x: (x * 2,), Definition("the same", lambda x: (x,)))

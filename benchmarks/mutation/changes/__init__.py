@@ -1,0 +1,9 @@
+"""The list: every change, by what it is in."""
+
+from .diagnostics import DIAGNOSTICS
+from .judges import JUDGES
+from .kernels import KERNELS
+from .paths import PATHS
+from .streams import STREAMS
+
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *DIAGNOSTICS, *JUDGES]

@@ -1,0 +1,166 @@
+"""Changes of the diagnostics and of the monitor."""
+
+from ..change import Change
+
+_NOISE, _PLANS = "tests/diagnostics/test_noise.py", "tests/diagnostics/test_plans.py"
+_MONITOR, _DEPTH = "tests/diagnostics/test_monitor.py", "tests/diagnostics/test_depth.py"
+
+DIAGNOSTICS = [
+    Change(
+        "fastdsm/diagnostics/prior.py",
+        "return ((n**-0.5 + m**-0.5) * s.square()",
+        "return (1.01 * (n**-0.5 + m**-0.5) * s.square()",
+        (f"{_PLANS}::test_the_law_of_random_logits_by_hand",),
+        "the law of random logits off by a hundredth",
+    ),
+    Change(
+        "fastdsm/diagnostics/prior.py",
+        "return ((n**-0.5 + m**-0.5) * s.square()",
+        "return (2 * (n * m) ** -0.25 * s.square()",
+        (f"{_PLANS}::test_the_law_of_random_logits_by_hand",),
+        "the geometric mean of both sides",
+    ),
+    Change(
+        "fastdsm/diagnostics/prior.py",
+        "return (logit_diameter(logits) / (4 * (",
+        "return (logit_diameter(logits) / (5 * (",
+        (f"{_PLANS}::test_the_prior_bound_is_never_violated",),
+        "a bound that is none",
+    ),
+    Change(
+        "fastdsm/diagnostics/prior.py",
+        "D = torch.maximum(D, spread.amax(-1))",
+        "D = torch.maximum(D, spread.amin(-1))",
+        (f"{_PLANS}::test_diameter_by_brute_force",),
+        "the largest difference of two rows",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "_NODES = 128",
+        "_NODES = 24",
+        (f"{_NOISE}::test_quadrature_has_the_digits_it_states",),
+        "a quadrature of few nodes",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "_REACH = 9.5",
+        "_REACH = 6.0",
+        (f"{_NOISE}::test_quadrature_has_the_digits_it_states",),
+        "an integral cut off where its tail is 1e-9",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "+ dim * theta.cos()",
+        "+ (dim - 1e-6) * theta.cos()",
+        (f"{_NOISE}::test_quadrature_has_the_digits_it_states",),
+        "another dimension in the seventh digit",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "layers = torch.where(s == 1, L,",
+        "layers = torch.where(s == 2, L,",
+        (f"{_NOISE}::test_where_layernorm_helps",),
+        "the limit at sigma2 = 1",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "return eta < 1 - s.square()",
+        "return eta < 1 - s",
+        (f"{_NOISE}::test_where_layernorm_helps",),
+        "where LayerNorm helps",
+    ),
+    Change(
+        "fastdsm/diagnostics/noise.py",
+        "room / (-2 * layer.clamp(max=1.0).log())",
+        "room / (-layer.clamp(max=1.0).log())",
+        (f"{_NOISE}::test_critical_depth_on_an_isotropic_stack",),
+        "twice the critical depth",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "self._kept[name] = plans[::stride]",
+        "self._kept[name] = plans[: -(-len(plans) // stride)]",
+        (f"{_MONITOR}::test_a_sample_is_spread_over_the_batch",),
+        "a sample of the first plans",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "query, key = (x.movedim(at, 0)[::stride].movedim(0, at) for x in (query, key))",
+        "query, key = (x.movedim(at, 0)[: -(-batch // stride)].movedim(0, at) for x in (query, key))",
+        (f"{_MONITOR}::test_of_a_large_batch_every_other_is_taken",),
+        "a sample of the first calls of attention",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "self._recording = self._counts(module) and self.step % self._every == 0",
+        "self._recording = self._counts(module)",
+        (f"{_MONITOR}::test_steps_samples_and_modes",),
+        "every step is recorded",
+    ),
+    Change(
+        "fastdsm/diagnostics/measured.py",
+        "residual(plans, mask=lines).amax(1)",
+        "residual(plans, mask=lines).mean(1)",
+        (f"{_MONITOR}::test_a_sample_is_spread_over_the_batch", f"{_MONITOR}::test_finds_every_layer_and_head"),
+        "the mean residual for the largest",
+    ),
+    Change(
+        "fastdsm/diagnostics/measured.py",
+        "value = sigma2(plans, mask=lines, tol=1e-3)",
+        "value = sigma2(plans, tol=1e-3)",
+        (f"{_MONITOR}::test_padding_takes_no_part",),
+        "padded lines in sigma2",
+    ),
+    Change(
+        "fastdsm/diagnostics/depth.py",
+        "_RATIO_ROUNDING = 8 *",
+        "_RATIO_ROUNDING = 0 *",
+        (
+            f"{_DEPTH}::test_effective_depth_at_the_ends_and_on_exact_powers",
+            f"{_DEPTH}::test_depth_bound_of_equal_layers_is_effective_depth",
+        ),
+        "an exact power takes one layer more",
+    ),
+    Change(
+        "fastdsm/diagnostics/depth.py",
+        "backward = [P.detach() for P in wide], [P.detach().mT for P in reversed(wide)]",
+        "backward = [P.detach() for P in wide], [P.detach().mT for P in wide]",
+        (f"{_PLANS}::test_product_against_dense",),
+        "the product's transpose in the wrong order",
+    ),
+    Change(
+        "fastdsm/diagnostics/depth.py",
+        "return (1 - a + a * s).to(result_dtype(sigma2, weight))",
+        "return (1 - a * s + a * s.square()).to(result_dtype(sigma2, weight))",
+        (f"{_PLANS}::test_residual_contraction_is_never_violated_and_attained",),
+        "the contraction of a residual layer",
+    ),
+    Change(
+        "fastdsm/diagnostics/depth.py",
+        "unknown = gone.isnan().any(0) & ~reached.any(0)",
+        "unknown = gone.isnan().all(0)",
+        (f"{_DEPTH}::test_depth_bound_with_a_nan_layer",),
+        "a NaN layer before the bound",
+    ),
+    Change(
+        "fastdsm/diagnostics/entropy.py",
+        "mean = rows.where(used, 0.0).sum((-2, -1)) / used.sum((-2, -1))",
+        "mean = rows.where(used, 0.0).mean((-2, -1)) + 0.0 / used.sum((-2, -1))",
+        (f"{_DEPTH}::test_entropy_skips_empty_rows_and_their_gradient_is_zero",),
+        "rows of zeros in the mean",
+    ),
+    Change(
+        "fastdsm/diagnostics/distance.py",
+        "return torch.maximum(out.norm(dim=-1), back.norm(dim=-1)).to(found.dtype)",
+        "return out.norm(dim=-1).to(found.dtype)",
+        (f"{_PLANS}::test_residual_and_leak_by_hand",),
+        "the leak of one direction",
+    ),
+    Change(
+        "fastdsm/diagnostics/distance.py",
+        "return torch.maximum(*worst).detach().to(found.dtype)",
+        "return worst[1].detach().to(found.dtype)",
+        (f"{_PLANS}::test_residual_and_leak_by_hand",),
+        "the residual of columns alone",
+    ),
+]
