@@ -53,10 +53,16 @@ def attention_backward(
     gradients: AttentionGradients,
     implicit: bool,
 ) -> None:
-    """Fill ``gradients``; where nothing was kept but the last potentials, the sweeps are run again."""
+    """Fill ``gradients``; where nothing was kept but the last potentials, the sweeps are run again.
+
+    Potentials of stored plans are the compute dtype's, whose rounding, of hundreds, a plan formed from them would have.
+    """
     complete = implicit or sweeps.keep or streamed_gradient.of_one_line(problem, sweeps)
     if complete or not _stored(problem):
-        state = state if complete else _kept(problem, sweeps, state)
+        if not complete:
+            state = _kept(problem, sweeps, state)
+        elif not sweeps.keep and _stored(problem):
+            state = streamed.renewed(passes, problem, sweeps, state)
         streamed_gradient.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}

@@ -84,10 +84,10 @@ class Block:
         return S
 
     def exponent(self, S: Tensor, at: Potentials) -> Tensor:
-        """S + f + g, in place."""
+        """S + f + g, in place, in the order of :class:`Potentials`: fine parts are often large and of opposite signs."""
         f, g = self.rows_of(at.f_base).unsqueeze(-1), self.heads_of(at.g_base).unsqueeze(-2)
         S = S.add_(g).add_(f) if at.columns_first else S.add_(f).add_(g)
-        return S.add_(self.rows_of(at.f_fine).unsqueeze(-1)).add_(self.heads_of(at.g_fine).unsqueeze(-2))
+        return S.add_(self.rows_of(at.f_fine).unsqueeze(-1) + self.heads_of(at.g_fine).unsqueeze(-2))
 
     def dropped(self, P: Tensor, dropout: Dropout | None) -> Tensor:
         """P with dropout's zeros and factors 1 / (1 - p), in place: a function of the seed and an entry's place alone.

@@ -8,6 +8,8 @@ from torch import Tensor
 from .._ops.problem import Attention, Dropout, Potentials, Terms
 from .blocks import Block, blocks
 
+UNIT = 1.0
+
 
 def lse(problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None) -> None:
     """As in :class:`~fastdsm._ops.streamed.sweeps.Passes`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdsm._ops.problem import Attention, Dropout, Potentials, Terms
+from fastdsm._ops.streamed.potentials import Potential, counted
 
 from ..common.configuration import Configuration
 from .arguments import EntryStrides, Logits
@@ -48,8 +49,9 @@ from .table import (
     vector_block,
 )
 
-__all__ = ["apply", "attend", "configurations", "gradient", "lse", "products", "supports", "sweep", "weigh"]
+__all__ = ["UNIT", "apply", "attend", "configurations", "gradient", "lse", "products", "supports", "sweep", "weigh"]
 
+UNIT = math.log(2.0)
 MAX_D = BLOCKS_D[-1]
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 
@@ -132,7 +134,7 @@ def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tens
         line_group=query.shape[1] // key.shape[1] if over == "cols" else 1,
         chunk=chunk,
     )
-    torch.add(total.double().log_(), top, alpha=math.log(2.0), out=out)
+    torch.add(total.double().log_(), top, alpha=UNIT, out=out)
     torch.log(partial.sum(2, dtype=torch.float64), out=other)
     return True
 
@@ -159,9 +161,9 @@ def attend(
     query = problem.query
     if online or drops(dropout) or not at.columns_first or not query.dtype == value.dtype == out.dtype:
         lse(problem, "cols", at, online, line)
-        f = at.f_base.double() + at.f_fine - torch.where(line == -torch.inf, 0.0, line)
-        base = f.float()
-        apply(problem, "cols", replace(at, f_base=base, f_fine=(f - base).float()), value, dropout, out)
+        f = counted(at.f_base, UNIT) + counted(at.f_fine, UNIT) - torch.where(line == -torch.inf, 0.0, line)
+        last = Potential.near(f, UNIT, at.f_base.dtype).moved(f, UNIT)
+        apply(problem, "cols", replace(at, f_base=last.base, f_fine=last.fine), value, dropout, out)
         return
     value, e = whole_lines(value), value.shape[3]
     logits = logits_of(problem, "cols", at)

@@ -6,9 +6,9 @@ A_t = exp(S + last_t + first_t), B_t = exp(S + last_(t-1) + first_t), and d_last
     for t = T..1:  alpha = d_last / mass;      dS -= A_t * (alpha 1^T);  d_first -= A_t^T alpha
                    beta = d_first / mass;      dS -= B_t * (1 beta^T);   d_last = -B_t beta;  d_first = 0
 
-A_t and B_t are P times a rank-one matrix: 2 T vectors a side carry all of it into one last pass. The factors
-exp(last_t - last_T) stay within b^(T - t): beyond ``_LOG_RANGE`` nats the terms are referred to another sweep's potentials,
-and B_1, which starts from arbitrary potentials, always is.
+The masses are the sums that lines really have (``potentials.py``). A_t and B_t are P times a rank-one matrix: 2 T vectors a
+side carry all of it into one last pass. The factors exp(last_t - last_T) stay within b^(T - t): beyond ``_LOG_RANGE`` nats
+the terms are referred to another sweep's potentials, and B_1, which starts from arbitrary potentials, always is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Attention, Dropout, Potentials, Terms
-from .sweeps import Passes, Potential, State, Sweeps, by_side, centred, log_masses, seen, valid_lines, weighed
+from .potentials import Potential, counted
+from .sweeps import Passes, State, Sweeps, by_side, centred, log_masses, seen, valid_lines, weighed
 
 _LOG_RANGE = 60.0  # float32 ends at 88 nats; products with alpha and beta need some of it
 
@@ -54,14 +55,16 @@ def attention_backward(
 ) -> None:
     """Fill ``gradients`` from the kept potentials."""
     dtype = problem.compute_dtype
-    last, first = by_side(state.f, state.g, sweeps)
-    end = last.shape[2] - 1
-    start = Potential.on(last[:, :, 0].to(dtype), last[:, :, 0])
-    last_slots, first_slots = (_slots(x, x[:, :, min(1, end)].to(dtype)) for x in (last, first))
+    unit, masses = passes.UNIT, by_side(*log_masses(problem), sweeps)
+    last, first = (_Side.of(x, mass, unit, dtype) for x, mass in zip(by_side(state.f, state.g, sweeps), masses, strict=True))
+    end = len(last.slots) - 1
+    if end > 0:
+        last.slots[0] = Potential.near(torch.zeros_like(last.counted[0]), unit, dtype)
+        first.sums[1] *= first.slots[0].exact.exp()
 
     def at(t: int, s: int) -> Potentials:
         """exp(S + last_t + first_s)."""
-        return seen(sweeps, start if t == 0 < end else last_slots[t], first_slots[s])
+        return seen(sweeps, last.slots[t], first.slots[s])
 
     plan = at(end, end)
     d_value = torch.empty_like(value, dtype=dtype)
@@ -78,16 +81,35 @@ def attention_backward(
     passes.products(problem, "cols", plan, value, grad_out, dropout, d_query)
     passes.products(problem, "rows", plan, value, grad_out, dropout, d_key)
     d_last, d_first = by_side(d_query, d_key, sweeps)
-    terms = (_implicit_terms if implicit else _unrolled_terms)(passes, problem, sweeps, state, at, d_last, d_first)
+    if implicit:
+        terms = _implicit_terms(passes, problem, sweeps, plan, last.sums[-1], first.sums[-1], d_last, d_first)
+    else:
+        terms = _unrolled_terms(passes, problem, sweeps, state.sweeps, last, first, at, d_last, d_first)
     for which, target in targets.items():
         if target is not None:
             passes.gradient(problem, which, terms, value, grad_out, dropout, target)
 
 
-def _slots(exact: Tensor, base: Tensor) -> list[Potential]:
-    """A side's potentials (B, H, K, lines), slot by slot on one base."""
-    fine = (exact - base.unsqueeze(2)).to(base.dtype).movedim(2, 0).contiguous()
-    return [Potential(x, base, y) for x, y in zip(exact.unbind(2), fine, strict=True)]
+@dataclass(frozen=True)
+class _Side:
+    """A side's potentials after every sweep, all on the base of the first.
+
+    counted: (K, B, H, lines), float64. sums, the compute dtype: of lines that a potential has given their mass.
+    """
+
+    slots: list[Potential]
+    counted: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, exact: Tensor, log_mass: Tensor, unit: float, dtype: torch.dtype) -> _Side:
+        """Of potentials (B, H, K, lines) of a :class:`State`."""
+        exact = exact.movedim(2, 0)
+        one = Potential.near(exact[min(1, len(exact) - 1)], unit, dtype)
+        fine = (exact - one.ground).to(dtype).contiguous()
+        count = one.ground + counted(fine, unit)
+        slots = [Potential(x, one.base, y, one.ground, z) for x, y, z in zip(exact, fine, count, strict=True)]
+        return cls(slots, count, (log_mass + (count - exact)).exp().to(dtype))
 
 
 def _weighed(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials, w: Tensor, to_first: bool) -> Tensor:
@@ -95,46 +117,39 @@ def _weighed(passes: Passes, problem: Attention, sweeps: Sweeps, at: Potentials,
     return weighed(passes, problem, "rows" if to_first == sweeps.columns_first else "cols", at, w)
 
 
-def _masses(problem: Attention, sweeps: Sweeps) -> tuple[Tensor, Tensor]:
-    """Masses of a line of the last side and of the first, compute dtype."""
-    query, key = (x.exp().to(problem.compute_dtype) for x in log_masses(problem))
-    return by_side(query, key, sweeps)
-
-
 def _unrolled_terms(
     passes: Passes,
     problem: Attention,
     sweeps: Sweeps,
-    state: State,
+    done: Tensor,
+    last: _Side,
+    first: _Side,
     at: Callable[[int, int], Potentials],
     d_last: Tensor,
     d_first: Tensor,
 ) -> Terms:
     """The adjoint of the module's docstring."""
-    last, first = by_side(state.f, state.g, sweeps)
-    last_mass, first_mass = _masses(problem, sweeps)
     final = sweeps.n_iters
     reach = max(int(_LOG_RANGE / math.log(max(problem.query.shape[2], problem.key.shape[2], 2))), 1)
-    done = state.sweeps.unsqueeze(-1)
+    done = done.unsqueeze(-1)
     segments: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def take(reference: tuple[int, int], t: int, s: int, x: Tensor | None, y: Tensor | None) -> None:
         """Record exp(S + last_t + first_s) times x y^T (None: ones), in terms of the potentials of ``reference``."""
-        left = (last[:, :, t] - last[:, :, reference[0]]).exp().to(problem.compute_dtype)
-        right = (first[:, :, s] - first[:, :, reference[1]]).exp().to(problem.compute_dtype)
+        left = (last.counted[t] - last.counted[reference[0]]).exp().to(problem.compute_dtype)
+        right = (first.counted[s] - first.counted[reference[1]]).exp().to(problem.compute_dtype)
         pair = (left if x is None else x * left, right if y is None else y * right)
         segments.setdefault(reference, []).append(pair)
 
     if final == 0:
-        take((0, 0), 0, 0, d_last / last_mass, None)
+        take((0, 0), 0, 0, d_last / last.sums[0], None)
     for t in range(final, 0, -1):
         step = final - (final - t) // reach * reach
         active = done >= t
-        alpha = torch.where(active, d_last / last_mass, 0.0)
+        alpha = torch.where(active, d_last / last.sums[t], 0.0)
         take((step, step), t, t, alpha, None)
         d_first = d_first - _weighed(passes, problem, sweeps, at(t, t), alpha, to_first=True)
-        sums = first_mass if t > 1 else first_mass * first[:, :, 0].exp().to(first_mass.dtype)
-        beta = torch.where(active, d_first / sums, 0.0)
+        beta = torch.where(active, d_first / first.sums[t], 0.0)
         take((step, step) if t > 1 else (0, 1), t - 1, t, None, beta)
         if t > 1:
             d_last = torch.where(active, -_weighed(passes, problem, sweeps, at(t - 1, t), beta, to_first=False), d_last)
@@ -149,8 +164,9 @@ def _implicit_terms(
     passes: Passes,
     problem: Attention,
     sweeps: Sweeps,
-    state: State,
-    at: Callable[[int, int], Potentials],
+    plan: Potentials,
+    last_mass: Tensor,
+    first_mass: Tensor,
     d_last: Tensor,
     d_first: Tensor,
 ) -> Terms:
@@ -158,11 +174,9 @@ def _implicit_terms(
 
     Without alpha, (I - P^T P / (masses)) beta = (d_first - P^T d_last / last mass) / first mass: positive semi-definite,
     with the constants as null space, which the right side has no part in. At most ``n_iters`` steps, fewer where a head is
-    done: as the sweeps, they converge the faster the smaller sigma_2 is.
+    done: as the sweeps, they converge the faster the smaller sigma_2 is. A saturated plan falls into parts, each with a null
+    vector of its own: a direction without curvature beyond rounding is one, and the head is done.
     """
-    end = state.f.shape[2] - 1
-    plan = at(end, end)
-    last_mass, first_mass = _masses(problem, sweeps)
     valid = by_side(*valid_lines(problem), sweeps)[1].expand(d_first.shape)
 
     def product(x: Tensor, to_first: bool) -> Tensor:
@@ -171,15 +185,18 @@ def _implicit_terms(
     rest = centred((d_first - product(d_last / last_mass, True)) / first_mass, valid)
     beta, direction = torch.zeros_like(rest), rest
     square = rest.square().sum(-1, keepdim=True)
-    enough = square * torch.finfo(rest.dtype).eps ** 2
+    eps = torch.finfo(rest.dtype).eps
+    enough = square * eps**2
     for _ in range(sweeps.n_iters):
         active = square > enough
         if active.device.type == "cpu" and not bool(active.any()):
             break
         image = centred(direction - product(product(direction, False) / last_mass, True) / first_mass, valid)
-        step = torch.where(active, square / (direction * image).sum(-1, keepdim=True), 0.0)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        active = active & (curvature > eps * direction.square().sum(-1, keepdim=True))
+        step = torch.where(active, square / curvature, 0.0)
         beta, rest = beta + step * direction, rest - step * image
-        new_square = rest.square().sum(-1, keepdim=True)
+        new_square = torch.where(active, rest.square().sum(-1, keepdim=True), 0.0)
         direction = rest + torch.where(active, new_square / square, 0.0) * direction
         square = new_square
     alpha = (d_last - product(beta, False)) / last_mass

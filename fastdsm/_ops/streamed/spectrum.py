@@ -40,7 +40,7 @@ def attention_sigma2(passes: Passes, problem: Attention, sweeps: Sweeps, accurac
     f, g = (x.new_empty((*x.shape[:2], 1, x.shape[2]), dtype=torch.float64) for x in (found.u, found.v))
     state = State(f, g, torch.empty_like(found.value), torch.empty_like(found.value, dtype=torch.int32))
     attention_forward(passes, problem, None, sweeps, None, None, state, residual=False)
-    at = final_potentials(problem, sweeps, state)
+    at = final_potentials(passes, problem, sweeps, state)
     queries, keys = (x.expand(y.shape) for x, y in zip(valid_lines(problem), (found.u, found.v), strict=True))
 
     def product(x: Tensor) -> Tensor:

@@ -11,25 +11,32 @@ potential keeps exp(S + first + last) within the factor b = max(N, M) of the mas
 
 Potentials of large logits are large numbers, and rounding them, or S plus one of them, errs by more than a line sum may. So
 the driver keeps them in float64, passes return sums in float64, and a pass gets a potential as a base, that of the first
-sweep, and what has been added to it since. The base's rounding is then one and the same in every pass, a change of S.
+sweep, and what has been added to it since. The base's rounding is then one and the same in every pass, a change of S; how far
+a potential counts as another than the exact one is known (``potentials.py``).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..problem import Attention, Dropout, Potentials, Terms
+from .potentials import Potential
 
 _BLOCK_ENTRIES = 1 << 22
 
 
 class Passes(Protocol):
-    """What streams over the logits; ``over`` "cols" sums over the keys for each query, "rows" the other way round."""
+    """What streams over the logits; ``over`` "cols" sums over the keys for each query, "rows" the other way round.
+
+    UNIT: of the exponents they form (``potentials.py``).
+    """
+
+    UNIT: float
 
     def lse(
         self, problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None
@@ -104,8 +111,8 @@ class Sweeps:
 class State:
     """Potentials f (B, H, K, N) and g (B, H, K, M), float64, after every sweep from the start on, or the last (K = 1).
 
-    The first side starts without a potential: slot 0 holds what rounding added to its first one. residual (B, H), 0 where it
-    was not asked for; sweeps (B, H) int32.
+    The first side starts without a potential: slot 0 holds how much more than the exact one its first one is. residual (B, H),
+    0 where it was not asked for; sweeps (B, H) int32.
     """
 
     f: Tensor
@@ -117,20 +124,6 @@ class State:
 def slots(sweeps: Sweeps) -> int:
     """K of :class:`State`."""
     return sweeps.n_iters + 1 if sweeps.keep else 1
-
-
-@dataclass(frozen=True)
-class Potential:
-    """One side's, exact in float64, and as the passes see it in the compute dtype: a base, and what has been added to it."""
-
-    exact: Tensor
-    base: Tensor
-    fine: Tensor
-
-    @classmethod
-    def on(cls, base: Tensor, exact: Tensor) -> Potential:
-        """The exact one on a base."""
-        return cls(exact, base, (exact - base).to(base.dtype))
 
 
 def seen(sweeps: Sweeps, last: Potential, first: Potential) -> Potentials:
@@ -155,9 +148,8 @@ def attention_forward(
     last_mass, first_mass = by_side(*log_masses(problem), sweeps)
     active = torch.ones_like(state.sweeps, dtype=torch.bool)
     state.sweeps.fill_(min(sweeps.n_iters, 1) if sweeps.tol >= 0 else sweeps.n_iters)
-    dtype = problem.compute_dtype
-    zero_last, zero_first = (torch.zeros_like(x[:, :, 0], dtype=dtype) for x in (last, first))
-    x, y = Potential(zero_last.double(), zero_last, zero_last), Potential(zero_first.double(), zero_first, zero_first)
+    unit, dtype = passes.UNIT, problem.compute_dtype
+    x, y = (Potential.near(torch.zeros_like(side[:, :, 0]), unit, dtype) for side in (last, first))
     line, other = torch.empty_like(x.exact), torch.empty_like(y.exact)
     fused = sweeps.columns_first and value is not None and out is not None
     if sweeps.keep:
@@ -167,19 +159,18 @@ def attention_forward(
     for t in range(1, sweeps.n_iters + 1):
         if not both:
             passes.lse(problem, over_first, seen(sweeps, x, y), t == 1, other, active)
-        exact = _normalised(y.exact, other, first_mass)
+        exact = _normalised(y.counted, other, first_mass)
         if sweeps.tol >= 0 and t > 1:
-            active = active & ~(_relative(y.exact, exact) <= sweeps.tol)
+            active = active & ~(_relative(y.counted, exact) <= sweeps.tol)
             state.sweeps += active
             exact = torch.where(active.unsqueeze(-1), exact, y.exact)
         if t == 1:
             # Without a fine part, which would be rounded away next to S + y as long as the last side has no base.
-            base = exact.to(dtype)
-            y = Potential(base.double(), base, zero_first)
+            y = Potential.near(exact, unit, dtype)
             if sweeps.keep:
                 first[:, :, 0] = y.exact - exact
         else:
-            y = Potential.on(y.base, exact)
+            y = y.moved(exact, unit)
         if fused and t == sweeps.n_iters:
             break
         now = seen(sweeps, x, y)
@@ -188,11 +179,11 @@ def attention_forward(
             other += last_mass
         else:
             passes.lse(problem, over_last, now, t == 1, line, active)
-        exact = _normalised(x.exact, line, last_mass)
+        exact = _normalised(x.counted, line, last_mass)
         if t == 1:
-            x = Potential.on(exact.to(dtype), exact)
+            x = Potential.near(exact, unit, dtype).moved(exact, unit)
         else:
-            x = Potential.on(x.base, exact if sweeps.tol < 0 else torch.where(active.unsqueeze(-1), exact, x.exact))
+            x = x.moved(exact if sweeps.tol < 0 else torch.where(active.unsqueeze(-1), exact, x.exact), unit)
         if sweeps.keep:
             last[:, :, t], first[:, :, t] = x.exact, y.exact
     if fused or sweeps.n_iters == 0:
@@ -203,23 +194,34 @@ def attention_forward(
             passes.attend(problem, now, online, value, dropout, out, line)
         else:
             passes.lse(problem, over_last, now, True, line)
-        exact = _normalised(x.exact, line, last_mass)
-        x = Potential.on(exact.to(dtype) if online else x.base, exact)
+        exact = _normalised(x.counted, line, last_mass)
+        x = (Potential.near(exact, unit, dtype) if online else x).moved(exact, unit)
     now = seen(sweeps, x, y)
     last[:, :, -1], first[:, :, -1] = x.exact, y.exact
     if out is not None and value is not None and not fused:
         passes.apply(problem, "cols", now, value, dropout, out)
     if residual:
         passes.lse(problem, over_first, now, False, other)
-        state.residual.copy_(_relative(y.exact, _normalised(y.exact, other, first_mass)))
+        state.residual.copy_(_relative(y.counted, _normalised(y.counted, other, first_mass)))
     else:
         state.residual.zero_()
 
 
-def final_potentials(problem: Attention, sweeps: Sweeps, state: State) -> Potentials:
+def renewed(passes: Passes, problem: Attention, sweeps: Sweeps, state: State) -> State:
+    """The last potentials alone, the last side's found again from the first's: lines have their mass to float64's accuracy."""
+    unit, dtype = passes.UNIT, problem.compute_dtype
+    x, y = (Potential.near(z[:, :, -1], unit, dtype).moved(z[:, :, -1], unit) for z in by_side(state.f, state.g, sweeps))
+    line = torch.empty_like(x.exact)
+    passes.lse(problem, "cols" if sweeps.columns_first else "rows", seen(sweeps, x, y), True, line)
+    exact = _normalised(x.counted, line, by_side(*log_masses(problem), sweeps)[0])
+    f, g = by_side(exact.unsqueeze(2), y.exact.unsqueeze(2), sweeps)
+    return replace(state, f=f, g=g)
+
+
+def final_potentials(passes: Passes, problem: Attention, sweeps: Sweeps, state: State) -> Potentials:
     """Those of the plan."""
     ends = (x[:, :, -1] for x in by_side(state.f, state.g, sweeps))
-    return seen(sweeps, *(Potential.on(x.to(problem.compute_dtype), x) for x in ends))
+    return seen(sweeps, *(Potential.near(x, passes.UNIT, problem.compute_dtype).moved(x, passes.UNIT) for x in ends))
 
 
 def _normalised(potential: Tensor, lse: Tensor, log_mass: Tensor) -> Tensor:
