@@ -1,7 +1,8 @@
-"""The assertion of the one error policy, which ``fastdsm._verify.sinkhorn`` states."""
+"""The assertion of the one error policy, which ``fastdsm._verify.sinkhorn`` states, and what some quantities may err beyond."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastdsm._verify.sinkhorn import budget, gradient_size
@@ -18,3 +19,33 @@ def assert_within(found: Tensor, truth: Tensor, plain: Tensor, *, cotangent: Ten
     assert found.shape == truth.shape
     worst = (error - allowed).flatten().argmax() if error.numel() else 0
     assert bool((error <= allowed).all()), f"error {error.flatten()[worst]:.3e} over the budget {allowed.flatten()[worst]:.3e}"
+
+
+def drift(n_iters: int) -> float:
+    """What potentials may be off by beyond the policy after sweeps that take the machine's own reciprocal.
+
+    It errs by up to a unit, 2^-23 of its value (PTX ISA, ``rcp.approx.ftz.f32``), and always so for the same argument. A sweep
+    takes two in a row, for v = c / s and for u = r / (K v), and close to the fixed point every sweep takes the same two: each
+    multiplies u, and divides v, by up to 1 + 2^-22 once more. f + a, g - a of a = n_iters 2^-22, which the plan does not see.
+    """
+    return n_iters * 2.0**-22
+
+
+def of_rounded_exponents(result: Tensor, logits: Tensor, exponents: Tensor) -> Tensor:
+    """How far entries of ``result`` (B, lines) may lie off because ``exponents`` (B, n, m) were rounded to float32, once each.
+
+    A rounding by up to 2^-24 |e_jk| is one of the logit x_jk, hence to first order, whatever the signs,
+
+        |error_i| <= 2^-24 sum_jk |d result_i / d x_jk| |e_jk|.
+
+    Plain PyTorch rounds sums of that size as well, but in other places, and of one small matrix of large logits its errors
+    may happen to cancel: twice its error is then no measure of what another order of the same roundings does.
+
+    Args:
+        result: float64, a differentiable function of ``logits``, of each matrix by itself.
+    """
+    moved = []
+    for i in range(result.shape[1]):
+        (slopes,) = torch.autograd.grad(result[:, i].sum(), logits, retain_graph=True)
+        moved.append((slopes.abs() * exponents.abs()).sum((1, 2)) * 2.0**-24)
+    return torch.stack(moved, 1)

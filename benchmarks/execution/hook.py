@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,17 +23,14 @@ from triton.compiler import ASTSource
 
 from fastdsm._ops.plain import Kept
 from fastdsm.kernels.common.arithmetic import INTERPRET
-from fastdsm.kernels.common.configuration import ELEMENTS, Configuration
+from fastdsm.kernels.common.configuration import Configuration
 
 from .approximations import Noise
 from .compilation import stopping_at_ptx
-from .known import KNOWN
 from .launching import launch
 from .module import Module
 from .regions import regions_of
 from .report import Report
-
-_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "i1"}
 
 
 @dataclass
@@ -60,16 +57,15 @@ class Execution:
     """Launches of ``target``, "sm_80", "sm_90" or "sm_100", executed, and what was found.
 
     noise: what approximations are off by, exact if None. contract: products and sums contracted where ptxas may. ran: by kernel
-    and label. mismatches: pointers whose element type in the table of configurations, the first, is not that of the tensor.
+    and label.
     """
 
     target: str
     noise: Noise | None = None
     contract: bool = False
-    report: Report = field(default_factory=lambda: Report(tuple(known.pattern() for known in KNOWN)))
+    report: Report = field(default_factory=Report)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ran: dict[str, Ran] = field(default_factory=lambda: defaultdict(Ran))
-    mismatches: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = field(default_factory=dict)
     _executables: dict[Any, Executable] = field(default_factory=dict, init=False)
 
     def install(self) -> None:
@@ -103,7 +99,9 @@ class Execution:
             raise ValueError(f"expected a kernel for {self.target}, got one for {configuration.targets}")
         leaves = dict(leaf for name, value in arguments.items() for leaf in _leaves(name, value))
         tensors = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor)}
-        executable = self.executable(self._of_tensors(configuration, tensors))
+        for name, x in tensors.items():
+            configuration.check_pointer(name, x)
+        executable = self.executable(configuration)
         spare = torch.zeros(max(executable.scratch * programs, 1), dtype=torch.uint8)
         parameters = executable.module.parameters
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in leaves.values()]
@@ -120,16 +118,6 @@ class Execution:
         ran.programs += programs
         ran.seconds += spent
         ran.lane_instructions += self.report.lane_instructions - before
-
-    def _of_tensors(self, configuration: Configuration, tensors: Mapping[str, torch.Tensor]) -> Configuration:
-        """The configuration of the types that come, where the table says something else."""
-        given = {name: _ELEMENT[x.dtype] for name, x in tensors.items()}
-        wrong = {name: (configuration.pointers.get(name), of) for name, of in given.items()}
-        wrong = {name: (table, of) for name, (table, of) in wrong.items() if table != of}
-        if not wrong:
-            return configuration
-        self.mismatches[configuration.kernel.fn.__name__, configuration.label] = wrong
-        return replace(configuration, pointers=given)
 
     def executable(self, configuration: Configuration) -> Executable:
         """Compiled and parsed, at the first call."""

@@ -59,7 +59,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for label, ran in sorted(execution.ran.items()):
         counts = f"{ran.launches} launches, {ran.programs} programs, {ran.lane_instructions} instructions, {ran.seconds:.1f} s"
         terminalreporter.write_line(f"{label}: {counts}")
-    for (kernel, label), wrong in execution.mismatches.items():
-        terminalreporter.write_line(f"{kernel} {label}: the table has other types than the tensors: {wrong}")
     for issue in report.issues.values():
         terminalreporter.write_line(str(issue))

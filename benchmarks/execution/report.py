@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ BENIGN = (
 
 @dataclass
 class Issue:
-    """What went wrong at one instruction, how often, and the first occurrence. known: to be harmless, see ``known``."""
+    """What went wrong at one instruction, how often, and the first occurrence."""
 
     kind: str
     kernel: str
@@ -29,12 +28,11 @@ class Issue:
     source: str
     detail: str
     count: int = 1
-    known: bool = False
 
     @property
     def benign(self) -> bool:
         """Whether no test need fail for it."""
-        return self.known or self.kind in BENIGN
+        return self.kind in BENIGN
 
     def __str__(self) -> str:
         return (
@@ -43,13 +41,9 @@ class Issue:
 
 
 class Report:
-    """Issues, and what was executed.
+    """Issues, and what was executed."""
 
-    known: kinds, and patterns in kernel, text and source of the instruction, of what is known to be harmless.
-    """
-
-    def __init__(self, known: tuple[tuple[str, str], ...] = ()) -> None:
-        self.known = known
+    def __init__(self) -> None:
         self.issues: dict[Any, Issue] = {}
         self.instructions = 0  # executed once for a whole group
         self.lane_instructions = 0  # summed over lanes
@@ -62,9 +56,7 @@ class Report:
         if key in self.issues:
             self.issues[key].count += 1
             return
-        described = f"{kernel} {i.text} {i.source}"
-        known = any(kind == k and re.search(pattern, described) for k, pattern in self.known)
-        self.issues[key] = Issue(kind, kernel, i.line, i.text, i.source, f"[{self.context}] {detail}", known=known)
+        self.issues[key] = Issue(kind, kernel, i.line, i.text, i.source, f"[{self.context}] {detail}")
 
     def harmful(self) -> list[Issue]:
         """Issues that are not benign."""

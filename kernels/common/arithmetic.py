@@ -33,6 +33,22 @@ def reciprocals(x, y):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, rounded by itself, as a term of sums across lanes whose copies decide something.
+
+    Elsewhere the compiler makes of a product and a sum one fma: fma(x, y, p) where p came from another lane, whose own sum is
+    fma(x', y', x y). Each has rounded the product of the other, and the two copies of their sum differ in the last place.
+    """
+    if INTERPRET:
+        z = x * y
+    elif x.dtype == tl.float64:
+        z = tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [x, y], dtype=tl.float64, is_pure=True, pack=1)
+    else:
+        z = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return z
+
+
+@triton.jit
 def quotient(x, y):
     """x / y to the last place, unless x or y is near the ends of its range."""
     inverse = reciprocal(y)

@@ -47,7 +47,7 @@ def _moving(offset: int, inwards: bool) -> str:
     """16 bytes, ``offset`` on from [$1] in shared memory and [$2] in the other, if that many and 16 are $3 or less."""
     shared, memory = f"[$1 + {offset}]", f"[$2 + {offset}]"
     fill = f"@p cp.async.ca.shared.global {shared}, {memory}, 16;"
-    drain = f"ld.shared.v4.b32 {{a, b, c, d}}, {shared}; @p st.global.v4.b32 {memory}, {{a, b, c, d}};"
+    drain = f"@p ld.shared.v4.b32 {{a, b, c, d}}, {shared}; @p st.global.v4.b32 {memory}, {{a, b, c, d}};"
     move = fill if inwards else drain
     return f"{{.reg .pred p; .reg .b32 a, b, c, d; setp.ge.s32 p, $3, {offset + 16}; {move} mov.b32 $0, 0;}}"
 

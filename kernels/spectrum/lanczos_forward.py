@@ -96,6 +96,7 @@ def _stored_plan(
     for start in range(0, n, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         r = tl.load(used_row_ptr + i, mask=i < n, other=0.0)
+        tl.debug_barrier()  # every lane that holds a copy has loaded it
         tl.store(used_row_ptr + i, r * uniform_r, mask=i < n)
     tl.debug_barrier()
     c = tl.where(valid, tl.where(has_col != 0, c, total * inverse_or_zero(cols)), 0.0)
@@ -166,7 +167,9 @@ def _sigma2_lanczos_fwd_kernel(
     for start in range(0, n, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         inside = (i < n) & (has_vectors != 0)
-        tl.store(u_ptr + i, tl.load(u_ptr + i, mask=inside, other=0.0) * inverse_or_zero(norm), mask=inside)
+        u = tl.load(u_ptr + i, mask=inside, other=0.0)
+        tl.debug_barrier()
+        tl.store(u_ptr + i, u * inverse_or_zero(norm), mask=inside)
     j = tl.arange(0, COLS)
     tl.store(v_ptr + b * m + j, v * norm * inverse_or_zero(norm), mask=(j < m) & (has_vectors != 0))
 

@@ -23,6 +23,9 @@ log(d) / 2^(k+2) over all spectra (0.87e-4 in the worst case for d = 63 and k = 
 is of rank one to 2^-16: (trace G)^2 <= (1 + 2^-16) ||G||_F^2; a matrix that has ended is frozen, whatever its
 neighbours in the tile do.
 
+Copies.  Lanes hold copies of a matrix's sums, and decide by them: when it has ended, which column is the longest. A copy that
+decided otherwise would square some entries of G and not the others, so terms of sums are rounded by themselves.
+
 Slack.  eps is the unit roundoff, d as above. A computed product A^T A differs from the exact one by at most P eps
 ||A||_F^2 in norm; ||M||_F^2 <= d ||M||_2^2 and ||G_j||_F^2 <= d ||G_j||_2^2, so step j multiplies the squared bound
 by at most (1 + P d eps)^(1/2^j) and all steps together multiply the bound by 1 + P d eps. The means above leave 2 P
@@ -33,6 +36,8 @@ instead of P d eps. Both also move by 4 eps ||s c^T||.
 
 import triton
 import triton.language as tl
+
+from ..common.arithmetic import rounded_product
 
 # Squarings for tiles of each size, so that the Rayleigh value is within 1e-4 of sigma2 for every spectrum.
 SQUARINGS = {4: 10, 8: 11, 16: 12, 32: 13, 64: 13}
@@ -97,7 +102,9 @@ def gram(m):
     Not in float64: Triton 3.7 aborts on the tensor-core form of it (sm_80, sm_90) for some layouts of the operands.
     """
     tl.static_assert(m.shape[2] <= 64)
-    if m.shape[2] < 16:
+    if m.shape[2] < 8:  # a thread may have one term of a sum alone
+        product = tl.sum(rounded_product(m[:, :, :, None], m[:, :, None, :]), axis=1)
+    elif m.shape[2] < 16:
         product = tl.sum(m[:, :, :, None] * m[:, :, None, :], axis=1)
     elif m.dtype == tl.float64:
         product = _gram_by_columns(m)
@@ -109,9 +116,9 @@ def gram(m):
 
 
 @triton.jit
-def _total(m):
-    """Sum over each matrix of (BLOCK_B, P, P)."""
-    return tl.sum(tl.sum(m, axis=2), axis=1)
+def _energy(m):
+    """||m||_F^2 of each matrix in (BLOCK_B, P, P)."""
+    return tl.sum(tl.sum(rounded_product(m, m), axis=2), axis=1)
 
 
 @triton.jit
@@ -158,7 +165,7 @@ def _deflated(plan, r, c):
         plan = tl.fma(-s[:, :, None], tl.broadcast_to(c[:, None, :], plan.shape), plan)
         if repeat == 0:
             scaled_s = s * inverse_root_r
-            correction = tl.sqrt(tl.sum(scaled_s * scaled_s, axis=1) * total_c)
+            correction = tl.sqrt(tl.sum(rounded_product(scaled_s, scaled_s), axis=1) * total_c)
     m = plan * inverse_root_r[:, :, None] * inverse_root_c[:, None, :]
     scale = exponent_of(tl.max(tl.max(tl.abs(m), axis=2), axis=1))
     lines = tl.minimum(tl.sum((r != 0).to(tl.int32), axis=1), tl.sum((c != 0).to(tl.int32), axis=1))
@@ -169,7 +176,7 @@ def _deflated(plan, r, c):
 @triton.jit
 def _powers(m, SQUARINGS: tl.constexpr):
     """G_k (BLOCK_B, P, P), log2 of its bound on ||M||_2 (BLOCK_B,), whether M is finite (BLOCK_B,)."""
-    trace = _total(m * m)
+    trace = _energy(m)
     finite = trace < float("inf")
     exponent = exponent_of(trace)
     inverse = power_of_two(-exponent, m.dtype)
@@ -177,7 +184,7 @@ def _powers(m, SQUARINGS: tl.constexpr):
     trace *= inverse
     weight = trace * 0.0 + 0.5
     log_bound = exponent.to(m.dtype) * 0.5
-    energy = _total(g * g)
+    energy = _energy(g)
     active = energy * (1.0 + 2.0**-16) < trace * trace
     step = 0
     while (step < SQUARINGS) & (tl.max(active.to(tl.int32), axis=0) > 0):
@@ -188,7 +195,7 @@ def _powers(m, SQUARINGS: tl.constexpr):
         trace = tl.where(active, energy * inverse, trace)
         squared = gram(g) * inverse[:, None, None]
         g = squared if m.shape[0] == 1 else tl.where(active[:, None, None], squared, g)
-        energy = _total(g * g)
+        energy = _energy(g)
         active = active & (energy * (1.0 + 2.0**-16) < trace * trace)
         step += 1
     safe_energy = tl.where(energy > 0, energy, 1.0)
@@ -199,11 +206,11 @@ def _powers(m, SQUARINGS: tl.constexpr):
 def _leading_pair(m, g):
     """||M v||, u = M v / ||M v||, v the longest column of G over its length; zeros where M is 0."""
     columns = tl.arange(0, m.shape[2])
-    longest = tl.argmax(tl.sum(g * g, axis=1), axis=1)
+    longest = tl.argmax(tl.sum(rounded_product(g, g), axis=1), axis=1)
     v = tl.sum(tl.where(columns[None, None, :] == longest[:, None, None], g, 0.0), axis=2)
-    v *= inverse_or_zero(tl.sqrt(tl.sum(v * v, axis=1)))[:, None]
-    u = tl.sum(m * v[:, None, :], axis=2)
-    value = tl.sqrt(tl.sum(u * u, axis=1))
+    v *= inverse_or_zero(tl.sqrt(tl.sum(rounded_product(v, v), axis=1)))[:, None]
+    u = tl.sum(rounded_product(m, v[:, None, :]), axis=2)
+    value = tl.sqrt(tl.sum(rounded_product(u, u), axis=1))
     return value, u * inverse_or_zero(value)[:, None], v
 
 

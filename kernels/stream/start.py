@@ -172,8 +172,9 @@ def _sinkhorn_stream_masses_fwd_kernel(
     n_cols, c_total = pair_sums(col_counts_ptr + b * chunks * 2, chunks)
     n_rows, n_cols = tl.maximum(n_rows, 1.0), tl.maximum(n_cols, 1.0)
     total = tl.where(has_row != 0, r_total, tl.where(has_col != 0, c_total, tl.where(unit_rows != 0, n_rows, n_cols)))
-    tl.store(masses_ptr + b * 2, total / n_rows)
-    tl.store(masses_ptr + b * 2 + 1, total / n_cols)
+    first = program % chunks == 0
+    tl.store(masses_ptr + b * 2, total / n_rows, mask=first)
+    tl.store(masses_ptr + b * 2 + 1, total / n_cols, mask=first)
     used = (cols < width) & (tl.load(col_base_ptr + b * width + cols, mask=cols < width, other=0.0) != -float("inf"))
     given = tl.load(col_ptr + b * col_stride_b + cols.to(tl.int64) * col_stride_m, mask=used & (has_col != 0), other=1.0)
     c = tl.where(has_col != 0, given, total / n_cols)

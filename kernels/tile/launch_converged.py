@@ -23,9 +23,11 @@ from .newton import _newton_tile_fwd_kernel
 from .temperature import _temperature_tile_fwd_kernel
 
 # As in ``launch.py``: matrices of a program, rows and columns dealt out to lanes and warps, warps. Few matrices to a program,
-# as it steps until its slowest one is done; one warp of 32 lines spills.
+# as it steps until its slowest one is done; one warp of 32 lines spills. Lanes decide by their own copies of a matrix's sums,
+# which are to agree (``tests/execution/test_copies.py``): a thread has at least two rows and two columns, as a share that is
+# one product the compiler would join to what comes from another lane (``rounded_product``).
 _BLOCKS = {
-    4: (8, 1, 1, 1),
+    4: (8, 2, 2, 1),
     8: (4, 2, 4, 1),
     16: (1, 4, 8, 1),
     32: (1, 8, 8, 2),

@@ -257,6 +257,7 @@ def _newton_tile_fwd_kernel(
     out_at = plan_ptr + tile_offsets(b, i, j, plan_stride_b, plan_stride_n, plan_stride_m)
     store_entries(out_at, narrow(plan, plan_ptr.dtype.element_ty), over_rows(inside_row) & over_cols(inside_col))
     if has_info != 0:
+        tl.debug_barrier()  # every lane that holds a copy has loaded what was left
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, steps, mask=inside)
         f = tl.where(r != 0, log(r * over_matrices(unit), r != 0) - L, 0.0)

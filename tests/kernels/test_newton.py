@@ -6,6 +6,7 @@ Every output starts as NaN.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,22 @@ SHAPES = [(1, 1), (1, 4), (2, 2), (3, 4), (4, 3), (4, 1)]
 BATCH = 32  # one program
 TOL = 1e-6
 EPS = torch.finfo(torch.float32).eps
+BLACKWELL = os.environ.get("PTX_TARGET") == "sm_100"  # what is executed, see ``benchmarks.execution.plugin``
+
+
+def assert_variants_agree(found: Tensor, known: Tensor) -> None:
+    """To the last bit; not so on Blackwell, where this is not promised.
+
+    There the compiler packs two products and sums into one ``fma.rn.f32x2``, and which it contracts is another matter in each
+    variant of a kernel (with and without info, packed and strided): they differ in the last place, and by a step where a
+    residual lies at the tolerance.
+    """
+    if not BLACKWELL:
+        assert torch.equal(found, known)
+    elif found.dtype == torch.int32:
+        assert ((found - known).abs() <= 1).all()
+    else:
+        torch.testing.assert_close(found, known, atol=3 * TOL, rtol=3 * TOL)
 
 
 def random_logits(n: int, m: int, std: float, seed: int = 0) -> Tensor:
@@ -158,7 +175,7 @@ def test_number_of_steps(n_iters: int) -> None:
     for shape, unit_rows in cases:
         problem = Problem(random_logits(*shape, 2.0), n_iters, unit_rows=unit_rows, tol=TOL)
         found, known = newton(problem), on_pytorch(problem)
-        assert torch.equal(found.sweeps, known.sweeps)
+        assert_variants_agree(found.sweeps, known.sweeps)
         assert found.sweeps.max() <= n_iters
         for outputs in (found, known):  # potentials are known but for a constant
             center = outputs.g.mean(1, keepdim=True) * (n_iters > 1)
@@ -286,13 +303,13 @@ def test_packed_and_strided_agree() -> None:
     spread[:, :, ::2] = logits
     packed, strided = (newton(Problem(x, 25, tol=TOL)) for x in (logits, spread[:, :, ::2]))
     for name in ("plan", "residual", "sweeps", "f", "g", "sigma2"):
-        assert torch.equal(getattr(packed, name), getattr(strided, name)), name
+        assert_variants_agree(getattr(packed, name), getattr(strided, name))
     grad_plan = random_logits(4, 4, 1.0, 4)
     expected = implicit(Problem(logits, 20), grad_plan, packed.g)
-    assert torch.equal(implicit(Problem(spread[:, :, ::2], 20), grad_plan, packed.g.mT.contiguous().mT), expected)
+    assert_variants_agree(implicit(Problem(spread[:, :, ::2], 20), grad_plan, packed.g.mT.contiguous().mT), expected)
     alone = torch.full_like(logits, torch.nan)
     registers_converged.newton_forward(Problem(logits, 25, tol=TOL), Outputs(alone))
-    assert torch.equal(alone, packed.plan)
+    assert_variants_agree(alone, packed.plan)
 
 
 def test_an_empty_batch_is_nothing_to_do() -> None:
@@ -360,5 +377,5 @@ def test_what_nobody_asked_for_is_not_written(first: str) -> None:
         plans.append(found[0] if return_info else found.detach())
         (launch,) = launches
         assert launch.configuration.constants["WITH_INFO"] == (return_info or leaf.requires_grad)
-    assert torch.equal(plans[0], plans[1])
-    assert torch.equal(plans[0], plans[2])
+    assert_variants_agree(plans[0], plans[1])
+    assert_variants_agree(plans[0], plans[2])
