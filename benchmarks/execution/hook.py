@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fastdsm._ops.plain import Kept
 from fastdsm.kernels.common.arithmetic import INTERPRET
-from fastdsm.kernels.common.configuration import ELEMENTS, Configuration
+from fastdsm.kernels.common.configuration import ELEMENTS, Configuration, settle_key
 
 from .approximations import Noise
 from .compilation import stopping_at_ptx
@@ -33,7 +33,7 @@ from .module import Module
 from .regions import regions_of
 from .report import Report
 
-_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "i1"}
+_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "u8"}
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Execution:
         """What ``Configuration.runner`` returns does on a GPU."""
         if self.target not in configuration.targets:
             raise ValueError(f"expected a kernel for {self.target}, got one for {configuration.targets}")
-        leaves = dict(leaf for name, value in arguments.items() for leaf in _leaves(name, value))
+        leaves = dict(leaf for name, value in arguments.items() for leaf in leaves_of(name, value))
         tensors = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor)}
         executable = self.executable(self._of_tensors(configuration, tensors))
         spare = torch.zeros(max(executable.scratch * programs, 1), dtype=torch.uint8)
@@ -137,6 +137,7 @@ class Execution:
         key = configuration.kernel.fn.__name__, str(pointers), str(constants), str(configuration.options())
         if key not in self._executables:
             start = time.time()
+            settle_key(configuration.kernel)
             source = ASTSource(configuration.kernel, configuration.signature(), constexprs=dict(configuration.constants))
             with stopping_at_ptx():
                 target = GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
@@ -154,11 +155,11 @@ class Execution:
         return Module(ptx, contract=self.contract)
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """An argument by its name; of a tuple each of its own, by path."""
     if not isinstance(value, tuple):
         yield name, value
         return
     fields = getattr(value, "_fields", range(len(value)))
     for each, inner in zip(fields, value, strict=True):
-        yield from _leaves(f"{name}.{each}", inner)
+        yield from leaves_of(f"{name}.{each}", inner)

@@ -29,17 +29,20 @@ def record(path: Path, rows: Iterable[Row], table: Sequence[Configuration]) -> N
     if path.exists():
         before, *known = (json.loads(line) for line in path.read_text().splitlines())
         if header.items() <= before.items():
-            kept = {_build(row): row for row in known}
-    kept |= {_build(row): row for row in rows}
-    current = {
-        _build({"kernel": kernel_name(x), **describe(x), "target": target}): source(x) for x in table for target in x.targets
-    }
+            kept = {build_of(row): row for row in known}
+    kept |= {build_of(row): row for row in rows}
+    current = {build(x, target): source(x) for x in table for target in x.targets}
     kept = {build: row for build, row in kept.items() if build in current and current[build] == row.get("source")}
     header |= {"rows": len(kept), "of": len(current)}
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(json.dumps(x) for x in (header, *ordered(kept.values()))) + "\n")
 
 
-def _build(row: dict[str, Any]) -> str:
+def build(configuration: Configuration, target: str) -> str:
+    """What :func:`build_of` finds in a row of ``configuration``."""
+    return build_of({"kernel": kernel_name(configuration), **describe(configuration), "target": target})
+
+
+def build_of(row: dict[str, Any]) -> str:
     """What two rows share exactly when they are of one kernel and target."""
     return json.dumps([row["target"], *(row.get(name) for name in _IDENTITY)], sort_keys=True)
