@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdsm import reference, sinkhorn_attention, sinkhorn_attention_sigma2
-from fastdsm._verify.attention import AttentionCase, _evaluate, _held_in, _inputs
+from fastdsm._verify.attention import AttentionCase, _held_in, _inputs
 from fastdsm._verify.sinkhorn import SIGMA2_TOL, Record, Target, compare, gradient_size
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
@@ -48,9 +48,9 @@ def _multiplied(precision: str) -> Iterator[None]:
 def _oracle(p: float, kept: Tensor) -> Callable[..., Any]:
     """The reference with a dropout of the entries of ``kept``, (B, H, N, M), bool, at probability p."""
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, return_info: bool, **options: Any) -> Any:
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
         eye = torch.eye(key.shape[2], dtype=torch.promote_types(value.dtype, torch.float32)).expand(*key.shape[:3], -1)
-        plan, info = reference.sinkhorn_attention(query, key, eye, return_info=return_info, **options)
+        plan, info = reference.sinkhorn_attention(query, key, eye, **options)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
         return (plan * kept / (1 - p)) @ value.to(plan.dtype), info
 
@@ -70,32 +70,47 @@ def _kept(operands: Mapping[str, Any], backend: str) -> Tensor:
 def attention(
     case: AttentionCase, target: Target, *, first: str = "col", dropout: bool = False, precision: str = "highest"
 ) -> list[Record]:
-    """Output, gradients, sigma2."""
+    """Output, residual and gradients."""
     operands, cotangent = _inputs(case, target.device)
     operands["first"] = first
     with _multiplied(precision):
         oracle = _oracle(DROPPED, _kept(operands, target.backend)) if dropout else reference.sinkhorn_attention
         torch.manual_seed(SEED)
-        found = _evaluate(
-            partial(sinkhorn_attention, dropout_p=DROPPED * dropout, backend=target.backend, enable_gqa=True),
-            partial(sinkhorn_attention_sigma2, backend=target.backend, enable_gqa=True),
-            operands,
-            cotangent,
-        )
-    both = oracle, reference.sinkhorn_attention_sigma2
-    truth = _evaluate(*both, *_held_in(torch.float64, operands, cotangent))
-    plain = _plain(precision, lambda: _evaluate(*both, *_held_in(torch.float32, operands, cotangent)))
-    record = partial(compare, target=target, case=case)
-    size = max(1.0, truth.out.abs().max().item())
-    records = [
-        record("attention", "output", found.out, truth.out, plain.out, size=size),
-        record("attention", "sigma2", found.sigma2, truth.sigma2, plain.sigma2, relative=SIGMA2_TOL),
+        call = partial(sinkhorn_attention, dropout_p=DROPPED * dropout, backend=target.backend, enable_gqa=True)
+        found, slopes = _evaluate(partial(call, return_info=True), operands, cotangent)
+    oracle = partial(oracle, return_info=True)
+    truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, cotangent))
+    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, cotangent)))
+    size = max(1.0, truth[0].abs().max().item())
+    record = partial(compare, "attention", target=target, case=case)
+    results = [
+        record("output", *(x[0].detach() for x in (found, truth, plain)), size=size),
+        record("residual", *(x[1].residual for x in (found, truth, plain))),
     ]
-    for name, slope in truth.gradients.items():
-        given, usual = found.gradients[name], plain.gradients[name]
-        size = gradient_size(slope, cotangent)
-        records.append(record("attention", f"gradient of {name}", given, slope, usual, size=size))
-    return records
+    return [*results, *_of_gradients("gradient of", slopes, expected, usual, cotangent, case, target)]
+
+
+def _evaluate(call: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """What a call returns, and the gradients of it, or of the first of several."""
+    floating = {name: x for name, x in operands.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in floating.items()}
+    found = call(**{**operands, **leaves})
+    slopes = torch.autograd.grad(found[0] if isinstance(found, tuple) else found, list(leaves.values()), cotangent)
+    return found, dict(zip(leaves, slopes, strict=True))
+
+
+def _of_gradients(
+    name: str,
+    found: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    cotangent: Tensor,
+    case: AttentionCase,
+    target: Target,
+) -> Iterator[Record]:
+    for of, x in found.items():
+        size = gradient_size(truth[of], cotangent)
+        yield compare("attention", f"{name} {of}", x, truth[of], plain[of], target=target, case=case, size=size)
 
 
 def _plain(precision: str, run: Callable[[], Any]) -> Any:
@@ -106,36 +121,18 @@ def _plain(precision: str, run: Callable[[], Any]) -> Any:
 
 
 def sigma2(case: AttentionCase, target: Target, *, first: str = "col", precision: str = "highest") -> list[Record]:
-    """sigma2 of the plan to the accuracy of its dtype, and its gradient."""
+    """sigma2 of the plan, and its gradient: for few enough lines that Lanczos ends with all of them."""
     operands, cotangent = _inputs(case, target.device)
     del operands["value"]
     operands["first"] = first
     weight = cotangent[..., 0, 0].float()
-
-    def evaluate(call: Callable[..., Any], given: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves = {name: given[name].detach().clone().requires_grad_() for name in ("query", "key")}
-        value = call(**{**given, **leaves})
-        slopes = torch.autograd.grad(value, list(leaves.values()), weight)
-        return value.detach(), dict(zip(leaves, slopes, strict=True))
-
     with _multiplied(precision):
         call = partial(sinkhorn_attention_sigma2, accuracy=1e-12, backend=target.backend, enable_gqa=True)
-        value, slopes = evaluate(call, operands, weight)
+        value, slopes = _evaluate(call, operands, weight)
     oracle = reference.sinkhorn_attention_sigma2
-    truth, expected = evaluate(oracle, *_held_in(torch.float64, operands, weight))
-    plain, usual = _plain(precision, lambda: evaluate(oracle, *_held_in(torch.float32, operands, weight)))
-    record = partial(compare, target=target, case=case)
-    return [
-        record("attention", "sigma2", value, truth, plain, relative=SIGMA2_TOL),
-        *(
-            record(
-                "attention",
-                f"gradient of sigma2 in {name}",
-                x,
-                expected[name],
-                usual[name],
-                size=gradient_size(expected[name], weight),
-            )
-            for name, x in slopes.items()
-        ),
-    ]
+    truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, weight))
+    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, weight)))
+    of_value = compare(
+        "attention", "sigma2", value, truth.detach(), plain.detach(), target=target, case=case, relative=SIGMA2_TOL
+    )
+    return [of_value, *_of_gradients("gradient of sigma2 in", slopes, expected, usual, weight, case, target)]

@@ -17,6 +17,7 @@ from fastdsm._verify.sinkhorn import Case, Record, Target
 TARGET = Target("torch", "cpu")
 CASE = AttentionCase((1, 2, 1, 30, 20, 8, 5), torch.float32, 1.0, 3)
 SINGLE, HALF = torch.float32, torch.float16
+ATTENDED = {"output", "gradient of query", "gradient of key", "gradient of value"}
 JUDGES = {
     "plan alone": partial(judged.plan_alone, Case((3, 4, 5), HALF, 2.0, 5)),
     "converged alone": partial(judged.converged_alone, NewtonCase((3, 5, 6), HALF, 2.0, 40)),
@@ -59,19 +60,8 @@ def off(call: Callable[..., Any], by: float = 1.02) -> Callable[..., Any]:
         ("converged alone", judged, "sinkhorn", {"plan alone"}),
         ("converged alone", judged, "sinkhorn_sigma2", {"plan beside sigma2", "sigma2"}),
         ("temperature", judged, "temperature_for_sigma2", {"sigma2 at the temperature"}),
-        (
-            "attention",
-            judged_attention,
-            "sinkhorn_attention",
-            {"output", *(f"gradient of {x}" for x in ("query", "key", "value"))},
-        ),
-        ("attention", judged_attention, "sinkhorn_attention_sigma2", {"sigma2"}),
-        (
-            "dropout",
-            judged_attention,
-            "sinkhorn_attention",
-            {"output", *(f"gradient of {x}" for x in ("query", "key", "value"))},
-        ),
+        ("attention", judged_attention, "sinkhorn_attention", ATTENDED),
+        ("dropout", judged_attention, "sinkhorn_attention", ATTENDED),
         (
             "sigma2 of attention",
             judged_attention,
