@@ -62,7 +62,9 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
         return []
     planning = Planning(target)
     planning.install()
-    plan = [(call, planning.launched(call)) for call in (call for calls in FAMILIES for call in calls())]
+    barred = {identify(x) for x in wanted(target) if reason(x, target)}
+    plan = [(call, planning.launched(call)) for calls in FAMILIES for call in calls()]
+    plan = [(call, keys) for call, keys in plan if not keys & barred]
     reached = [key for key in dict.fromkeys(key for _, keys in plan for key in sorted(keys)) if key in left]
     chosen = set(reached[len(reached) * (part - 1) // parts : len(reached) * part // parts])
     plan = [(call, keys & chosen) for call, keys in plan if keys & chosen]

@@ -47,7 +47,10 @@ UNEXECUTED = (
         {"HAS_DROPOUT": True},
         {"operands.line_ptr": "bf16", "x_ptr": "fp32"},
     ),
-    Unexecuted("_attention_", "tcgen05 and its tensor memory are not emulated", targets=("sm_100",)),
+    *(
+        Unexecuted("_attention_", "tcgen05 and its tensor memory are not emulated", {"PRECISION": x}, targets=("sm_100",))
+        for x in ("bf16x6", "tf32")
+    ),
 )
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks.execution import record, table
+from benchmarks.execution.recording import concerns
 from benchmarks.static.compilation import describe, kernel_name, source
 from fastdsm import kernels
+from fastdsm._verify.sinkhorn import Case, Record
 from fastdsm.kernels.common.configuration import TARGETS
 
 from ..uninterpreted import rows_of
@@ -82,6 +84,26 @@ def test_a_row_that_fails_is_not_kept(found: dict[str, Any], fault: str, tmp_pat
     assert header["sm_80"]["executed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "concerned"),
+    [
+        ("_sinkhorn_fwd_kernel", {"plan", "sigma2 of the call", "gradient of logits", "raised"}),
+        ("_sinkhorn_bwd_kernel", {"gradient of logits", "raised"}),
+        ("_sigma2_fwd_kernel", {"sigma2 of a plan", "raised"}),
+        ("_sigma2_bounds_fwd_kernel", {"gap of the bounds", "raised"}),
+        ("_attention_sweep_fwd_kernel", {"plan", "sigma2 of the call", "gradient of logits", "raised"}),
+    ],
+)
+def test_an_error_is_put_to_the_kernels_it_may_come_from(kernel: str, concerned: set[str]) -> None:
+    groups = {
+        "plan": "forward", "sigma2 of the call": "sigma2", "sigma2 of a plan": "sigma2", "gap of the bounds": "bounds",
+        "gradient of logits": "gradient", "raised": "forward",
+    }  # fmt: skip
+    case = Case((1, 4, 4), torch.float32, 1.0)
+    records = [Record("triton", group, quantity, case, 1.0, 1.0) for quantity, group in groups.items()]
+    assert {x.quantity for x in records if concerns(x, kernel)} == concerned
+
+
 def test_rows_of_other_source_or_another_compiler_go(tmp_path: Path) -> None:
     path = tmp_path / "execution.jsonl"
     record.write(path, [row(), row(target="sm_80", source="another")])
@@ -101,7 +123,6 @@ def _executed() -> list[Any]:
     from rich.console import Console
 
     from benchmarks.execution import calls, command, judged
-    from fastdsm._verify.sinkhorn import Case
 
     console = Console(stderr=True)
     record.RESULTS = Path(tempfile.mkdtemp(), "execution.jsonl")
