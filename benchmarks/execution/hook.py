@@ -33,7 +33,7 @@ from .module import Module
 from .regions import regions_of
 from .report import Report
 
-_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "u8"}
+_ELEMENT = {dtype: name for name, dtype in ELEMENTS.items()} | {torch.int8: "i8", torch.bool: "i1"}
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Execution:
         """What ``Configuration.runner`` returns does on a GPU."""
         if self.target not in configuration.targets:
             raise ValueError(f"expected a kernel for {self.target}, got one for {configuration.targets}")
-        leaves = dict(leaf for name, value in arguments.items() for leaf in leaves_of(name, value))
+        leaves = dict(leaf for name, value in arguments.items() for leaf in _leaves(name, value))
         tensors = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor)}
         executable = self.executable(self._of_tensors(configuration, tensors))
         spare = torch.zeros(max(executable.scratch * programs, 1), dtype=torch.uint8)
@@ -155,11 +155,11 @@ class Execution:
         return Module(ptx, contract=self.contract)
 
 
-def leaves_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """An argument by its name; of a tuple each of its own, by path."""
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """An argument by its name; of a tuple each of its own, by path; a mask as bytes, prepared launches pass it as it came."""
     if not isinstance(value, tuple):
-        yield name, value
+        yield name, value.view(torch.uint8) if isinstance(value, torch.Tensor) and value.dtype == torch.bool else value
         return
     fields = getattr(value, "_fields", range(len(value)))
     for each, inner in zip(fields, value, strict=True):
-        yield from leaves_of(f"{name}.{each}", inner)
+        yield from _leaves(f"{name}.{each}", inner)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.static.compilation import describe, kernel_name, source
 from benchmarks.static.report import identify
@@ -15,8 +17,7 @@ from fastdsm._verify.sinkhorn import Record
 from fastdsm.kernels.common.configuration import Configuration
 
 from .calls import Call
-from .hook import Execution, leaves_of
-from .known import KNOWN
+from .hook import Execution
 from .report import Report
 
 SHOWN = 4
@@ -70,7 +71,7 @@ class Executed:
         """For the record."""
         issues: Counter[str] = Counter()
         for issue in self.report.issues.values():
-            issues[issue.kind + " (known)" * issue.known] += issue.count
+            issues[issue.kind] += issue.count
         return {
             "kernel": kernel_name(self.configuration),
             **describe(self.configuration),
@@ -91,14 +92,14 @@ class Recording(Execution):
 
     def __init__(self, target: str) -> None:
         super().__init__(target)
-        self._known = tuple(known.pattern() for known in KNOWN)
+        self._empty = self.report
         self.executed: dict[str, Executed] = {}
         self._touched: set[str] = set()
 
     def launch(self, configuration: Configuration, programs: int, arguments: Mapping[str, Any]) -> None:
         """With the report of the configuration."""
         key = identify(configuration)
-        mine = self.executed.setdefault(key, Executed(configuration, Report(self._known)))
+        mine = self.executed.setdefault(key, Executed(configuration, deepcopy(self._empty)))
         mine.programs += programs
         self._touched.add(key)
         self.report = mine.report
@@ -124,12 +125,11 @@ class Planning(Execution):
     def launch(self, configuration: Configuration, programs: int, arguments: Mapping[str, Any]) -> None:
         """Nothing runs."""
         self._touched.add(identify(configuration))
-        for name, value in arguments.items():
-            for _, x in leaves_of(name, value):
-                if isinstance(x, torch.Tensor) and x.is_floating_point() and x.isnan().any():
-                    x.nan_to_num_(nan=0.5)
-                elif isinstance(x, torch.Tensor) and x.dtype == torch.int32 and (x > 1).any():
-                    x.fill_(1)
+        for x in tree_leaves(dict(arguments)):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.isnan().any():
+                x.nan_to_num_(nan=0.5)
+            elif isinstance(x, torch.Tensor) and x.dtype == torch.int32 and (x > 1).any():
+                x.fill_(1)
 
     def launched(self, call: Call) -> set[str]:
         """Keys of the configurations."""
