@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
@@ -49,13 +50,12 @@ def main(
     record.write(record.RESULTS, ())  # without what is of other source
     failed = [fault for name in targets for fault in execute(name, match, part, parts, console)]
     report(targets, match, console)
-    for fault in failed:
-        console.print(fault, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{len(failed)} fail")
     raise typer.Exit(1 if failed else 0)
 
 
 def execute(target: str, match: str, part: int, parts: int, console: Console) -> list[str]:
-    """Bring the rows of ``target`` up to date, those of the ``part``-th of ``parts``; what failed, or no call reaches."""
+    """Bring the rows of ``target`` up to date, the ``part``-th of ``parts`` of them; print and return what is wrong."""
     left = {identify(x): x for x in record.missing(record.read(record.RESULTS), target)}
     left = {key: x for key, x in left.items() if match in f"{kernel_name(x)} {x.label}"}
     if not left:
@@ -71,6 +71,13 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
     remaining = Counter(key for _, keys in plan for key in keys)
     recording, rows, failed, written = Recording(target), [], [], time.monotonic()
     recording.install()
+
+    def shown(faults: Iterable[str]) -> list[str]:
+        faults = list(faults)
+        for fault in faults:
+            console.print(fault, highlight=False, soft_wrap=True, markup=False)
+        return faults
+
     for place, (call, keys) in enumerate(plan, 1):
         start = time.monotonic()
         run(recording, call)
@@ -81,10 +88,10 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
         rows += [recording.executed[key].row(target) for key in done]
         if time.monotonic() - written > SECONDS_BETWEEN_WRITES or place == len(plan):
             record.write(record.RESULTS, rows)
-            failed += [fault for row in rows for fault in record.faults(row)]
+            failed += shown(fault for row in rows for fault in record.faults(row))
             rows, written = [], time.monotonic()
     unreached = [x for key, x in left.items() if key not in reached or (key in chosen and key not in recording.executed)]
-    return failed + [f"{kernel_name(x)} {x.label} {target}: no call launches it" for x in unreached]
+    return failed + shown(f"{kernel_name(x)} {x.label} {target}: no call launches it" for x in unreached)
 
 
 def run(recording: Recording, call: Call) -> None:
