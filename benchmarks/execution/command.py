@@ -65,8 +65,8 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
     barred = {identify(x) for x in wanted(target) if reason(x, target)}
     plan = [(call, planning.launched(call)) for calls in FAMILIES for call in calls()]
     plan = [(call, keys) for call, keys in plan if not keys & barred]
-    reached = [key for key in dict.fromkeys(key for _, keys in plan for key in sorted(keys)) if key in left]
-    chosen = set(reached[len(reached) * (part - 1) // parts : len(reached) * part // parts])
+    reached = list(dict.fromkeys(key for _, keys in plan for key in sorted(keys)))
+    chosen = left.keys() & reached[len(reached) * (part - 1) // parts : len(reached) * part // parts]
     plan = [(call, keys & chosen) for call, keys in plan if keys & chosen]
     remaining = Counter(key for _, keys in plan for key in keys)
     recording, rows, failed, written = Recording(target), [], [], time.monotonic()

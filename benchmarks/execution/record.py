@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,25 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
     The header says how much of the table that is: rows, what is not executed by its reason, what is left by its kernel.
     """
-    known = read(path) | {build_of(row): row for row in rows}
-    known = {key: row for key, row in known.items() if not faults(row)}
-    kept = [known[build(x, target)] for target in TARGETS for x in wanted(target) if _current(known, x, target)]
     path.parent.mkdir(exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text("\n".join(json.dumps(x) for x in (_compiler() | counts(known), *ordered(kept))) + "\n")
-    new.replace(path)
+    with _alone(path.parent):
+        known = read(path) | {build_of(row): row for row in rows}
+        known = {key: row for key, row in known.items() if not faults(row)}
+        kept = [known[build(x, target)] for target in TARGETS for x in wanted(target) if _current(known, x, target)]
+        new = path.with_suffix(".new")
+        new.write_text("\n".join(json.dumps(x) for x in (_compiler() | counts(known), *ordered(kept))) + "\n")
+        new.replace(path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: parts of a run may go side by side."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def counts(rows: dict[str, Row]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -114,6 +115,17 @@ def test_rows_of_other_source_or_another_compiler_go(tmp_path: Path) -> None:
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([json.dumps({**json.loads(header), "triton": "3.5.0"}), *rows]))
     assert record.read(path) == {}
+
+
+def test_parts_that_go_side_by_side_lose_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "execution.jsonl"
+    other = Thread(target=record.write, args=(path, [row()]))
+    with record._alone(tmp_path):
+        other.start()
+        other.join(0.3)
+        assert not path.exists()
+    other.join()
+    assert len(record.read(path)) == 1
 
 
 def _executed() -> list[Any]:
