@@ -1,7 +1,8 @@
 # Each target prepares .venv by itself; `make setup` only does that. PYTHON names the interpreter, 3.11 or newer.
 PYTHON ?= python3
-# What `make execute` compiles for: sm_80, sm_90 or sm_100.
-TARGET ?= sm_90
+# What `make execute` compiles for, sm_80, sm_90 or sm_100, all where empty; and K/N, the K-th of N parts of what is to be done.
+TARGET ?=
+SHARE ?= 1/1
 # Which changes `make mutate` makes: the K-th of N parts.
 PART ?= 1/1
 BIN := .venv/bin
@@ -27,7 +28,7 @@ test: .venv/dev.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 execute: .venv/dev.done
-	PTX_TARGET=$(TARGET) $(BIN)/python -m pytest -p benchmarks.execution.plugin tests/kernels -n auto --dist loadfile
+	$(BIN)/python -m benchmarks.execution $(TARGET:%=--target %) --share $(SHARE)
 
 mutate: .venv/bench.done .venv/dev.done
 	$(BIN)/python -m benchmarks.mutation --part $(PART)

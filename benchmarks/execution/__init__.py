@@ -4,6 +4,9 @@
     report = Report()
     launch(module, grid, values, dynamic_shared, regions, report)          # run; report.issues is what was found
 
+``python -m benchmarks.execution`` runs every kernel of the package so, by public calls (``calls``), and records what it found
+(``record``); ``plugin`` runs the project's tests so.
+
 Several CTAs run side by side ("a group"); every register is one NumPy array with a value for each thread of the group
 ("lane"), or a scalar where all lanes are known to agree. Each basic block is translated, on first use, into a Python function;
 there are two translations, one for when all lanes are there and one with a mask. Of lanes that have diverged those go on whose

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from fastdsm._ops.plain import Kept
 from fastdsm.kernels.common.arithmetic import INTERPRET
-from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.common.configuration import Configuration, settle_key
 
 from .approximations import Noise
 from .compilation import stopping_at_ptx
@@ -125,6 +125,7 @@ class Execution:
         key = configuration.kernel.fn.__name__, str(pointers), str(constants), str(configuration.options())
         if key not in self._executables:
             start = time.time()
+            settle_key(configuration.kernel)
             source = ASTSource(configuration.kernel, configuration.signature(), constexprs=dict(configuration.constants))
             with stopping_at_ptx():
                 target = GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
@@ -143,9 +144,9 @@ class Execution:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """An argument by its name; of a tuple each of its own, by path."""
+    """An argument by its name; of a tuple each of its own, by path; a mask as bytes, prepared launches pass it as it came."""
     if not isinstance(value, tuple):
-        yield name, value
+        yield name, value.view(torch.uint8) if isinstance(value, torch.Tensor) and value.dtype == torch.bool else value
         return
     fields = getattr(value, "_fields", range(len(value)))
     for each, inner in zip(fields, value, strict=True):

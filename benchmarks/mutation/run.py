@@ -64,17 +64,18 @@ def _serving(tree: Path) -> Iterator[Callable[[Iterable[str], int], str]]:
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("server.py"))]
     with Popen(command, cwd=tree, env=environment, stdin=PIPE, stdout=PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
+        sent, answered = server.stdin, server.stdout
+        assert sent is not None
+        assert answered is not None
 
         def first_failed(tests: Iterable[str], seconds: int) -> str:
-            print(json.dumps({"tests": list(tests), "seconds": seconds}), file=server.stdin, flush=True)
-            return _first_failed(**json.loads(server.stdout.readline()))
+            print(json.dumps({"tests": list(tests), "seconds": seconds}), file=sent, flush=True)
+            return _first_failed(**json.loads(answered.readline()))
 
         try:
             yield first_failed
         finally:
-            server.stdin.close()
+            sent.close()
 
 
 def _first_failed(code: int, output: str) -> str:

@@ -72,7 +72,7 @@ def _measured(call: Call, batch: int) -> float:
     tensors.matrix.normal_()
     tensors.other.normal_()
     if call.operation.startswith("sigma2"):
-        tensors.matrix.copy_(cast(Tensor, fastdsm.sinkhorn(tensors.matrix)))
+        tensors.matrix.copy_(fastdsm.sinkhorn(tensors.matrix))
     call.launch(SWEEPS, tensors)
     times = []
     for _ in range(ROUNDS):

@@ -12,6 +12,7 @@ off by up to k = (tol + 2 u max |S|) / (1 - sigma_2^2), so that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +80,28 @@ def _compare(case: NewtonCase, target: Target) -> list[Record]:
     (gradient,) = torch.autograd.grad(plan, leaf, cotangent.to(target.device))
 
     inside = compute_dtype(case.dtype)
-    tol = default_tol(inside)
-    lines = {k: x for k, x in wide.items() if k in ("row_marginal", "col_marginal")}
-    gap = (1 - reference.sigma2(truth, **lines).square()).clamp(min=1e-9)[..., None, None]
-    tau = wide.get("temperature", torch.ones(case.shape[0], dtype=torch.float64))[..., None, None]
-    moved = (tol + 2 * torch.finfo(inside).eps * (leaf.detach().cpu().double() / tau).abs().amax((-2, -1), keepdim=True)) / gap
-    of_plan = (2 * moved * truth.sum(-1, keepdim=True).amax(-2, keepdim=True)).expand_as(truth)
-    of_slope = (moved / gap * gradient_size(slope, cotangent)).expand_as(slope)
+    of_plan, of_slope = budgets(case, logits, wide, truth)
+    of_slope = of_slope * gradient_size(slope, cotangent)
     if case.dtype != inside:
         of_plan, of_slope = (x + half_ulp(y.abs() + x, case.dtype) for x, y in ((of_plan, truth), (of_slope, slope)))
     residual = info.residual.detach().cpu().double()
     return [
         worst(target, "newton", "plan", case, (plan.detach().cpu().double() - truth).abs(), of_plan),
-        worst(target, "newton", "residual", case, residual, torch.full_like(residual, tol)),
+        worst(target, "newton", "residual", case, residual, torch.full_like(residual, default_tol(inside))),
         worst(target, "newton", "gradient of logits", case, (gradient.cpu().double() - slope).abs(), of_slope),
     ]
+
+
+def budgets(case: NewtonCase, logits: Tensor, wide: Mapping[str, Any], truth: Tensor) -> tuple[Tensor, Tensor]:
+    """What the module's docstring allows the entries of a plan, before its rounding, and of a gradient of size 1.
+
+    wide: the options in float64; truth: the plan.
+    """
+    inside = compute_dtype(case.dtype)
+    lines = {k: x for k, x in wide.items() if k in ("row_marginal", "col_marginal")}
+    gap = (1 - reference.sigma2(truth, **lines).square()).clamp(min=1e-9)[..., None, None]
+    tau = wide.get("temperature", torch.ones(case.shape[0], dtype=torch.float64))[..., None, None]
+    largest = (logits.double() / tau).abs().amax((-2, -1), keepdim=True)
+    moved = (default_tol(inside) + 2 * torch.finfo(inside).eps * largest) / gap
+    of_plan = 2 * moved * truth.sum(-1, keepdim=True).amax(-2, keepdim=True)
+    return of_plan.expand_as(truth), (moved / gap).expand_as(truth)

@@ -1,0 +1,138 @@
+"""Sinkhorn attention as ``fastdsm verify`` leaves it out: dropout, products in TF32, the gradient of sigma2.
+
+The budgets are those of the policy (``fastdsm._verify.sinkhorn``), with what plain PyTorch errs in the same arithmetic: under
+TF32 each matrix product of the plain run, of its gradient too, has its operands cut to 10 bits of mantissa, as tensor cores do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdsm import reference, sinkhorn_attention, sinkhorn_attention_sigma2
+from fastdsm._verify.attention import AttentionCase, _held_in, _inputs
+from fastdsm._verify.sinkhorn import SIGMA2_TOL, Record, Target, compare, gradient_size
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+DROPPED, SEED = 0.25, 7
+
+
+class _TF32(TorchDispatchMode):
+    """Products of matrices in float32 take their operands cut."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS:
+            args = tuple(
+                x if x.dtype != torch.float32 else (x.contiguous().view(torch.int32) & -0x2000).view(x.dtype) for x in args
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _multiplied(precision: str) -> Iterator[None]:
+    """float32 products of the calls within."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _oracle(p: float, kept: Tensor) -> Callable[..., Any]:
+    """The reference with a dropout of the entries of ``kept``, (B, H, N, M), bool, at probability p."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        eye = torch.eye(key.shape[2], dtype=torch.promote_types(value.dtype, torch.float32)).expand(*key.shape[:3], -1)
+        plan, info = reference.sinkhorn_attention(query, key, eye, **options)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return (plan * kept / (1 - p)) @ value.to(plan.dtype), info
+
+    return attention
+
+
+def _kept(operands: Mapping[str, Any], backend: str) -> Tensor:
+    """Which entries a dropout keeps: those whose result shows in the product with the identity."""
+    key = operands["key"]
+    eye = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:3], -1)
+    torch.manual_seed(SEED)
+    found = sinkhorn_attention(**{**operands, "value": eye}, dropout_p=DROPPED, backend=backend, enable_gqa=True)
+    assert isinstance(found, Tensor)
+    return found != 0
+
+
+def attention(
+    case: AttentionCase, target: Target, *, first: str = "col", dropout: bool = False, precision: str = "highest"
+) -> list[Record]:
+    """Output, residual and gradients."""
+    operands, cotangent = _inputs(case, target.device)
+    operands["first"] = first
+    with _multiplied(precision):
+        oracle = _oracle(DROPPED, _kept(operands, target.backend)) if dropout else reference.sinkhorn_attention
+        torch.manual_seed(SEED)
+        call = partial(sinkhorn_attention, dropout_p=DROPPED * dropout, backend=target.backend, enable_gqa=True)
+        found, slopes = _evaluate(partial(call, return_info=True), operands, cotangent)
+    oracle = partial(oracle, return_info=True)
+    truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, cotangent))
+    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, cotangent)))
+    size = max(1.0, truth[0].abs().max().item())
+    record = partial(compare, "attention", target=target, case=case)
+    results = [
+        record("output", *(x[0].detach() for x in (found, truth, plain)), size=size),
+        record("residual", *(x[1].residual for x in (found, truth, plain))),
+    ]
+    return [*results, *_of_gradients("gradient of", slopes, expected, usual, cotangent, case, target)]
+
+
+def _evaluate(call: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """What a call returns, and the gradients of it, or of the first of several."""
+    floating = {name: x for name, x in operands.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in floating.items()}
+    found = call(**{**operands, **leaves})
+    slopes = torch.autograd.grad(found[0] if isinstance(found, tuple) else found, list(leaves.values()), cotangent)
+    return found, dict(zip(leaves, slopes, strict=True))
+
+
+def _of_gradients(
+    name: str,
+    found: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    cotangent: Tensor,
+    case: AttentionCase,
+    target: Target,
+) -> Iterator[Record]:
+    for of, x in found.items():
+        size = gradient_size(truth[of], cotangent)
+        yield compare("attention", f"{name} {of}", x, truth[of], plain[of], target=target, case=case, size=size)
+
+
+def _plain(precision: str, run: Callable[[], Any]) -> Any:
+    if precision == "highest":
+        return run()
+    with _TF32():
+        return run()
+
+
+def sigma2(case: AttentionCase, target: Target, *, first: str = "col", precision: str = "highest") -> list[Record]:
+    """sigma2 of the plan, and its gradient: for few enough lines that Lanczos ends with all of them."""
+    operands, cotangent = _inputs(case, target.device)
+    del operands["value"]
+    operands["first"] = first
+    weight = cotangent[..., 0, 0].float()
+    with _multiplied(precision):
+        call = partial(sinkhorn_attention_sigma2, accuracy=1e-12, backend=target.backend, enable_gqa=True)
+        value, slopes = _evaluate(call, operands, weight)
+    oracle = reference.sinkhorn_attention_sigma2
+    truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, weight))
+    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, weight)))
+    of_value = compare(
+        "attention", "sigma2", value, truth.detach(), plain.detach(), target=target, case=case, relative=SIGMA2_TOL
+    )
+    return [of_value, *_of_gradients("gradient of sigma2 in", slopes, expected, usual, weight, case, target)]
