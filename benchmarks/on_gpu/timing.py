@@ -13,12 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler, from Triton's import on
 
 import torch
-from torch import Tensor
 
 import fastdsm
 
