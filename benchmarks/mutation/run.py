@@ -64,18 +64,18 @@ def _serving(tree: Path) -> Iterator[Callable[[Iterable[str], int], str]]:
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("server.py"))]
     with Popen(command, cwd=tree, env=environment, stdin=PIPE, stdout=PIPE, text=True) as server:
-        sent, answered = server.stdin, server.stdout
-        assert sent is not None
-        assert answered is not None
+        requests, answers = server.stdin, server.stdout
+        assert requests is not None
+        assert answers is not None
 
         def first_failed(tests: Iterable[str], seconds: int) -> str:
-            print(json.dumps({"tests": list(tests), "seconds": seconds}), file=sent, flush=True)
-            return _first_failed(**json.loads(answered.readline()))
+            print(json.dumps({"tests": list(tests), "seconds": seconds}), file=requests, flush=True)
+            return _first_failed(**json.loads(answers.readline()))
 
         try:
             yield first_failed
         finally:
-            sent.close()
+            requests.close()
 
 
 def _first_failed(code: int, output: str) -> str:

@@ -445,3 +445,14 @@ def test_gradient_of_a_temperature_beside_a_bias(
         found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
     for ours, truth in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_sigma2_of_uniform_plans() -> None:
+    """Zero, with its bounds, at any size: there Lanczos sees rounding alone, of any sign."""
+    for n, m in ((3, 197), (13, 35), (22, 22), (27, 27), (35, 13), (197, 197)):
+        query, key = torch.zeros(2, 6, n, 4), torch.zeros(2, 6, m, 4)
+        value, lower, upper = fastdsm.sinkhorn_attention_sigma2(query, key, return_bounds=True)
+        assert value.max() < 1e-5
+        assert (lower <= value).all()
+        assert (value <= upper).all()
+        assert upper.max() < 1e-2

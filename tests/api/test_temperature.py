@@ -77,6 +77,15 @@ def test_unreachable_targets_are_flagged_and_touch_no_neighbour() -> None:
         assert not fastdsm.temperature_for_sigma2(torch.randn(3, *shape), 0.5)[1].any()
 
 
+def test_plans_that_too_few_steps_leave_unconverged_reach_nothing() -> None:
+    """One step is one sweep: sigma2 of what it leaves has the target somewhere, of plans far from converged."""
+    logits = 3 * torch.randn(40, 4, 4, dtype=torch.float64)
+    found, reached = fastdsm.temperature_for_sigma2(logits, 0.9, n_iters=1)
+    assert not reached.any()
+    assert found.isnan().all()
+    assert fastdsm.temperature_for_sigma2(logits, 0.9)[1].all()
+
+
 def test_empty_batches_and_strides() -> None:
     temperature, reached = fastdsm.temperature_for_sigma2(torch.randn(0, 4, 4), 0.5)
     assert temperature.shape == reached.shape == (0,)

@@ -1,9 +1,10 @@
 """The list: every change, by what it is in."""
 
 from .diagnostics import DIAGNOSTICS
+from .doors import DOORS
 from .judges import JUDGES
 from .kernels import KERNELS
 from .paths import PATHS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *DIAGNOSTICS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *DOORS, *DIAGNOSTICS, *JUDGES]

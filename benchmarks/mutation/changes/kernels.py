@@ -145,6 +145,7 @@ TILE = [
         "u = quotient(r, row_sums(K * over_cols(v)))",
         (f"{_TILE}::test_each_matrix_stops_by_itself",),
         "a matrix that has stopped moves on",
+        equivalent="v is held, and u = r / (K v) of the same v is the same u",
     ),
     Change(
         "kernels/tile/backward.py",

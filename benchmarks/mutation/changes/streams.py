@@ -73,7 +73,7 @@ ATTENTION = [
     Change(
         "kernels/attention/tile.py",
         "    if STREAM_FIRST:\n        x = (x + base[None, :])",
-        "    if not STREAM_FIRST:\n        x = (x + base[None, :])",
+        "    if STREAM_FIRST == 2:\n        x = (x + base[None, :])",
         (f"{_ATTENTION}::test_potentials_are_added_in_one_order_whichever_side_is_streamed",),
         "large potentials added in another order in one pass than in the other",
     ),
