@@ -28,8 +28,7 @@ class Machine:
         self, parameters: Mapping[int, int], reductions: Iterable[int] = (), guessing: bool = False, lane: int = 0
     ) -> None:
         self.parameters, self.guessing, self.lane = parameters, guessing, lane
-        self.reductions = iter(reductions)
-        self.registers: dict[str, Value] = {}
+        self.reductions, self.registers = iter(reductions), dict[str, Value]()
         self.predicates: dict[str, Logical] = {}
 
     def read(self, operand: str, high: int = 0) -> Value:
