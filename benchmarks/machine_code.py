@@ -31,6 +31,12 @@ def section(path: Path = STATIC) -> str:
     )
 
 
+def sources(path: Path = STATIC) -> set[str]:
+    """Hashes of the device code that the committed results are of."""
+    _, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    return {row["source"] for row in rows}
+
+
 def _found(rows: list[dict[str, Any]], target: str, n: int, operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row and the executed call of n x n matrices."""
     wanted = {"operation": operation, "n": n, "m": n, "dtype": "float32"}

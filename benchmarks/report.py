@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: the README's benchmark table and the figure, from the committed results alone."""
+"""``python -m benchmarks.report``: the README's benchmark table, the figures, prediction.md, from committed results alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from . import machine_code
 from .host import rows as host_rows
 from .host import section as host_section
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
+from .static import predicted
+from .static import section as prediction_section
 from .targets import ATTENTION_SHAPE, fastest_other
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -19,7 +21,7 @@ COLORS = {"fastdsm": "#d1495b", "torch.compile": "#30638e", "hyper-connections":
 
 
 def main() -> None:
-    """Rewrite the README between its markers, and a figure for each device with results."""
+    """Rewrite the README between its markers, a figure for each device with results, and what the model predicts."""
     sections = []
     for path in (*sorted(RESULTS.glob("cpu.jsonl")), *sorted(RESULTS.glob("cuda*.jsonl"))):
         rows = read_rows(path)
@@ -32,6 +34,10 @@ def main() -> None:
         sections.append(host_section.section(host_rows.read()))
     if not sections:
         raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
+    if predicted.PREDICTIONS.exists():
+        predicted.PREDICTIONS.with_suffix(".md").write_text(
+            prediction_section.section(predicted.read(), machine_code.sources()) + "\n"
+        )
     README.write_text(spliced(README.read_text(), "\n\n".join(sections)))
 
 

@@ -44,7 +44,7 @@ class Step:
     def lacking(self) -> str:
         """What of its needs is missing here, empty if nothing is."""
         modules = [name for name in self.modules if find_spec(name) is None]
-        programs = [name for name in self.programs if shutil.which(name) is None]
+        programs = [name for name in self.programs if shutil.which(name, path=_path()) is None]
         return ", ".join([*(f"the module {x}" for x in modules), *(f"the program {x}" for x in programs)])
 
 
@@ -98,6 +98,11 @@ def _end_the_last_call(out: Path) -> None:
         _ended(last["step"], out, Progress(STOPPED, _CALL_ENDED, max(0.0, seconds)))
 
 
+def _path() -> str:
+    """Where programs are looked for: where CUDA is installed as well."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+
+
 def _attempt(step: Step, out: Path, limit: float) -> Progress:
     if lacking := step.lacking():
         return _ended(step.name, out, Progress(SKIPPED, f"needs {lacking}"))
@@ -105,7 +110,7 @@ def _attempt(step: Step, out: Path, limit: float) -> Progress:
     begin = monotonic()
     with (out / LOG).open("a") as log:
         print(f"\n=== {step.name}: {' '.join(step.command)}", file=log, flush=True)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}
+        environment = {**os.environ, "PATH": _path(), "PYTHONUNBUFFERED": "1", **step.environment}
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )

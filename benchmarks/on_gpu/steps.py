@@ -58,7 +58,7 @@ def steps(out: Path, target: str, jobs: int) -> list[Step]:
         *sanitized[:4],
         _rows("rows never timed", out, "cuda", NEVER_TIMED, 150.0),
         Step("host", here(host, of, "cuda", "20"), 90.0, environment=_COMPILED),
-        Step("prediction", here(timing, of, target), 60.0, ("rich",), environment=_COMPILED),
+        Step("prediction", here(timing, of), 60.0, ("rich",), environment=_COMPILED),
         _rows("rows timed before", out, "cuda", f"not ({NEVER_TIMED})", 150.0),
         *sanitized[4:],
     ]
@@ -79,7 +79,7 @@ def dry(out: Path) -> list[Step]:
         "verify": {"command": here(verification, of, "1", "200"), "environment": {"TRITON_INTERPRET": "1"}},
         "rows never timed": {"command": _rows("", out, "cpu", "bench_sigma2_bounds and 65536", 60.0).command},
         "host": {"command": here(host, of, "cpu", "1", "sigma2_bounds(p)")},
-        "prediction": {"command": here(timing, of, "sm_90", "forward 4x4 float32")},
+        "prediction": {"command": here(timing, of, "forward 4x4 float32")},
         "rows timed before": {"command": _rows("", out, "cpu", "bench_sweep_of_one_matrix", 60.0).command},
     }
     sanitized, *left_out = (name for name in real if "check, " in name)

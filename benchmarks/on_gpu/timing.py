@@ -1,9 +1,9 @@
-"""Prediction against measurement: each ordinary call's kernels on a batch that fills the chip, beside what the model says.
+"""Prediction against measurement: each ordinary call's kernels on a batch that fills the chip, beside the committed prediction.
 
-    python -m benchmarks.on_gpu.timing OUT TARGET [MATCH]
+    python -m benchmarks.on_gpu.timing OUT [MATCH]
 
 MATCH: only calls whose text contains it. Rows are appended as they are made, and what is there is not measured again. Without a
-GPU nothing is measured, and rows have the prediction alone.
+GPU nothing is measured, and rows have the prediction alone, that for an H100.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 
 import fastdsm
 
-from ..rows import current_run
+from ..static.devices import H100
 from ..static.launches import Call
-from ..static.prediction import predict
+from ..static.predicted import batch_of
+from ..static.predicted import read as read_predictions
 from ..static.report import SWEEPS, largest_usages
 from .lines import Record, append, read
 
 TIMES = "prediction.jsonl"
-MATRIX_BYTES = 2**28  # of a batch: many times what caches hold, and what fills the chip
 ROUNDS = 7
 
 
@@ -41,31 +41,38 @@ def chosen(match: str) -> Iterator[tuple[str, Call]]:
             yield text, call
 
 
-def make(out: Path, target: str, match: str = "") -> None:
+def make(out: Path, match: str = "") -> None:
     """Measure what ``out`` lacks."""
     known = {line["call"] for line in read(out / TIMES)}
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else H100.name
     for text, call in chosen(match):
         if text not in known:
-            row = {"call": text, **_row(call, target)}
+            row = _row(text, call, machine)
             append(out / TIMES, row)
             print(row, flush=True)
 
 
-def _row(call: Call, target: str) -> Record:
-    batch = max(MATRIX_BYTES // (call.n * call.m * call.dtype.itemsize), 1)
-    found = predict(call, target)
+def _row(text: str, call: Call, machine: str) -> Record:
+    batch = batch_of(call)
     measured = _measured(call, batch) if torch.cuda.is_available() else None
-    row: Record = {"batch": batch, "kernels": found.kernels, "predicted_ns": found.ns, "bound": found.bound}
-    ratio = None if measured is None or found.ns is None else measured / found.ns
-    return {**row, "measured_ns": measured, "measured_over_predicted": ratio, "machine": _machine()}
+    predicted = _predicted(call, machine)
+    ratio = None if measured is None or predicted is None else measured / predicted
+    row: Record = {"call": text, "machine": machine, "batch": batch, "predicted": predicted, "measured": measured}
+    return {**row, "measured_over_predicted": ratio}
 
 
-def _machine() -> str:
-    return current_run("cuda" if torch.cuda.is_available() else "cpu").machine
+def _predicted(call: Call, machine: str) -> float | None:
+    """Microseconds, from the committed rows."""
+    found = (
+        row.predicted
+        for row in read_predictions()
+        if (row.device, row.operations, row.n, row.batch) == (machine, (call.operation,), call.n, batch_of(call))
+    )
+    return next(found, None) if (call.n, call.dtype) == (call.m, torch.float32) else None
 
 
 def _measured(call: Call, batch: int) -> float:
-    """Nanoseconds a matrix: the median of launches between two events, the host ahead of the device."""
+    """Microseconds: the median of launches between two events, the host ahead of the device."""
     tensors = call.tensors(batch, "cuda")
     tensors.matrix.normal_()
     tensors.other.normal_()
@@ -81,7 +88,7 @@ def _measured(call: Call, batch: int) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return 1e6 * median(times) / batch
+    return 1e3 * median(times)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,20 @@ _MOST_BLOCKS = 10_000
 
 @dataclass(frozen=True)
 class Execution:
-    """visits: how often each block of the program runs. assumed: branches taken on an unknown condition."""
+    """What ran.
+
+    path: the blocks of the program in order. assumed: branches taken on an unknown condition.
+    """
 
     program: Program
-    visits: tuple[int, ...]
+    path: tuple[int, ...]
     assumed: int
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        """How often each block of the program runs."""
+        times = Counter(self.path)
+        return tuple(times[number] for number in range(len(self.program.blocks)))
 
     @property
     def counts(self) -> Counter[str]:
@@ -66,20 +75,23 @@ def scalars(arguments: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-def execute(program: Program, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> Execution | None:
+def execute(
+    program: Program, parameters: Mapping[int, int], reductions: Iterable[int] = (), *, guessing: bool = False
+) -> Execution | None:
     """Run the control flow; None when it does not end soon: a loop depends on data alone, or there is too much to step.
 
-    reductions: what the warp's integer reductions find, in order; more than these are unknown.
+    reductions: what the warp's integer reductions find, in order; more than these are unknown. guessing: of what may be one of
+    two, of which one is known, that one is taken.
     """
-    return _Run(program, parameters, reductions).finish()
+    return _Run(program, Machine(parameters, reductions, guessing)).finish()
 
 
 class _Run:
-    def __init__(self, program: Program, parameters: Mapping[int, int], reductions: Iterable[int]) -> None:
+    def __init__(self, program: Program, machine: Machine) -> None:
         self.program = program
-        self.machine = Machine(parameters, reductions)
+        self.machine = machine
         deciding = _deciding(program)
-        self.steps = [[_step(i) for i in block.instructions if deciding & set(_destinations(i))] for block in program.blocks]
+        self.steps = [[step_of(i) for i in block.instructions if deciding & set(destinations(i))] for block in program.blocks]
         self.index = {block.instructions[0].address: number for number, block in enumerate(program.blocks)}
         self.loops = [
             sorted((loop for loop in program.loops if number in loop.blocks), key=lambda loop: -loop.depth)
@@ -89,12 +101,12 @@ class _Run:
         self.returns: list[int] = []
 
     def finish(self) -> Execution | None:
-        visits = [0] * len(self.program.blocks)
+        path: list[int] = []
         number: int | None = 0
         for _ in range(_MOST_BLOCKS):
             if number is None:
-                return Execution(self.program, tuple(visits), self.assumed)
-            visits[number] += 1
+                return Execution(self.program, tuple(path), self.assumed)
+            path.append(number)
             for step in self.steps[number]:
                 step(self.machine)
             number = self._following(number)
@@ -146,11 +158,11 @@ def _both(a: bool | None, b: bool | None) -> bool | None:
     return None if a is None or b is None else True
 
 
-def _step(instruction: Instruction) -> Callable[[Machine], None]:
+def step_of(instruction: Instruction) -> Callable[[Machine], None]:
     """The effect of one instruction on integers and predicates."""
     base, suffixes, operands = _parts(instruction)
     operation = INTEGER_OPERATIONS.get(base)
-    written = _destinations(instruction)
+    written = destinations(instruction)
 
     def effect(machine: Machine) -> None:
         if operation is None or not operation(machine, suffixes, operands):
@@ -177,18 +189,22 @@ def _parts(instruction: Instruction) -> tuple[str, list[str], list[str]]:
 
 def _deciding(program: Program) -> set[str]:
     """Registers and predicates that branches and guards may depend on; what others hold need not be followed."""
-    effects = [(set(_destinations(i)), _mentioned(i)) for i in program.instructions]
-    names = set().union(*(_mentioned(i) for i in program.instructions if i.base in JUMPS))
+    return behind(program, set().union(*(mentioned(i) for i in program.instructions if i.base in JUMPS)))
+
+
+def behind(program: Program, names: set[str]) -> set[str]:
+    """``names`` of registers and predicates, and all that these may depend on."""
+    effects = [(set(destinations(i)), mentioned(i)) for i in program.instructions]
     before = -1
     while len(names) != before:
         before = len(names)
-        for written, mentioned in effects:
+        for written, read in effects:
             if written & names:
-                names |= mentioned
+                names |= read
     return names
 
 
-def _mentioned(instruction: Instruction) -> set[str]:
+def mentioned(instruction: Instruction) -> set[str]:
     """Every register and predicate in the text; of wide operands the second register too."""
     text = f"{instruction.guard} {instruction.operands}"
     found = set(re.findall(r"U?P[0-9]", text))
@@ -199,7 +215,7 @@ def _mentioned(instruction: Instruction) -> set[str]:
     return found
 
 
-def _destinations(instruction: Instruction) -> list[str]:
+def destinations(instruction: Instruction) -> list[str]:
     """Registers and predicates that an instruction may write, wide results included."""
     base, suffixes, operands = _parts(instruction)
     if base in ("BAR", "R2P", "RET", "BRX", "BRA", "CALL", "EXIT", "WARPSYNC", "DEPBAR", "NANOSLEEP"):

@@ -19,12 +19,16 @@ Logical = bool | None
 
 
 class Machine:
-    """Registers, predicates and the constant bank of thread 0 in program 0."""
+    """Registers, predicates and the constant bank of one thread of warp 0 in program 0.
 
-    def __init__(self, parameters: Mapping[int, int], reductions: Iterable[int] = ()) -> None:
-        self.parameters = parameters
-        self.reductions = iter(reductions)
-        self.registers: dict[str, Value] = {}
+    guessing: of a choice or an extremum with one side known, that side is taken, as bounds of loops are; lanes hold the same.
+    """
+
+    def __init__(
+        self, parameters: Mapping[int, int], reductions: Iterable[int] = (), guessing: bool = False, lane: int = 0
+    ) -> None:
+        self.parameters, self.guessing, self.lane = parameters, guessing, lane
+        self.reductions, self.registers = iter(reductions), dict[str, Value]()
         self.predicates: dict[str, Logical] = {}
 
     def read(self, operand: str, high: int = 0) -> Value:
@@ -172,19 +176,20 @@ def _load_constant(machine: Machine, suffixes: list[str], operands: list[str]) -
 
 
 def _special(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
-    """Thread 0 of program 0."""
+    """Of the thread, in program 0, which is a cluster by itself."""
     name = re.fullmatch(r"(U?R)(\d+)", operands[0])
-    if name is None or not operands[1].startswith(("SR_TID", "SR_CTAID", "SRZ")):
+    if name is None or not operands[1].startswith(("SR_TID", "SR_CTAID", "SR_CgaCtaId", "SRZ")):
         return False
     for offset in range(1 if "32" in suffixes or operands[1] != "SRZ" else 2):
-        machine.write(f"{name.group(1)}{int(name.group(2)) + offset}", 0)
+        machine.write(f"{name.group(1)}{int(name.group(2)) + offset}", machine.lane if operands[1] == "SR_TID.X" else 0)
     return True
 
 
 def _select(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
     a, b = machine.read(operands[1]), machine.read(operands[2])
     choice = machine.predicate(operands[3])
-    machine.write(operands[0], (a if a == b else None) if choice is None else a if choice else b)
+    unknown = (b if a is None else a) if machine.guessing and None in (a, b) else a if a == b else None
+    machine.write(operands[0], unknown if choice is None else a if choice else b)
     return True
 
 
@@ -193,6 +198,9 @@ def _extremum(machine: Machine, suffixes: list[str], operands: list[str]) -> boo
     destination, _, sources, ins = _split(operands)
     values = [machine.read(source) for source in sources]
     smallest = machine.predicate(ins[0]) if ins else None
+    if machine.guessing and smallest is not None and values[-1] is not None and None in values[:-1]:
+        machine.write(destination, values[-1])
+        return True
     if smallest is None or any(value is None for value in values):
         return False
     known = [value for value in values if value is not None]
@@ -358,6 +366,10 @@ def _reduction(machine: Machine, suffixes: list[str], operands: list[str]) -> bo
     return True
 
 
+def _shuffle(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
+    return machine.guessing and _move(machine, suffixes, operands[1:])
+
+
 def _extend(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
     """SGXT Rd, Ra, width: the low bits, sign-extended."""
     value, width = machine.read(operands[1]), machine.read(operands[2])
@@ -401,6 +413,7 @@ INTEGER_OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("SGXT", "USGXT"), _extend),
     **dict.fromkeys(("P2R", "UP2UR"), _from_predicates),
     "R2P": _to_predicates,
+    "SHFL": _shuffle,
     "REDUX": _reduction,
     "HFMA2": _half_constant,
 }

@@ -13,6 +13,7 @@ from fastdsm import kernels
 from fastdsm._ops.problem import Gradients, Outputs, Problem, compute_dtype
 from fastdsm.kernels.common.configuration import Launch
 
+ALIGNMENT = 512
 BATCH = 512
 """Matrices of a recorded call; a multiple of what any program handles."""
 
@@ -60,11 +61,12 @@ class Call:
 
     def record(self, n_iters: int) -> list[Launch]:
         """Its launches for ``n_iters`` sweeps, in a batch such that program 0 is full but walks no further."""
-        launches = self._record(n_iters, BATCH)
+        launches = self.record_batch(n_iters, BATCH)
         covered = min(launch.programs * launch.configuration.matrices for launch in launches)
-        return launches if covered >= BATCH else self._record(n_iters, covered)
+        return launches if covered >= BATCH else self.record_batch(n_iters, covered)
 
-    def _record(self, n_iters: int, batch: int) -> list[Launch]:
+    def record_batch(self, n_iters: int, batch: int) -> list[Launch]:
+        """Its launches for ``batch`` matrices."""
         tensors = self.tensors(batch, "cpu")
         with recorded() as launches:
             self.launch(n_iters, tensors)
@@ -94,12 +96,12 @@ class Call:
 
 
 def _address(argument: Any) -> Any:
-    """Pointers as addresses, 0 where absent."""
+    """Pointers as addresses, 0 where absent, aligned as CUDA's allocator aligns."""
     if hasattr(argument, "_make"):
         return argument._make(map(_address, argument))
     if argument is None:
         return 0
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+    return -(-argument.data_ptr() // ALIGNMENT) * ALIGNMENT if isinstance(argument, torch.Tensor) else argument
 
 
 @contextmanager

@@ -15,7 +15,11 @@ from itertools import pairwise
 JUMPS = frozenset({"BRA", "BRX", "JMP", "CALL", "RET", "EXIT"})
 """Opcodes after which another block begins."""
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T0-9]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.MULTILINE)
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T0-9]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);"
+    r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/)?",
+    re.MULTILINE,
+)
 _ADDRESS = re.compile(r"(?:^|[\s(])`?\(?(0x[0-9a-f]+)\)?\s*$")
 
 # First match wins; opcodes are compared without their suffixes.
@@ -47,12 +51,17 @@ _CLASS_PATTERNS = tuple((name, re.compile(rf"(?:{pattern})(?:2|4)?$")) for name,
 
 @dataclass(frozen=True)
 class Instruction:
-    """One SASS instruction. ``guard`` is its predicate such as "P0" or "!UP1", empty without one."""
+    """One SASS instruction.
+
+    guard: its predicate such as "P0" or "!UP1", empty without one. control: the bits of its encoding from the 105th on, by
+    which the assembler schedules it; 0 where the text has no encoding.
+    """
 
     address: int
     guard: str
     opcode: str
     operands: str
+    control: int = 0
 
     @property
     def base(self) -> str:
@@ -131,8 +140,8 @@ def count(instructions: Iterable[Instruction]) -> Counter[str]:
 def parse(text: str) -> Program:
     """Read the output of ``cuobjdump -sass`` for one kernel."""
     instructions = [
-        Instruction(int(address, 16), guard or "", opcode, operands.strip())
-        for address, guard, opcode, operands in _LINE.findall(text)
+        Instruction(int(address, 16), guard or "", opcode, operands.strip(), int(word or "0", 16) >> 41)
+        for address, guard, opcode, operands, word in _LINE.findall(text)
     ]
     if not instructions:
         raise ValueError(f"expected SASS instructions, got {text[:200]!r}")

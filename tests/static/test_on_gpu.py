@@ -193,6 +193,6 @@ def test_every_step_dry_with_an_interruption(tmp_path: Path) -> None:
     assert "table: 1 kernels, 0 unlike the committed rows" in done.stdout
     assert len(read_rows(tmp_path / ROWS)) == 4
     (predicted,) = read(tmp_path / "prediction.jsonl")
-    assert predicted["predicted_ns"] > 0
+    assert predicted["predicted"] > 0
     assert re.search(r"verify: \d+ comparisons, 0 over their budget", done.stdout)
     assert len(list(tmp_path.iterdir())) == 8  # which some places that lend a GPU limit

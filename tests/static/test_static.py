@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 from benchmarks.static import command, newton
 from benchmarks.static import record as record_file
 from benchmarks.static.compilation import Resources, describe, kernel_name, read_resources
+from benchmarks.static.devices import H200
 from benchmarks.static.execution import execute, parameter_words
 from benchmarks.static.integers import INTEGER_OPERATIONS, Machine
 from benchmarks.static.launches import OPERATIONS, Call
-from benchmarks.static.model import CLOCK_GHZ, MULTIPROCESSORS, predicted_time
+from benchmarks.static.model import CLOCK_GHZ, predicted_time
 from benchmarks.static.report import analyse, faults, title, usages
 from benchmarks.static.sass import count, parse
 from fastdsm import kernels
@@ -252,7 +253,7 @@ def test_predicted_time_is_that_of_the_slowest_resource() -> None:
     assert times["predicted_ns"] == times["predicted_copy_ns"] == 1.0
     assert times["predicted_bound"] == "copy"
     times = predicted_time({"MUFU": 160}, threads=128, matrices=1, bytes_per_matrix=4)
-    assert times["predicted_ns"] == pytest.approx(160 * 128 / 16 / MULTIPROCESSORS / CLOCK_GHZ, abs=1e-4)
+    assert times["predicted_ns"] == pytest.approx(160 * 128 / 16 / H200.multiprocessors / CLOCK_GHZ, abs=1e-4)
     assert times["predicted_bound"] == "mufu"
 
 
