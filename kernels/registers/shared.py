@@ -38,16 +38,25 @@ def by_itself(lines: int, bits: int) -> bool:
 
 
 @triton.constexpr_function
+def _full(piece: int, lines: int, bits: int) -> bool:
+    """Whether all of a thread's ``piece`` lies in a program's matrices, which what pieces round up to does not."""
+    return 128 * (piece + 1) <= lines * lines * bits
+
+
+@triton.constexpr_function
 def _declaration(size: int) -> str:
     return f"{{.shared .align 16 .b8 workspace[{size}]; mov.u32 $0, workspace;}}"
 
 
 @triton.constexpr_function
-def _moving(offset: int, inwards: bool) -> str:
-    """16 bytes, ``offset`` on from [$1] in shared memory and [$2] in the other, if that many and 16 are $3 or less."""
+def _moving(offset: int, inwards: bool, full: bool) -> str:
+    """16 bytes, ``offset`` on from [$1] in shared memory and [$2] in the other, if that many and 16 are $3 or less.
+
+    ``full``: shared memory holds something there in any case, and may be read before that is known.
+    """
     shared, memory = f"[$1 + {offset}]", f"[$2 + {offset}]"
     fill = f"@p cp.async.ca.shared.global {shared}, {memory}, 16;"
-    drain = f"@p ld.shared.v4.b32 {{a, b, c, d}}, {shared}; @p st.global.v4.b32 {memory}, {{a, b, c, d}};"
+    drain = f"{'' if full else '@p '}ld.shared.v4.b32 {{a, b, c, d}}, {shared}; @p st.global.v4.b32 {memory}, {{a, b, c, d}};"
     move = fill if inwards else drain
     return f"{{.reg .pred p; .reg .b32 a, b, c, d; setp.ge.s32 p, $3, {offset + 16}; {move} mov.b32 $0, 0;}}"
 
@@ -116,8 +125,8 @@ def _put(at, OFFSET: tl.constexpr, value, there):
 
 
 @triton.jit
-def _move_16_bytes(at, pointer, OFFSET: tl.constexpr, left, IN: tl.constexpr):
-    """From ``pointer`` to ``at``, or back, OFFSET bytes on from both, if that many and 16 are left."""
+def _move_16_bytes(at, pointer, OFFSET: tl.constexpr, left, IN: tl.constexpr, FULL: tl.constexpr):
+    """From ``pointer`` to ``at``, or back, OFFSET bytes on from both, if that many and 16 are left; FULL as in _moving."""
     T: tl.constexpr = pointer.dtype.element_ty
     BYTES: tl.constexpr = T.primitive_bitwidth // 8
     if INTERPRET:
@@ -129,7 +138,7 @@ def _move_16_bytes(at, pointer, OFFSET: tl.constexpr, left, IN: tl.constexpr):
             else:
                 tl.store(value, _get(at, OFFSET + BYTES * e, T), mask=there)
     else:
-        moving: tl.constexpr = _moving(OFFSET, IN)
+        moving: tl.constexpr = _moving(OFFSET, IN, FULL)
         tl.inline_asm_elementwise(moving, "=r,r,l,r", [at, pointer.to(tl.int64), left], tl.int32, is_pure=False, pack=1)
 
 
@@ -149,7 +158,8 @@ def _move(ptr, first, batch, workspace, LINES: tl.constexpr, IN: tl.constexpr):
     size = _count(first, batch, workspace) * (LINES * LINES * BYTES)
     lane = _lane(BLOCK)
     for piece in tl.static_range(pieces(LINES, 8 * BYTES)):
-        _move_16_bytes(workspace + 16 * lane, run + 16 // BYTES * lane, 16 * BLOCK * piece, size - 16 * lane, IN)
+        at, run_at, left = workspace + 16 * lane, run + 16 // BYTES * lane, size - 16 * lane
+        _move_16_bytes(at, run_at, 16 * BLOCK * piece, left, IN, _full(piece, LINES, 8 * BYTES))
     byte = size // 16 * 16 + BYTES * lane
     over = byte < size
     if IN:

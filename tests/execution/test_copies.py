@@ -8,6 +8,7 @@ import pytest
 
 from ..uninterpreted import rows_of
 
+LINES = 16  # larger tiles take minutes to compile, and more entries of a matrix to a thread
 DECIDING = ("_newton_tile_fwd", "_implicit_tile_bwd", "_temperature_tile_fwd", "_sigma2_fwd", "_sigma2_bounds_fwd")
 
 
@@ -20,7 +21,8 @@ def _counts() -> list[dict[str, int]]:
     execution, found = Execution("sm_90"), {}
     for configuration in kernels.configurations():
         name = configuration.kernel.fn.__name__
-        if "sm_90" not in configuration.targets or not name.startswith(DECIDING) or "fp32" not in configuration.label:
+        chosen = name.startswith(DECIDING) and "fp32" in configuration.label and configuration.constants.get("P", 4) <= LINES
+        if not chosen or "sm_90" not in configuration.targets:
             continue
         found[f"{name} {configuration.label}"] = len(joined(execution.executable(configuration).module))
         if (name, configuration.label) == ("_newton_tile_fwd_kernel", "fp32 4"):
@@ -37,6 +39,6 @@ def counts() -> dict[str, int]:
 
 def test_no_product_is_joined_to_a_sum_across_lanes(counts: dict[str, int]) -> None:
     seen = counts.pop("one row")
-    assert len(counts) == 26
+    assert len(counts) == 16
     assert {name for name, count in counts.items() if count} == set()
     assert seen > 0  # where a lane's share of a sum is one product
