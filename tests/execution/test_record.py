@@ -13,6 +13,7 @@ import torch
 from benchmarks.execution import record, table
 from benchmarks.execution.recording import concerns
 from benchmarks.static.compilation import describe, kernel_name, source
+from benchmarks.static.report import identify
 from fastdsm import kernels
 from fastdsm._verify.sinkhorn import Case, Record
 from fastdsm.kernels.common.configuration import TARGETS
@@ -126,6 +127,24 @@ def test_parts_that_go_side_by_side_lose_no_row(tmp_path: Path) -> None:
         assert not path.exists()
     other.join()
     assert len(record.read(path)) == 1
+
+
+def _unreached() -> list[str]:
+    """Configurations without a reason that no call launches. In a process of its own: see ``rows_of``."""
+    from benchmarks.execution import command
+
+    torch.set_num_threads(1)
+    found = []
+    for target in ("sm_90", "sm_100"):
+        reached = set().union(*(keys for _, keys in command.planned(target)))
+        left = [x for x in table.wanted(target) if not table.reason(x, target) and identify(x) not in reached]
+        found += [f"{kernel_name(x)} {x.label} {target}" for x in left]
+    return found
+
+
+@pytest.mark.slow
+def test_every_configuration_is_launched_by_a_call_or_has_a_reason_why_not() -> None:
+    assert rows_of(__name__, "_unreached") == []
 
 
 def _executed() -> list[Any]:
