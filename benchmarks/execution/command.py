@@ -26,6 +26,7 @@ from .recording import Planning, Recording
 from .table import EVERYTHING, reason, wanted
 
 SECONDS_BETWEEN_WRITES = 60
+WIDTH = 180  # of what is no terminal
 
 
 def main(
@@ -47,6 +48,8 @@ def main(
     warnings.filterwarnings("ignore", ".*deterministic.*")
     torch.set_num_threads(1)
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = WIDTH
     record.write(record.RESULTS, ())  # without what is of other source
     failed = [fault for name in targets for fault in execute(name, match, part, parts, console)]
     report(targets, match, console)
