@@ -26,6 +26,7 @@ from .recording import Planning, Recording
 from .table import EVERYTHING, reason, wanted
 
 SECONDS_BETWEEN_WRITES = 60
+WIDTH = 180  # of what is no terminal
 
 
 def main(
@@ -47,6 +48,8 @@ def main(
     warnings.filterwarnings("ignore", ".*deterministic.*")
     torch.set_num_threads(1)
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = WIDTH
     record.write(record.RESULTS, ())  # without what is of other source
     failed = [fault for name in targets for fault in execute(name, match, part, parts, console)]
     report(targets, match, console)
@@ -60,11 +63,7 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
     left = {key: x for key, x in left.items() if match in f"{kernel_name(x)} {x.label}"}
     if not left:
         return []
-    planning = Planning(target)
-    planning.install()
-    barred = {identify(x) for x in wanted(target) if reason(x, target)}
-    plan = [(call, planning.launched(call)) for calls in FAMILIES for call in calls()]
-    plan = [(call, keys) for call, keys in plan if not keys & barred]
+    plan = planned(target)
     reached = list(dict.fromkeys(key for _, keys in plan for key in sorted(keys)))
     chosen = left.keys() & reached[len(reached) * (part - 1) // parts : len(reached) * part // parts]
     plan = [(call, keys & chosen) for call, keys in plan if keys & chosen]
@@ -92,6 +91,15 @@ def execute(target: str, match: str, part: int, parts: int, console: Console) ->
             rows, written = [], time.monotonic()
     unreached = [x for key, x in left.items() if key not in reached or (key in chosen and key not in recording.executed)]
     return failed + shown(f"{kernel_name(x)} {x.label} {target}: no call launches it" for x in unreached)
+
+
+def planned(target: str) -> list[tuple[Call, set[str]]]:
+    """Every call that launches nothing which is not to be executed, with the keys of the configurations that it launches."""
+    planning = Planning(target)
+    planning.install()
+    barred = {identify(x) for x in wanted(target) if reason(x, target)}
+    plan = [(call, planning.launched(call)) for calls in FAMILIES for call in calls()]
+    return [(call, keys) for call, keys in plan if not keys & barred]
 
 
 def run(recording: Recording, call: Call) -> None:

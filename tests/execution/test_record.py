@@ -13,6 +13,7 @@ import torch
 from benchmarks.execution import record, table
 from benchmarks.execution.recording import concerns
 from benchmarks.static.compilation import describe, kernel_name, source
+from benchmarks.static.report import identify
 from fastdsm import kernels
 from fastdsm._verify.sinkhorn import Case, Record
 from fastdsm.kernels.common.configuration import TARGETS
@@ -30,16 +31,19 @@ def row(label: str = PLAIN, target: str = "sm_90", **found: Any) -> dict[str, An
     return {**named, "source": source(configuration), **CLEAN, **found}
 
 
+def _counted() -> list[Any]:
+    """What the committed record's rows come to, and how many there are to be. Not interpreted, which source knows of."""
+    return [record.counts(record.read(record.RESULTS)), {target: len(table.wanted(target)) for target in TARGETS}]
+
+
 def test_the_committed_record_says_how_much_of_the_table_was_executed() -> None:
     """Every configuration has a row of its source as it is, a reason, or is counted by kernel among those left."""
-    rows = record.read(record.RESULTS)
     header = json.loads(record.RESULTS.read_text().splitlines()[0])
-    assert rows, f"of another compiler than {torch.__version__}; python -m benchmarks.execution"
-    assert {name: header.get(name) for name in TARGETS} == record.counts(rows), "python -m benchmarks.execution"
-    for target in TARGETS:
-        found = record.counts(rows)[target]
-        parts = (found["executed"], *found["unexecuted"].values(), *found["left"].values())
-        assert sum(parts) == len(table.wanted(target))
+    counts, wanted = rows_of(__name__, "_counted")
+    assert {name: header.get(name) for name in TARGETS} == counts, "python -m benchmarks.execution"
+    assert sum(x["executed"] for x in counts.values()) == len(record.read(record.RESULTS)) > 0
+    for target, found in counts.items():
+        assert found["executed"] + sum((found["unexecuted"] | found["left"]).values()) == wanted[target]
 
 
 def test_nothing_in_the_committed_record_fails() -> None:
@@ -126,6 +130,24 @@ def test_parts_that_go_side_by_side_lose_no_row(tmp_path: Path) -> None:
         assert not path.exists()
     other.join()
     assert len(record.read(path)) == 1
+
+
+def _unreached() -> list[str]:
+    """Configurations without a reason that no call launches. In a process of its own: see ``rows_of``."""
+    from benchmarks.execution import command
+
+    torch.set_num_threads(1)
+    found = []
+    for target in ("sm_90", "sm_100"):
+        reached = set().union(*(keys for _, keys in command.planned(target)))
+        left = [x for x in table.wanted(target) if not table.reason(x, target) and identify(x) not in reached]
+        found += [f"{kernel_name(x)} {x.label} {target}" for x in left]
+    return found
+
+
+@pytest.mark.slow
+def test_every_configuration_is_launched_by_a_call_or_has_a_reason_why_not() -> None:
+    assert rows_of(__name__, "_unreached") == []
 
 
 def _executed() -> list[Any]:
