@@ -16,6 +16,8 @@ import re
 from .module import Module
 from .parsing import Instruction, split_operands
 
+_MOVING = ("mov", "cvt", "shl", "or")  # 64 bits are exchanged as two halves
+
 
 def joined(module: Module) -> list[Instruction]:
     """Those fma. Registers of Triton's are written once."""
@@ -28,9 +30,9 @@ def joined(module: Module) -> list[Instruction]:
             products[out] = frozenset(read)
         elif i.parts[0] == "shfl" and read[0] in products:
             came[re.split(r"\|", out)[0]] = products[read[0]]
-        elif i.parts[0] == "mov":
+        elif i.parts[0] in _MOVING:
             for of in (products, came):
-                parts = [of[name] for name in _registers(read[0]) if name in of]
+                parts = [of[name] for operand in read for name in _registers(operand) if name in of]
                 of.update(dict.fromkeys(_registers(out), parts[0]) if parts else {})
         elif i.parts[0] == "fma" and came.get(read[2]) == frozenset(read[:2]):
             found.append(i)

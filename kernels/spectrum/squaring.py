@@ -24,7 +24,7 @@ is of rank one to 2^-16: (trace G)^2 <= (1 + 2^-16) ||G||_F^2; a matrix that has
 neighbours in the tile do.
 
 Copies.  Lanes hold copies of a matrix's sums, and decide by them: when it has ended, which column is the longest. A copy that
-decided otherwise would square some entries of G and not the others, so terms of sums are rounded by themselves.
+decided otherwise would square some entries of G and not the others, so terms of these sums are rounded by themselves.
 
 Slack.  eps is the unit roundoff, d as above. A computed product A^T A differs from the exact one by at most P eps
 ||A||_F^2 in norm; ||M||_F^2 <= d ||M||_2^2 and ||G_j||_F^2 <= d ||G_j||_2^2, so step j multiplies the squared bound
@@ -165,7 +165,7 @@ def _deflated(plan, r, c):
         plan = tl.fma(-s[:, :, None], tl.broadcast_to(c[:, None, :], plan.shape), plan)
         if repeat == 0:
             scaled_s = s * inverse_root_r
-            correction = tl.sqrt(tl.sum(rounded_product(scaled_s, scaled_s), axis=1) * total_c)
+            correction = tl.sqrt(tl.sum(scaled_s * scaled_s, axis=1) * total_c)
     m = plan * inverse_root_r[:, :, None] * inverse_root_c[:, None, :]
     scale = exponent_of(tl.max(tl.max(tl.abs(m), axis=2), axis=1))
     lines = tl.minimum(tl.sum((r != 0).to(tl.int32), axis=1), tl.sum((c != 0).to(tl.int32), axis=1))
