@@ -8,7 +8,7 @@ PART ?= 1/1
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test execute mutate verify bench report static lint format clean
+.PHONY: setup demo test slow execute mutate verify bench report static lint format clean
 
 setup: .venv/dev.done
 
@@ -25,7 +25,10 @@ demo: .venv/demo.done
 	$(BIN)/fastdsm demo
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest tests -n auto --dist loadfile
+	$(BIN)/python -m pytest tests -n auto --dist loadfile -m "not slow"
+
+slow: .venv/dev.done
+	$(BIN)/python -m pytest tests -n auto --dist loadfile -m slow
 
 execute: .venv/dev.done
 	$(BIN)/python -m benchmarks.execution $(TARGET:%=--target %) --share $(SHARE)

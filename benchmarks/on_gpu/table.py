@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler, from Triton's import on
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler, from Triton's import on
 
 from fastdsm import kernels
 

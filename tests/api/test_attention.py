@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdsm
 from fastdsm import reference
-from fastdsm._ops import attention_gradients, backends
+from fastdsm._ops import backends
 from fastdsm._verify.sinkhorn import budget, gradient_size
 from fastdsm.pytorch import attention as pytorch_attention
 from fastdsm.pytorch import blocks
@@ -417,42 +416,3 @@ def test_logits_of_ten_thousand_give_a_finite_plan(path: str) -> None:
     assert all(torch.isfinite(x).all() for x in (out, *gradients))
     plain = reference.sinkhorn_attention(*(x.detach() for x in leaves), n_iters=10)
     assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6 * truth.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("at_once", "shape", "backend"),
-    [
-        *itertools.product((1, 100, 1 << 24), ((5, 7), (1, 4, 5, 7), (2, 1, 5, 7), (2, 4, 5, 7), (7,)), ("torch",)),
-        (100, (2, 4, 5, 7), "triton"),
-    ],
-    ids=str,
-)
-def test_gradient_of_a_temperature_beside_a_bias(
-    at_once: int, shape: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A few heads at a time, whatever the bias is shared by; with NaN on padded lines."""
-    monkeypatch.setattr(attention_gradients, "_ENTRIES", at_once)
-    query, key, value, cotangent = (torch.randn(2, heads, lines, 8) for heads, lines in ((4, 5), (2, 7), (2, 7), (4, 5)))
-    bias, temperature = torch.randn(shape), 0.5 + torch.rand(2, 4)
-    padding = torch.arange(5) >= torch.tensor([[5], [3]])
-    found = []
-    for call, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        given = query.masked_fill(padding[:, None, :, None], torch.nan if call == backend else 0.0)
-        leaves = [x.to(dtype).requires_grad_() for x in (given, key, value, bias, temperature)]
-        out = fastdsm.sinkhorn_attention(
-            *leaves[:4], enable_gqa=True, temperature=leaves[4], query_padding_mask=padding, n_iters=4, backend=call
-        )
-        found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
-    for ours, truth in zip(*found, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
-
-
-def test_sigma2_of_uniform_plans() -> None:
-    """Zero, with its bounds, at any size: there Lanczos sees rounding alone, of any sign."""
-    for n, m in ((3, 197), (13, 35), (22, 22), (27, 27), (35, 13), (197, 197)):
-        query, key = torch.zeros(2, 6, n, 4), torch.zeros(2, 6, m, 4)
-        value, lower, upper = fastdsm.sinkhorn_attention_sigma2(query, key, return_bounds=True)
-        assert value.max() < 1e-5
-        assert (lower <= value).all()
-        assert (value <= upper).all()
-        assert upper.max() < 1e-2

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-import fastdsm
 from fastdsm.nn import SinkhornAttention
 
 LENGTHS = torch.tensor([6, 4, 1])
@@ -384,71 +383,3 @@ class TestMade:
         file.seek(0)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
             assert torch.equal(other(x, x, x)[0], expected)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_one_rule_for_minus_infinity(dtype: torch.dtype, backend: str) -> None:
-    """A floating mask takes out at -inf and at most half the lowest number of its dtype, and what lies there is never used."""
-    operands = [torch.randn(2, 3, lines, 8) for lines in (5, 7, 7)]
-    out = torch.zeros(5, 7, dtype=torch.bool)
-    out[:, 2] = out[1, 3] = True
-    expected = fastdsm.sinkhorn_attention(*operands, ~out, n_iters=5, backend="reference")
-    low = torch.finfo(dtype)
-    for value in (-torch.inf, low.min, low.min / 2):
-        found = fastdsm.sinkhorn_attention(*operands, floating(out, dtype, value), n_iters=5, backend=backend)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    above = fastdsm.sinkhorn_attention(*operands, floating(out, dtype, -1e4), n_iters=5, backend=backend)
-    assert above.isfinite().all()
-    assert (above - expected).abs().max() > 0.1
-    for name, lines in (("key_padding_mask", 7), ("query_padding_mask", 5)):
-        padding = torch.arange(lines) >= lines - 2
-        one, other = (
-            fastdsm.sinkhorn_attention(*operands, **{name: mask.expand(2, lines)}, n_iters=5, backend=backend)
-            for mask in (padding, floating(padding, dtype))
-        )
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "backend"),
-    [
-        *itertools.product(
-            ("bool", "float"), ((5, 7), (2, 1, 5, 7), (1, 4, 5, 7), (2, 4, 5, 7), (7,), (5, 1)), ("torch", "reference")
-        ),
-        ("bool", (5, 7), "triton"),
-        ("float", (2, 4, 5, 7), "triton"),
-    ],
-    ids=str,
-)
-def test_what_lies_under_a_mask_is_never_used(kind: str, shape: tuple[int, ...], backend: str) -> None:
-    """Lines that no partner meets, of a mask for all heads or of each, beside padding: any value, in value and gradient."""
-    mask = torch.rand(shape) > 0.2
-    if len(shape) > 1:
-        mask[..., 3, :] = False
-    if shape[-1] > 1:
-        mask[..., 2] = False
-    queries_out, keys_out = torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 7, dtype=torch.bool)
-    queries_out[1, 4] = keys_out[0, 6] = True
-    if shape[-2:] == (5, 7):
-        mask[..., :4, 5] = False  # met by a padded query alone
-    unmet = torch.zeros(2, 7, dtype=torch.bool)
-    unmet[:, 2] = shape[-1] > 1
-    unmet[1, 5] = shape[-2:] == (5, 7)
-    unmet |= keys_out
-    query, key, value, cotangent = (torch.randn(2, heads, lines, 8) for heads, lines in ((4, 5), (2, 7), (2, 7), (4, 5)))
-    found = []
-    for fill in (0.0, 1e30, torch.nan):
-        q = query.masked_fill(queries_out[:, None, :, None], fill)
-        if len(shape) > 1:
-            q[:, :, 3] = fill
-        k, v = (x.masked_fill(unmet[:, None, :, None], fill) for x in (key, value))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = fastdsm.sinkhorn_attention(
-            *leaves, mask if kind == "bool" else floating(~mask), enable_gqa=True, query_padding_mask=queries_out,
-            key_padding_mask=keys_out, backend=backend,
-        )  # fmt: skip
-        found.append((out.detach(), *torch.autograd.grad(out, leaves, cotangent)))
-    assert all(x.isfinite().all() for x in found[0])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

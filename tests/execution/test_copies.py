@@ -8,6 +8,8 @@ import pytest
 
 from ..uninterpreted import rows_of
 
+pytestmark = pytest.mark.slow
+
 LINES = 16  # larger tiles take minutes to compile, and more entries of a matrix to a thread
 # Bounds of sigma2 decide by what sigma2 does; of the slack, which nothing hangs on, their copies may differ.
 DECIDING = ("_newton_tile_fwd", "_implicit_tile_bwd", "_temperature_tile_fwd", "_sigma2_fwd")

@@ -3,7 +3,7 @@
 from ..change import Change
 
 _DOOR, _FEW = "tests/api/test_nn_attention.py", "tests/ops/test_few_matrices.py"
-_ATTENTION = "tests/api/test_attention.py"
+_MASKS = "tests/api/test_attention_masks.py"
 
 DOORS = [
     Change(
@@ -31,14 +31,14 @@ DOORS = [
         "fastdsm/_ops/masks.py",
         "mask <= least_logit(mask.dtype)",
         "mask == -torch.inf",
-        (f"{_DOOR}::test_one_rule_for_minus_infinity",),
+        (f"{_MASKS}::test_one_rule_for_minus_infinity",),
         "finfo.min is a logit",
     ),
     Change(
         "fastdsm/attention.py",
         "paddings[k] = unmet if padding is None else padding | unmet",
         "paddings[k] = padding",
-        (f"{_DOOR}::test_what_lies_under_a_mask_is_never_used",),
+        (f"{_MASKS}::test_what_lies_under_a_mask_is_never_used",),
         "NaN on a line that a mask leaves without a partner",
     ),
     Change(
@@ -59,7 +59,7 @@ DOORS = [
         "fastdsm/_ops/krylov.py",
         "torch.stack(diagonal).abs().amax(0)",
         "torch.stack(diagonal).amax(0)",
-        (f"{_ATTENTION}::test_sigma2_of_uniform_plans",),
+        (f"{_MASKS}::test_sigma2_of_uniform_plans",),
         "sigma2 of attention's uniform plans is NaN",
     ),
     Change(
