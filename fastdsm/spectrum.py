@@ -94,7 +94,7 @@ def sigma2_bounds(
     upper is ||(M^T M)^(2^k)||_F^(1 / 2^(k+1)), within the factor rank^(1 / 2^(k+2)) of sigma2 whatever the gaps; lower is
     the Rayleigh quotient of that power's largest column. Beyond 32 lines on a CPU: lower is ||M v|| of Lanczos' v, upper 1.0001
     times that, if a Cholesky factor of upper^2 I - M^T M exists (Rump, BIT 46, 2006). All allow for rounding.
-    upper / lower <= 1.001 for n <= 64 and sigma2 >= 1e-10.
+    upper / lower <= 1.001 for n, m <= 64 and sigma2 >= 1e-10.
     Arguments and errors as for :func:`sigma2`.
     """
     row, col = arguments.marginal_of(row_marginal, plan, -2), arguments.marginal_of(col_marginal, plan, -1)
