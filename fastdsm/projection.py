@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -108,8 +109,9 @@ def sinkhorn(
     Clason, Lorenz and Wirth (arXiv 1710.06635); its safeguard is derived in ``fastdsm.pytorch.newton``, the implicit gradient
     and its condition number in ``fastdsm.pytorch.implicit``.
     """
-    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
-    tensors = (logits, temperature, f0, row, col, mask)
+    if row_marginal is not None or col_marginal is not None:
+        row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
+    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
     return _calls(tensors, (n_iters, first, tol, solver, grad, return_info, backend, False))
 
 
@@ -134,8 +136,9 @@ def sinkhorn_sigma2(
     take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
     respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
     """
-    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
-    tensors = (logits, temperature, f0, row, col, mask)
+    if row_marginal is not None or col_marginal is not None:
+        row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
+    tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
     return _calls(tensors, (n_iters, first, tol, solver, grad, True, backend, True))
 
 
@@ -177,29 +180,30 @@ class _Call:
         if solver == "newton" and tol is None:
             tol = default_tol(logits.dtype)
         self.backend = arguments.resolve_backend(backend, logits)
-        self.batch, self.empty = logits.shape[:-2], 0 in logits.shape[-2:]
+        self.batch = logits.shape[:-2]
         self.flatten = arguments.flattening(tensors, _formed(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
         self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
+        self.call: transforms.Call = transforms.sinkhorn
+        if self.grad == "implicit":
+            self.call = transforms.fixed_point
+        elif tol is not None or with_info:
+            self.call = transforms.sinkhorn_info
         self.run: Run | None = None  # without a gradient
-        self.trained: Forward | None = None  # with one
+        self.trained: Callable[..., Any] | None = None  # with one
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The results for ``tensors`` of the form that was looked at; ``plain``: they and the thread are."""
-        if self.empty:
-            return self._of_nothing(tensors[0])
-        if self.backend == "reference":
-            return self._reference(tensors)
         scale = tensors[1]
-        if isinstance(scale, Tensor):
+        if type(scale) is float and 0.0 < scale < math.inf:
+            tensors = (tensors[0], None, *tensors[2:])
+        elif isinstance(scale, Tensor):
             scale = 1.0
         else:
-            if type(scale) is not float or not scale > 0:
-                arguments.check_temperature(scale)
-                scale = float(scale)
-            tensors = (tensors[0], None, *tensors[2:])
+            arguments.check_temperature(scale)
+            scale, tensors = float(scale), (tensors[0], None, *tensors[2:])
         if self.flatten is not None:
             tensors = self.flatten(tensors)
         if self.looked_at:
@@ -211,24 +215,24 @@ class _Call:
                 self.run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, self.with_info, self.with_sigma2)
             found: Any = self.run(tensors, scale)
             return self._restored(found)
-        call: transforms.Call = transforms.sinkhorn
-        more: tuple[Any, ...] = ()
+        alone = self.call is transforms.sinkhorn  # the plan
+        inputs = (*tensors, scale, self.n_iters, *self.ends)
         if self.grad == "implicit":
-            call, more = transforms.fixed_point, (self.solver, self.with_info or follows, self.with_sigma2)
-        elif self.tol is not None or self.with_info:
-            call, more = transforms.sinkhorn_info, (self.with_sigma2,)
-        inputs = (*tensors, scale, self.n_iters, *self.ends, *more)
+            inputs += (self.solver, self.with_info or follows, self.with_sigma2)
+        elif not alone:
+            inputs += (self.with_sigma2,)
         if not plain:
-            results = call(*inputs)
+            results = self.call(*inputs)
         else:
             if self.trained is None:
-                self.trained = Forward(tensors[0], self.n_iters, *self.ends, self.solver, bool(more), self.with_sigma2)
-            trained = taped.sinkhorn if self.backend == "torch" and call is transforms.sinkhorn else call.trained
-            results = trained(self.trained, *inputs)
-        return self._restored(results if more else (results,))
+                run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, not alone, self.with_sigma2)
+                self.trained = partial(taped.sinkhorn if alone and self.backend == "torch" else self.call.trained, run)
+            results = self.trained(*inputs)
+        return self._restored((results,) if alone else results)
 
-    def _of_nothing(self, logits: Tensor) -> Any:
+    def of_nothing(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """Plans without rows or columns: converged without a sweep, and sigma2 is 0."""
+        logits = tensors[0]
         n, m = logits.shape[-2:]
         new = partial(logits.new_zeros, dtype=compute_dtype(logits.dtype))
         plan, residual, sweeps = logits.clone(), new(self.batch), logits.new_zeros(self.batch, dtype=torch.int32)
@@ -238,8 +242,7 @@ class _Call:
         return (plan, SinkhornInfo(residual, residual == 0, sweeps, f, g)) if self.with_info else plan
 
     def _restored(self, results: Sequence[Tensor]) -> Any:
-        """What the caller gets, in the logits' batch shape."""
-        # What nobody asked for an operator leaves empty.
+        """What the caller gets, in the logits' batch shape; what nobody asked for an operator leaves empty."""
         if not self.with_info:
             plan = results[0]
             return plan if len(self.batch) == 1 else plan.reshape(*self.batch, *plan.shape[1:])
@@ -250,8 +253,8 @@ class _Call:
         converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)
         return plan, SinkhornInfo(residual, converged, sweeps, f, g)
 
-    def _reference(self, tensors: tuple[Any, ...]) -> Any:
-        """The oracle's answer."""
+    def by_oracle(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        """The same from the oracle."""
         logits, temperature, f0, row, col, mask = _formed(tensors, self.first)
         arguments.check_marginals(row, col)
         keywords: dict[str, Any] = {
@@ -278,4 +281,12 @@ def _formed(tensors: tuple[Any, ...], first: str) -> tuple[Any, ...]:
     )
 
 
-_calls = KeptCalls(_Call)
+def _looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...], bool], Any]:
+    """What serves tensors of this form."""
+    call = _Call(tensors, *options)
+    if 0 in tensors[0].shape[-2:]:
+        return call.of_nothing
+    return call.by_oracle if call.backend == "reference" else call
+
+
+_calls = KeptCalls(_looked)

@@ -48,8 +48,9 @@ def round_to_birkhoff(
     iteration (NeurIPS 2017), algorithm 2.
     """
     arguments.check_matrices(plan, "plan")
-    row = arguments.line_vector(arguments.marginal_of(row_marginal, plan, -2), "row_marginal", plan, plan.shape[-2], "row")
-    col = arguments.line_vector(arguments.marginal_of(col_marginal, plan, -1), "col_marginal", plan, plan.shape[-1], "column")
+    row, col = arguments.marginals_of(row_marginal, col_marginal, plan)
+    row = arguments.line_vector(row, "row_marginal", plan, plan.shape[-2], "row")
+    col = arguments.line_vector(col, "col_marginal", plan, plan.shape[-1], "column")
     arguments.check_marginals(row, col)
     mask = arguments.mask_of(mask, plan)
     P, r, c = _entries_and_marginals(plan, row, col, mask)

@@ -76,8 +76,9 @@ def sigma2(
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
         marginals; at multiplicity one element of the subdifferential.
     """
-    row, col = arguments.marginal_of(row_marginal, plan, -2), arguments.marginal_of(col_marginal, plan, -1)
-    tensors = (plan, row, col, mask, v0)
+    if row_marginal is not None or col_marginal is not None:
+        row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, plan)
+    tensors = (plan, row_marginal, col_marginal, mask, v0)
     return _values(tensors, (method, tol, max_iters, return_vectors, backend))
 
 
@@ -97,8 +98,9 @@ def sigma2_bounds(
     upper / lower <= 1.001 for n, m <= 64 and sigma2 >= 1e-10.
     Arguments and errors as for :func:`sigma2`.
     """
-    row, col = arguments.marginal_of(row_marginal, plan, -2), arguments.marginal_of(col_marginal, plan, -1)
-    return _intervals((plan, row, col, mask), (backend,))
+    if row_marginal is not None or col_marginal is not None:
+        row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, plan)
+    return _intervals((plan, row_marginal, col_marginal, mask), (backend,))
 
 
 class _OfPlans:

@@ -88,8 +88,8 @@ def temperature_where(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`temperature_for_sigma2` of the matrices that are ``needed`` (...,), bool, None for all; the rest not reached."""
-    row, col = arguments.marginal_of(row_marginal, logits, -2), arguments.marginal_of(col_marginal, logits, -1)
-    tensors = (logits, target, row, col, mask, needed)
+    row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
+    tensors = (logits, target, row_marginal, col_marginal, mask, needed)
     found: tuple[Tensor, Tensor] = _called(tensors, (n_iters, backend))
     return found
 

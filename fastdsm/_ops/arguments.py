@@ -76,11 +76,20 @@ def line_vector(x: Tensor | None, name: str, like: Tensor, length: int, role: st
     return broadcast(x, name, (*like.shape[:-2], length)).to(compute_dtype(like.dtype))
 
 
-def marginal_of(x: Any, matrices: Any, dim: int) -> Any:
-    """A number as the marginal (n,) or (m,) that it stands for, one of each line; what else came as it is, to be checked."""
-    if isinstance(x, bool) or not isinstance(x, numbers.Real) or not isinstance(matrices, Tensor) or matrices.dim() < 2:
-        return x
-    return torch.full((matrices.shape[dim],), float(x), dtype=compute_dtype(matrices.dtype), device=matrices.device)
+def marginals_of(row: Any, col: Any, matrices: Any) -> tuple[Any, Any]:
+    """Numbers as the marginals (n,) and (m,) that they stand for, of each line; what else came as it is, to be checked."""
+    if (row is None or isinstance(row, Tensor)) and (col is None or isinstance(col, Tensor)):
+        return row, col
+    if not isinstance(matrices, Tensor) or matrices.dim() < 2:
+        return row, col
+
+    def of_lines(x: Any, lines: int) -> Any:
+        if isinstance(x, bool) or not isinstance(x, numbers.Real):
+            return x
+        return torch.full((lines,), float(x), dtype=compute_dtype(matrices.dtype), device=matrices.device)
+
+    n, m = matrices.shape[-2:]
+    return of_lines(row, n), of_lines(col, m)
 
 
 Flattening = Callable[[tuple[Any, ...]], tuple[Any, ...]]

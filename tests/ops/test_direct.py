@@ -302,6 +302,7 @@ def test_bad_arguments_after_good_ones() -> None:
         ({"temperature": True}, TypeError),
         ({"temperature": 0.0}, ValueError),
         ({"temperature": float("nan")}, ValueError),
+        ({"temperature": float("inf")}, ValueError),
         ({"tol": -1.0}, ValueError),
         ({"solver": "sinkhorn", "grad": "exact"}, ValueError),
     ):
