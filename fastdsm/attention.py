@@ -305,12 +305,7 @@ def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str)
     """(B, length): bool, which lines are padding, and what is added to the logits of the others, or None."""
     if x is None:
         return None, None
-    if not isinstance(x, Tensor) or not (x.dtype == torch.bool or x.dtype in arguments.DTYPES):
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            f"{name} must be a bool tensor, True where a {role} line is padding, or a floating-point one that is added to the "
-            f"logits, got {kind}"
-        )
+    masks.check_kind(x, name, f"where a {role} line is padding")
     arguments.check_device(x, name, query)
     batch = query.shape[:-3] if query.dim() > 3 else query.shape[:-2]
     if x.dim() < 1 or x.shape[-1] != length:
@@ -320,5 +315,5 @@ def _padding(x: Tensor | None, name: str, query: Tensor, length: int, role: str)
     if x.dtype == torch.bool:
         return out, None
     added = x.masked_fill(out, 0.0)
-    nothing = not added.requires_grad and arguments.may_look(added) and not bool(added.any())
+    nothing = not added.requires_grad and arguments.may_read(added) and not bool(added.any())
     return out, None if nothing else added

@@ -162,7 +162,7 @@ def check_temperature(temperature: Any) -> None:
 
 def check_temperatures(temperature: Tensor | None) -> None:
     """Positive, as far as values can be looked at."""
-    if temperature is not None and may_look(temperature) and not _least(temperature) > 0:
+    if temperature is not None and may_read(temperature) and not _least(temperature) > 0:
         raise _bad(temperature > 0, temperature, "temperature must be > 0 everywhere")
 
 
@@ -190,7 +190,7 @@ def check_sigma2(target: float | Tensor, name: str) -> None:
     if not isinstance(target, Tensor):
         if not 0 < target < 1:
             raise ValueError(f"{name} must lie in (0, 1), between the uniform plan and a permutation, got {target}")
-    elif may_look(target):
+    elif may_read(target):
         good = (target > 0) & (target < 1)
         if not bool(good.all()):
             raise _bad(good, target, f"{name} must lie in (0, 1) everywhere")
@@ -212,7 +212,7 @@ def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> float | Tensor
 
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
     """Non-negative, and with the same total. Values on an accelerator are not looked at: it would stall the host."""
-    given = [(x, name) for x, name in ((row, "row_marginal"), (col, "col_marginal")) if x is not None and may_look(x)]
+    given = [(x, name) for x, name in ((row, "row_marginal"), (col, "col_marginal")) if x is not None and may_read(x)]
     for x, name in given:
         if not _least(x) >= 0:
             raise _bad(x >= 0, x, f"{name} must be >= 0 everywhere")
@@ -229,7 +229,7 @@ def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
         raise _bad(close, apart, message, "the difference is")
 
 
-def may_look(x: Tensor) -> bool:
+def may_read(x: Tensor) -> bool:
     """Whether values can be read: not on an accelerator, in a trace or a transform."""
     return (
         x.device.type == "cpu"

@@ -56,13 +56,13 @@ def _with_temperature(
         kept = [f, g, sweeps]
     B, H, N, _ = query.shape
     G, M = key.shape[1:3]
-    batches, groups = B, G
+    batches, groups = max(B, 1), G
     if bias is not None and seed is None:  # what is dropped depends on a head's place
         groups = min(max(_ENTRIES // max(H // G * N * M, 1), 1), G)
         batches = max(_ENTRIES // max(H * N * M, 1), 1)
     d_bias: Tensor | None = None
     rows = []
-    for b in range(0, B, batches):
+    for b in range(0, max(B, 1), batches):
         columns = []
         for g in range(0, G, groups):
             heads = _Heads(slice(b, b + batches), slice(g * H // G, (g + groups) * H // G), slice(g, g + groups))
@@ -75,7 +75,7 @@ def _with_temperature(
                 total = total + _product(found[3], part[3])
                 if with_bias and batches >= B and groups >= G:
                     d_bias = found[3].sum_to_size(bias.shape)
-                elif with_bias:
+                elif with_bias:  # in place, which is not for tensors of torch.vmap
                     d_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if d_bias is None else d_bias
                     of_bias = heads.by_query(d_bias)
                     of_bias += found[3].sum_to_size(of_bias.shape)

@@ -10,6 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import DTYPES
+
+
+def check_kind(mask: Tensor, name: str, means: str) -> None:
+    """A bool tensor, True for what ``means`` says, or a floating-point one."""
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype in DTYPES):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name} must be a bool tensor, True {means}, or a floating-point one that is added to the logits, got {kind}; "
+            f"convert with {name}.bool()"
+        )
+
 
 def least_logit(dtype: torch.dtype) -> float:
     """The largest value of a floating mask that takes an entry out."""

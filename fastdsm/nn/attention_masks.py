@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops.arguments import DTYPES
-from .._ops.masks import met_lines, taken_out
+from .._ops.masks import check_kind, met_lines, taken_out
 
 Paddings = tuple[Tensor | None, Tensor | None]
 """Padding masks of query (B, N) and key (B, M), bool or floating."""
@@ -40,7 +39,7 @@ def padding_of(mask: Tensor | None, name: str, batch: int, lines: int, batched: 
     """A padding mask as (B, lines), bool or floating."""
     if mask is None:
         return None
-    _check_dtype(mask, name)
+    check_kind(mask, name, "for what is taken out")
     expected = (batch, lines) if batched else (lines,)
     if tuple(mask.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, one entry per line, got {tuple(mask.shape)}")
@@ -51,7 +50,7 @@ def entries_of(mask: Tensor | None, batch: int, heads: int, lines: tuple[int, in
     """``attn_mask`` in sinkhorn_attention's convention, True taking part, as (N, M) or (B, H, N, M)."""
     if mask is None:
         return None
-    _check_dtype(mask, "attn_mask")
+    check_kind(mask, "attn_mask", "for what is taken out")
     expected = (lines, (batch * heads, *lines))
     if tuple(mask.shape) not in expected:
         what = "batch * num_heads, lines of the query and of the key" if batched else "num_heads, lines of query and key"
@@ -59,15 +58,6 @@ def entries_of(mask: Tensor | None, batch: int, heads: int, lines: tuple[int, in
     if mask.dim() == 3:
         mask = mask.unflatten(0, (batch, heads))
     return ~mask if mask.dtype == torch.bool else mask
-
-
-def _check_dtype(mask: Tensor, name: str) -> None:
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype in DTYPES):
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"{name} must be a bool tensor, True for what is taken out, or a floating-point one that is added to the logits, "
-            f"got {kind}; convert with {name}.bool()"
-        )
 
 
 def are_one(query: Tensor, key: Tensor) -> bool:
@@ -82,7 +72,7 @@ def are_one(query: Tensor, key: Tensor) -> bool:
         return False
     try:
         return query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+    except RuntimeError:  # a subclass without memory of its own
         return False
 
 

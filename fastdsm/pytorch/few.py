@@ -60,7 +60,7 @@ def forward(problem: Problem, plan: Tensor, general: Callable[[], None], tape: T
             return way.forward(*inputs, target)
         recorded = way.record(*inputs)
         way.finish(recorded, *inputs[3:], target)
-        tape.insert(0, Part(way, within, *recorded))  # a way fills what is left of those before it, after those behind it
+        tape.insert(0, Part(way, within, recorded))  # a way fills what is left of those before it, after those behind it
 
     limits = (_PRODUCTS_FORWARD,) if tape is None else (_PRODUCTS_TAPED, _MOST_TAPED)
     _serve(_ways(problem, *limits), within, fill, plan, general)

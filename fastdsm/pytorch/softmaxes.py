@@ -72,6 +72,11 @@ def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype:
     for _ in range(n_iters - 1):
         log_softmax(X, across, False, out=P)
         log_softmax(P, down, False, out=X)
+    _fill(target, P, X, across, row)
+
+
+def _fill(target: Tensor, P: Tensor, X: Tensor, across: int, row: float) -> None:
+    """target = r softmax of X along rows, by way of P, its home."""
     torch._softmax(X, across, False, out=P)
     if row != 1.0:
         P.mul_(row)
@@ -95,11 +100,7 @@ def finish(recorded: Recorded, row: float, dtype: torch.dtype, plan: Tensor) -> 
     """Fill ``plan`` as :func:`forward` does, to the bit, from the record of its sweeps."""
     order, _, across = recorded.layout
     target = plan.permute(*order)
-    P = torch._softmax(recorded.tensors[-1], across, False, out=home(target, dtype))
-    if row != 1.0:
-        P.mul_(row)
-    if P is not target:
-        target.copy_(P)
+    _fill(target, home(target, dtype), recorded.tensors[-1], across, row)
 
 
 def adjoint(

@@ -23,13 +23,7 @@ class Part(NamedTuple):
 
     way: Any
     within: Within
-    layout: Any
-    tensors: Sequence[Tensor]
-
-    @property
-    def recorded(self) -> Recorded:
-        """As the way's adjoint takes it."""
-        return Recorded(self.layout, self.tensors)
+    recorded: Recorded
 
 
 class Tape(list[Part]):
@@ -37,13 +31,14 @@ class Tape(list[Part]):
 
     def taken(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Tape]]:
         """All tensors, for autograd to keep, and what makes a tape again of what it gives back for them."""
-        tensors = [x for part in self for x in part.tensors]
-        ends, parts = [0], [part._replace(tensors=()) for part in self]
-        for part in self:
-            ends.append(ends[-1] + len(part.tensors))
+        tensors: list[Tensor] = []
+        places = []
+        for way, within, recorded in self:
+            begin = len(tensors)
+            tensors += recorded.tensors
+            places.append((way, within, recorded.layout, slice(begin, len(tensors))))
 
         def again(kept: Sequence[Tensor]) -> Tape:
-            places = zip(parts, ends, ends[1:], strict=False)
-            return Tape(part._replace(tensors=kept[begin:end]) for part, begin, end in places)
+            return Tape(Part(way, within, Recorded(layout, kept[at])) for way, within, layout, at in places)
 
         return tensors, again

@@ -118,3 +118,10 @@ def test_sigma2_of_uniform_plans() -> None:
         assert (lower <= value).all()
         assert (value <= upper).all()
         assert upper.max() < 1e-2
+
+
+def test_gradient_of_a_temperature_in_an_empty_batch() -> None:
+    query, temperature = torch.randn(0, 2, 3, 4), torch.ones(0, 2, requires_grad=True)
+    for bias in (None, torch.randn(3, 3)):
+        out = fastdsm.sinkhorn_attention(query, query, query, bias, temperature=temperature)
+        assert torch.autograd.grad(out.sum(), temperature)[0].shape == (0, 2)
