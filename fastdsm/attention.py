@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,35 +13,61 @@ from ._ops import arguments, masks, transforms
 from .results import AttentionInfo, default_tol
 
 
-# fmt: off
+class _Options(TypedDict, total=False):
+    """What the overloads share."""
+
+    key_padding_mask: Tensor | None
+    query_padding_mask: Tensor | None
+    temperature: float | Tensor
+    n_iters: int
+    first: str
+    tol: float | None
+    grad: str | None
+    backend: str
+
+
 @overload
 def sinkhorn_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
     return_info: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def sinkhorn_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
     return_info: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, AttentionInfo]: ...
 @overload
 def sinkhorn_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., grad: str | None = ..., backend: str = ...,
     return_info: bool,
+    **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, AttentionInfo]: ...
-# fmt: on
 def sinkhorn_attention(
     query: Tensor,
     key: Tensor,

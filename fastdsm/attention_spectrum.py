@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,35 +12,53 @@ from ._ops import transforms
 from .attention import Checked
 
 
-# fmt: off
+class _Options(TypedDict, total=False):
+    """What the overloads share."""
+
+    key_padding_mask: Tensor | None
+    query_padding_mask: Tensor | None
+    temperature: float | Tensor
+    n_iters: int
+    first: str
+    tol: float | None
+    accuracy: float
+    max_steps: int
+    backend: str
+
+
 @overload
 def sinkhorn_attention_sigma2(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
-    backend: str = ...,
     return_bounds: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def sinkhorn_attention_sigma2(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
-    backend: str = ...,
     return_bounds: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
 def sinkhorn_attention_sigma2(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
     *,
-    key_padding_mask: Tensor | None = ..., query_padding_mask: Tensor | None = ..., temperature: float | Tensor = ...,
-    n_iters: int = ..., first: str = ..., tol: float | None = ..., accuracy: float = ..., max_steps: int = ...,
-    backend: str = ...,
     return_bounds: bool,
+    **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
-# fmt: on
 def sinkhorn_attention_sigma2(
     query: Tensor,
     key: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,35 +18,28 @@ from ._ops.runs import Forward, Run
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
 
 
-# fmt: off
+class _Options(TypedDict, total=False):
+    """What the overloads share."""
+
+    temperature: float | Tensor
+    n_iters: int
+    first: str
+    tol: float | None
+    f0: Tensor | None
+    row_marginal: float | Tensor | None
+    col_marginal: float | Tensor | None
+    mask: Tensor | None
+    solver: str
+    grad: str | None
+    backend: str
+
+
 @overload
-def sinkhorn(
-    logits: Tensor,
-    *,
-    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
-    solver: str = ..., grad: str | None = ..., backend: str = ...,
-    return_info: Literal[False] = ...,
-) -> Tensor: ...
+def sinkhorn(logits: Tensor, *, return_info: Literal[False] = ..., **options: Unpack[_Options]) -> Tensor: ...
 @overload
-def sinkhorn(
-    logits: Tensor,
-    *,
-    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
-    solver: str = ..., grad: str | None = ..., backend: str = ...,
-    return_info: Literal[True],
-) -> tuple[Tensor, SinkhornInfo]: ...
+def sinkhorn(logits: Tensor, *, return_info: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, SinkhornInfo]: ...
 @overload
-def sinkhorn(
-    logits: Tensor,
-    *,
-    n_iters: int = ..., temperature: float | Tensor = ..., first: str = ..., tol: float | None = ..., f0: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., mask: Tensor | None = ...,
-    solver: str = ..., grad: str | None = ..., backend: str = ...,
-    return_info: bool,
-) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
-# fmt: on
+def sinkhorn(logits: Tensor, *, return_info: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
 def sinkhorn(
     logits: Tensor,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,32 +15,25 @@ from ._ops.runs import Bounds, Run, Sigma2
 from .pytorch.spectrum import JACOBI_MAX_SIDE, METHODS
 
 
-# fmt: off
+class _Options(TypedDict, total=False):
+    """What the overloads share."""
+
+    method: str
+    tol: float
+    max_iters: int | None
+    v0: Tensor | None
+    mask: Tensor | None
+    row_marginal: float | Tensor | None
+    col_marginal: float | Tensor | None
+    backend: str
+
+
 @overload
-def sigma2(
-    plan: Tensor,
-    *,
-    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
-    return_vectors: Literal[False] = ...,
-) -> Tensor: ...
+def sigma2(plan: Tensor, *, return_vectors: Literal[False] = ..., **options: Unpack[_Options]) -> Tensor: ...
 @overload
-def sigma2(
-    plan: Tensor,
-    *,
-    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
-    return_vectors: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor]: ...
+def sigma2(plan: Tensor, *, return_vectors: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
-def sigma2(
-    plan: Tensor,
-    *,
-    method: str = ..., tol: float = ..., max_iters: int | None = ..., v0: Tensor | None = ..., mask: Tensor | None = ...,
-    row_marginal: float | Tensor | None = ..., col_marginal: float | Tensor | None = ..., backend: str = ...,
-    return_vectors: bool,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
-# fmt: on
+def sigma2(plan: Tensor, *, return_vectors: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 def sigma2(
     plan: Tensor,
     *,

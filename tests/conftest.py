@@ -1,6 +1,7 @@
 """Every test runs with the kernels interpreted and with uninitialised memory filled with NaN."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, hence before anything else
 
@@ -22,6 +23,15 @@ def _poisoned_memory() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch has two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

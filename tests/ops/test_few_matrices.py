@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -331,15 +331,7 @@ def test_other_derivatives_of_a_plan_with_a_tape(shape: tuple[int, int, int]) ->
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-6, atol=1e-9)
 
 
-@pytest.fixture
-def _two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 def test_with_two_threads() -> None:
     for shape in ((1, 4, 4), (6, 4, 4), (1, 16, 16), (2, 64, 64)):
         for first in ("col", "row"):

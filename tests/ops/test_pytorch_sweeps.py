@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -92,15 +91,7 @@ def test_the_fewer_of_a_piece_are_put_back(wild: int, dtype: torch.dtype) -> Non
             torch.testing.assert_close(info.f[k] + info.g[k, 0], known.f[0] + known.g[0, 0])
 
 
-@pytest.fixture
-def _two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("options", ["none", "every", "tolerance"])
 def test_pieces_in_blocks(options: str) -> None:
     batch, n, m = 27_000, 4, 3
@@ -132,7 +123,7 @@ def test_pieces_in_blocks(options: str) -> None:
         torch.testing.assert_close(ours, truth)
 
 
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 def test_info_of_pieces_in_blocks() -> None:
     logits = torch.randn(16384, 4, 4) * torch.linspace(0.1, 10.0, 16384)[:, None, None]
     results = []
