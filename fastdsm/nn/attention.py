@@ -178,12 +178,10 @@ class SinkhornAttention(nn.Module):
             out = nn.functional.dropout(weights, dropout) @ used_lines(v, mask)
         else:
             temperature = self.temperature if self.floor is None else self._temperature(*logits_of(q, k, bias, paddings))
-            mixed = sinkhorn_attention(
+            out = sinkhorn_attention(
                 q, k, v, bias, dropout, temperature=temperature,
                 query_padding_mask=paddings[0], key_padding_mask=paddings[1], **self.options,
             )  # fmt: skip
-            assert isinstance(mixed, Tensor)
-            out = mixed
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out.squeeze(0) if not batched else out if self.batch_first else out.transpose(0, 1)
         if weights is not None:
@@ -253,9 +251,7 @@ class SinkhornAttention(nn.Module):
         return nn.functional.linear(x, weight, bias)
 
     def _plan(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        plan = sinkhorn(logits, temperature=self._temperature(logits, mask), mask=mask, **self.options)
-        assert isinstance(plan, Tensor)
-        return plan
+        return sinkhorn(logits, temperature=self._temperature(logits, mask), mask=mask, **self.options)
 
     def _temperature(self, logits: Tensor, mask: Tensor | None) -> float | Tensor:
         if self.floor is None:

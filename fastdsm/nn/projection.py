@@ -92,9 +92,7 @@ class SinkhornProjection(nn.Module):
             return project_with_eps(logits, self.options["n_iters"], self.options["first"], temperature, self.eps)
         if self.floor is not None:
             temperature = self.floor(logits, temperature, mask)
-        plan = sinkhorn(logits, temperature=temperature, mask=mask, **self.options)
-        assert isinstance(plan, Tensor)
-        return plan
+        return sinkhorn(logits, temperature=temperature, mask=mask, **self.options)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
