@@ -8,6 +8,7 @@ out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attent
 from . import diagnostics, nn, reference
 from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
+from .log_projection import log_sinkhorn
 from .projection import sinkhorn, sinkhorn_sigma2
 from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum
 from .rounding import round_to_birkhoff
@@ -21,6 +22,7 @@ __all__ = [
     "SinkhornInfo",
     "SinkhornSpectrum",
     "diagnostics",
+    "log_sinkhorn",
     "nn",
     "reference",
     "round_to_birkhoff",

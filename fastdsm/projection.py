@@ -15,6 +15,8 @@ from ._ops import arguments, taped, transforms
 from ._ops.plain import KeptCalls
 from ._ops.problem import compute_dtype
 from ._ops.runs import Forward, Run
+from .half_steps import count_of as counted
+from .half_steps import project as half_stepped
 from .results import SinkhornInfo, SinkhornSpectrum, default_tol
 
 
@@ -22,7 +24,7 @@ class _Options(TypedDict, total=False):
     """What the overloads share."""
 
     temperature: float | Tensor
-    n_iters: int
+    n_iters: int | None
     first: str
     tol: float | None
     f0: Tensor | None
@@ -31,6 +33,7 @@ class _Options(TypedDict, total=False):
     mask: Tensor | None
     solver: str
     grad: str | None
+    half_steps: int | None
     backend: str
 
 
@@ -43,7 +46,7 @@ def sinkhorn(logits: Tensor, *, return_info: bool, **options: Unpack[_Options]) 
 def sinkhorn(
     logits: Tensor,
     *,
-    n_iters: int = 20,
+    n_iters: int | None = None,
     temperature: float | Tensor = 1.0,
     first: str = "col",
     tol: float | None = None,
@@ -53,6 +56,7 @@ def sinkhorn(
     mask: Tensor | None = None,
     solver: str = "sinkhorn",
     grad: str | None = None,
+    half_steps: int | None = None,
     return_info: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, SinkhornInfo]:
@@ -67,9 +71,9 @@ def sinkhorn(
     Args:
         logits: (..., n, m), float16, bfloat16, float32 or float64; any batch shape, strides, n and m, from 0 on. The
             arithmetic is float32 (float64 for float64). -inf entries take no part. NaN or +inf make their matrix NaN.
-        n_iters: sweeps, >= 0. 0 is one normalisation of the side that is exact at the end (a row softmax for "col"). With
-            "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20 serve logits
-            up to a standard deviation of 16, 60 up to 100.
+        n_iters: sweeps, >= 0, default 20. 0 is one normalisation of the side that is exact at the end (a row softmax for
+            "col"). With "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20
+            serve logits up to a standard deviation of 16, 60 up to 100.
         temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with
@@ -88,11 +92,15 @@ def sinkhorn(
             of "newton"), that of the fixed point in logits, temperature and marginals, 0 for f0. The implicit gradient is
             right only when converged: a residual rho leaves an error of up to rho / (1 - sigma2^2)^2, and rounding is
             amplified by 1 / (1 - sigma2^2), the condition number.
+        half_steps: None, or instead of n_iters so many normalisations, >= 1, of one side after the other from ``first`` on. An
+            odd number ends with the side that began, which is then the exact one; residual is that of the other, sweeps
+            counts the last one too, and ``tol`` looks after every second step from the third on. Not with Newton's method or
+            the implicit gradient.
         return_info: also return a :class:`SinkhornInfo`.
         backend: "auto" (Triton kernels for CUDA tensors, else the PyTorch path), "triton", "torch" or "reference".
 
     Returns:
-        The plan, like logits; with ``return_info`` also residual, converged, sweeps, f and g (not differentiable).
+        The plan, like logits; with ``return_info`` also residual, converged and sweeps, and f and g, which are differentiable.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
@@ -104,14 +112,19 @@ def sinkhorn(
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
+    if half_steps is not None:
+        return half_stepped(
+            sinkhorn, sinkhorn, logits, counted(half_steps, n_iters, solver, grad), first=first, f0=f0, temperature=temperature,
+            tol=tol, row_marginal=row_marginal, col_marginal=col_marginal, mask=mask, return_info=return_info, backend=backend,
+        )  # fmt: skip
     tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
-    return _calls(tensors, (n_iters, first, tol, solver, grad, return_info, backend, False))
+    return _calls(tensors, (20 if n_iters is None else n_iters, first, tol, solver, grad, return_info, backend, False))
 
 
 def sinkhorn_sigma2(
     logits: Tensor,
     *,
-    n_iters: int = 20,
+    n_iters: int | None = None,
     temperature: float | Tensor = 1.0,
     first: str = "col",
     tol: float | None = None,
@@ -121,6 +134,7 @@ def sinkhorn_sigma2(
     mask: Tensor | None = None,
     solver: str = "sinkhorn",
     grad: str | None = None,
+    half_steps: int | None = None,
     backend: str = "auto",
 ) -> SinkhornSpectrum:
     """Project and measure: the plan of :func:`sinkhorn` and its sigma2, from one launch on matrices that fit the chip.
@@ -131,8 +145,13 @@ def sinkhorn_sigma2(
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
+    if half_steps is not None:
+        return half_stepped(
+            sinkhorn_sigma2, sinkhorn, logits, counted(half_steps, n_iters, solver, grad), first=first, f0=f0, tol=tol,
+            temperature=temperature, row_marginal=row_marginal, col_marginal=col_marginal, mask=mask, backend=backend,
+        )  # fmt: skip
     tensors = (logits, temperature, f0, row_marginal, col_marginal, mask)
-    return _calls(tensors, (n_iters, first, tol, solver, grad, True, backend, True))
+    return _calls(tensors, (20 if n_iters is None else n_iters, first, tol, solver, grad, True, backend, True))
 
 
 def _resolve_method(solver: str, grad: str | None) -> str:
@@ -174,7 +193,7 @@ class _Call:
             tol = default_tol(logits.dtype)
         self.backend = arguments.resolve_backend(backend, logits)
         self.batch = logits.shape[:-2]
-        self.flatten = arguments.flattening(tensors, _formed(tensors, first), len(self.batch))
+        self.flatten = arguments.flattening(tensors, arguments.of_projection(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
@@ -248,7 +267,7 @@ class _Call:
 
     def by_oracle(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The same from the oracle."""
-        logits, temperature, f0, row, col, mask = _formed(tensors, self.first)
+        logits, temperature, f0, row, col, mask = arguments.of_projection(tensors, self.first)
         arguments.check_marginals(row, col)
         keywords: dict[str, Any] = {
             "n_iters": self.n_iters, "temperature": temperature, "first": self.first, "tol": self.tol, "f0": f0,
@@ -257,21 +276,6 @@ class _Call:
         if self.with_sigma2:
             return reference.sinkhorn_sigma2(logits, **keywords)
         return reference.sinkhorn(logits, return_info=self.with_info, **keywords)
-
-
-def _formed(tensors: tuple[Any, ...], first: str) -> tuple[Any, ...]:
-    """A call's tensors, checked, in the shapes and dtypes that they stand for; a temperature may be a number."""
-    logits, temperature, f0, row, col, mask = tensors
-    n, m = logits.shape[-2:]
-    side, role = (n, "row") if first == "col" else (m, "column")
-    return (
-        logits,
-        arguments.temperature_of(temperature, logits),
-        arguments.line_vector(f0, "f0", logits, side, role),
-        arguments.line_vector(row, "row_marginal", logits, n, "row"),
-        arguments.line_vector(col, "col_marginal", logits, m, "column"),
-        arguments.mask_of(mask, logits),
-    )
 
 
 def _looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...], bool], Any]:

@@ -51,9 +51,9 @@ def sinkhorn(
         with torch.no_grad():
             plan, info = sinkhorn(logits, n_iters=n_iters, tol=tol, f0=f0, return_info=True, **problem)
         assert isinstance(info, SinkhornInfo)
-        slope = near_fixed_point(logits, info.f, info.g, **problem)
-        plan = plan + (slope - slope.detach())
-        return (plan, info) if return_info else plan
+        slopes = near_fixed_point(logits, info.f, info.g, **problem)
+        plan, f, g = (x + (slope - slope.detach()) for x, slope in zip((plan, info.f, info.g), slopes, strict=True))
+        return (plan, info._replace(f=f, g=g)) if return_info else plan
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
     r, c = marginals(valid, row_marginal, col_marginal, dtype)
@@ -103,7 +103,18 @@ def sinkhorn(
         return plan
     residual = residual_of(f, g).masked_fill(poisoned[..., 0, 0], torch.nan)
     converged = residual <= (default_tol(dtype) if tol is None else tol)
-    return plan, SinkhornInfo(residual, converged, sweeps, f.detach(), g.detach())
+    return plan, SinkhornInfo(residual, converged, sweeps, f, g)
+
+
+def log_sinkhorn(logits: Tensor, *, temperature: float | Tensor = 1.0, **options: Any) -> Tensor:
+    """log P of :func:`sinkhorn`'s plan, S + f + g, -inf where excluded; options as there."""
+    row, col, mask = (options.get(name) for name in ("row_marginal", "col_marginal", "mask"))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+    _, info = sinkhorn(logits, temperature=temperature, return_info=True, **options)
+    tau = temperature[..., None, None].to(dtype) if isinstance(temperature, Tensor) else temperature
+    S = logits.masked_fill(~valid, 0.0).to(dtype) / tau
+    return (S + info.f.unsqueeze(-1) + info.g.unsqueeze(-2)).masked_fill(~valid, -torch.inf).to(logits.dtype)
 
 
 _NEWTON_STEPS = 500
@@ -191,7 +202,7 @@ def fixed_point(
             steps = steps + active
         f, residual = at.row_potential(g), at.residual(g).masked_fill(at.poisoned, torch.nan)
     f, g = (f, g) if first == "col" else (g, f)
-    plan = near_fixed_point(logits, f, g, *problem)
+    plan, f, g = near_fixed_point(logits, f, g, *problem)
     return (plan, SinkhornInfo(residual, residual <= tol, steps, f, g)) if return_info else plan
 
 
@@ -204,12 +215,13 @@ def near_fixed_point(
     row_marginal: Tensor | None = None,
     col_marginal: Tensor | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
-    """The fixed point near the potentials f, g, by two Newton steps that autograd sees.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plan and the potentials of the fixed point near f, g, by two Newton steps that autograd sees.
 
     A Newton step takes an error e of the potential to O(e^2). The detached start errs by all that the fixed point moves with
     logits or marginals, so that after two steps the error is of fourth order: derivatives up to the third are exact. On
-    saturated plans a step may be rounding alone, of any size: a value that it does not improve is that of the start.
+    saturated plans a step may be rounding alone, of any size: a value that it does not improve is that of the start. The
+    potentials' values are those given; their derivative is the one of least norm.
     """
     at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
     start = potential = (g if first == "col" else f).detach().to(at.S.dtype)
@@ -219,7 +231,15 @@ def near_fixed_point(
     better = at.residual(potential.detach()) <= at.residual(start)
     value = torch.where(better[..., None, None], slope.detach(), at.plan(start).detach())
     plan = (value + (slope - slope.detach())).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
-    return plan if first == "col" else plan.mT
+    of_rows = at.row_potential(potential)
+    rows, cols = (x != 0 for x in (at.r, at.c))
+    shift = (of_rows.where(rows, 0.0).sum(-1) - potential.where(cols, 0.0).sum(-1)) / (rows.sum(-1) + cols.sum(-1)).clamp(min=1)
+    of_rows, potential = of_rows - shift.unsqueeze(-1), potential + shift.unsqueeze(-1)
+    slopes = [torch.where(valid, x - x.detach(), 0.0) for x, valid in ((of_rows, rows), (potential, cols))]
+    if first == "row":
+        plan, slopes = plan.mT, slopes[::-1]
+    f, g = (x.detach() + slope for x, slope in zip((f, g), slopes, strict=True))
+    return plan, f, g
 
 
 def sigma2(

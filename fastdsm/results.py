@@ -14,14 +14,16 @@ def default_tol(dtype: torch.dtype) -> float:
 
 
 class SinkhornInfo(NamedTuple):
-    """How a projection ended, per matrix. Batch shape (...,); float32, or float64 for float64 logits; no gradient.
+    """How a projection ended, per matrix. Batch shape (...,); float32, or float64 for float64 logits.
 
     residual: largest relative error of a column sum (first="col") or row sum (first="row"), the side not exact by
         construction: max over valid j of abs(colsum_j / c_j - 1).
     converged: bool, residual <= tol (1e-6, or 1e-12 in float64, where no tol was given).
     sweeps: int32, sweeps done; steps of solver="newton", the first of which is one sweep or several.
     f, g: row potential (..., n) and column potential (..., m), plan = exp(logits / temperature + f + g); 0 on lines that
-        take no part.
+        take no part. Differentiable, with the plan's gradient: of the sweeps done, whose gauge is the one f0 sets, or of the
+        fixed point, whose potentials are free by a constant (+1, -1): the derivative of least norm, which takes no notice of
+        what a cotangent says of that direction. Who keeps them but for a loss should detach them.
     """
 
     residual: Tensor

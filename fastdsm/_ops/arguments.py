@@ -76,6 +76,21 @@ def line_vector(x: Tensor | None, name: str, like: Tensor, length: int, role: st
     return broadcast(x, name, (*like.shape[:-2], length)).to(compute_dtype(like.dtype))
 
 
+def of_projection(tensors: tuple[Any, ...], first: str) -> tuple[Any, ...]:
+    """A call's tensors, checked, in the shapes and dtypes that they stand for; a temperature may be a number."""
+    logits, temperature, f0, row, col, mask = tensors
+    n, m = logits.shape[-2:]
+    side, role = (n, "row") if first == "col" else (m, "column")
+    return (
+        logits,
+        temperature_of(temperature, logits),
+        line_vector(f0, "f0", logits, side, role),
+        line_vector(row, "row_marginal", logits, n, "row"),
+        line_vector(col, "col_marginal", logits, m, "column"),
+        mask_of(mask, logits),
+    )
+
+
 def marginals_of(row: Any, col: Any, matrices: Any) -> tuple[Any, Any]:
     """Numbers as the marginals (n,) and (m,) that they stand for, of each line; what else came as it is, to be checked."""
     if (row is None or isinstance(row, Tensor)) and (col is None or isinstance(col, Tensor)):

@@ -10,7 +10,7 @@ A gradient takes ``calls`` first: who makes the operators' calls it is made of. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,9 @@ class Calls(Protocol):
     """The calls that gradients are made of, as of the operators of these names."""
 
     sinkhorn_backward: Callable[..., Any]
+    sinkhorn_potentials_backward: Callable[..., Any]
     fixed_point_backward: Callable[..., Any]
+    fixed_point_potentials_backward: Callable[..., Any]
     sigma2: Callable[..., Any]
     sinkhorn_attention: Callable[..., Any]
     sinkhorn_attention_backward: Callable[..., Any]
@@ -84,6 +86,13 @@ def _oracle_keywords(options: Sequence[Any]) -> dict[str, Any]:
 
 def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """What ``sinkhorn_backward`` returns, from the oracle."""
+    return _oracle_potentials_backward(grad_plan, None, None, sweeps, *inputs)
+
+
+def _oracle_potentials_backward(
+    grad_plan: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, sweeps: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """What ``sinkhorn_potentials_backward`` returns, from the oracle."""
     logits, temperature, f0, row, col, mask, *options, lines = inputs
     keywords = _oracle_keywords(options)
     if temperature is not None:
@@ -92,25 +101,36 @@ def _oracle_backward(grad_plan: Tensor, sweeps: Tensor | None, *inputs: Any) -> 
     side = r if keywords["first"] == "col" else c
     start = torch.zeros_like(side) if f0 is None else f0
 
-    def plan(logits: Tensor, f0: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        found = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, **keywords)
-        assert isinstance(found, Tensor)
-        return found
+    def found(logits: Tensor, f0: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan, info = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, return_info=True, **keywords)
+        return plan, info.f, info.g
 
-    pull = torch.func.vjp(plan, logits, start, r, c)[1]
-    return _by_line(lines, r, c, *pull(grad_plan))
+    return _by_line(lines, r, c, *_pulled(found, (logits, start, r, c), (grad_plan, grad_f, grad_g)))
+
+
+def _pulled(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Any:
+    """Gradients of a plan and its potentials; a cotangent that is None is zero."""
+    found, pull, *_ = torch.func.vjp(function, *inputs)
+    return pull(tuple(torch.zeros_like(x) if y is None else y.to(x.dtype) for x, y in zip(found, cotangents, strict=True)))
 
 
 def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """What ``fixed_point_backward`` returns, from the oracle."""
+    return _oracle_fixed_point_potentials_backward(grad_plan, None, None, f, g, *inputs)
+
+
+def _oracle_fixed_point_potentials_backward(
+    grad_plan: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, f: Tensor, g: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """What ``fixed_point_potentials_backward`` returns, from the oracle."""
     logits, temperature, _, row, col, mask, scale, _, columns_first, *_, lines = inputs
     first = "col" if columns_first else "row"
     r, c = marginals_of(logits, row, col, mask)
 
-    def plan(logits: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    def found(logits: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
 
-    d_logits, d_r, d_c = torch.func.vjp(plan, logits, r, c)[1](grad_plan)
+    d_logits, d_r, d_c = _pulled(found, (logits, r, c), (grad_plan, grad_f, grad_g))
     return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
 
 
@@ -127,14 +147,14 @@ def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...
     save(ctx, inputs)
 
 
-def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
-    inputs, _ = saved(ctx)
-    return through(_oracle_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
+def _second(oracle: Callable[..., Any]) -> Callable[..., Gradients]:
+    """The gradient of a backward that is ``oracle``'s."""
 
+    def gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
+        inputs, _ = saved(ctx)
+        return through(oracle, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
 
-def _fixed_point_backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
-    inputs, _ = saved(ctx)
-    return through(_oracle_fixed_point_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
+    return gradient
 
 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -175,14 +195,30 @@ def _of_marginal(x: Tensor | None, own: Tensor, other: Tensor | None, valid: Ten
     return gradient + torch.where(valid, other.sum(-1, keepdim=True) / total, 0.0)
 
 
-def _unrolled(calls: Calls, sweeps: Tensor | None) -> Backward:
-    """The adjoint of the sweeps done."""
-    return lambda grad_plan, lines, *inputs: calls.sinkhorn_backward(grad_plan, sweeps, *inputs, lines)
+def _unrolled(calls: Calls, sweeps: Tensor | None, of_potentials: Sequence[Tensor | None] = ()) -> Backward:
+    """The adjoint of the sweeps done, with cotangents of f and g where there are any."""
+    if not any(x is not None for x in of_potentials):
+        return lambda grad_plan, lines, *inputs: calls.sinkhorn_backward(grad_plan, sweeps, *inputs, lines)
+    return lambda grad_plan, lines, *inputs: calls.sinkhorn_potentials_backward(
+        grad_plan, *_whole(of_potentials, inputs[0]), sweeps, *inputs, lines
+    )
 
 
-def _implicit(calls: Calls, f: Tensor, g: Tensor) -> Backward:
-    """The adjoint of the fixed point at these potentials."""
-    return lambda grad_plan, lines, *inputs: calls.fixed_point_backward(grad_plan, f, g, *inputs, lines)
+def _implicit(calls: Calls, f: Tensor, g: Tensor, of_potentials: Sequence[Tensor | None]) -> Backward:
+    """The adjoint of the fixed point at these potentials, likewise."""
+    if not any(x is not None for x in of_potentials):
+        return lambda grad_plan, lines, *inputs: calls.fixed_point_backward(grad_plan, f, g, *inputs, lines)
+    return lambda grad_plan, lines, *inputs: calls.fixed_point_potentials_backward(
+        grad_plan, *_whole(of_potentials, inputs[0]), f, g, *inputs, lines
+    )
+
+
+def _whole(of_potentials: Sequence[Tensor | None], logits: Tensor) -> Iterator[Tensor]:
+    """Cotangents of f (B, n) and g (B, m) in the compute dtype; zeros where there is none."""
+    batch, *sides = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    for x, side in zip(of_potentials, sides, strict=True):
+        yield logits.new_zeros((batch, side), dtype=dtype) if x is None else x.to(dtype)
 
 
 def _sinkhorn_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -200,51 +236,55 @@ def _sinkhorn_gradient(calls: Calls, ctx: Any, grad: Tensor) -> Gradients:
 
 
 def _info_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    plan, residual, sweeps, f, g, sigma2 = output
-    with_sigma2 = inputs[-1]
-    ctx.set_materialize_grads(False)
-    fixed = (residual, sweeps, f, g) if with_sigma2 else (residual, sweeps, f, g, sigma2)
-    ctx.mark_non_differentiable(*[x for x in fixed if x is not None])
+    plan, _, sweeps, *_ = output
+    _mark(ctx, inputs, output)
     save(ctx, inputs, sweeps, plan)
 
 
-def _info_gradient(calls: Calls, ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+def _mark(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Of a plan's companions potentials have a gradient, sigma2 where it was asked for, residual and sweeps none."""
+    _, residual, sweeps, _, _, sigma2 = output
+    with_sigma2 = inputs[-1]
+    ctx.set_materialize_grads(False)
+    fixed = (residual, sweeps) if with_sigma2 else (residual, sweeps, sigma2)
+    ctx.mark_non_differentiable(*[x for x in fixed if x is not None])
+
+
+def _info_gradient(calls: Calls, ctx: Any, *cotangents: Tensor | None) -> Gradients:
     inputs, (sweeps, plan) = saved(ctx)
     *projection, _ = inputs
     tol = projection[-2]
-    return _both(calls, ctx, inputs, projection, plan, _unrolled(calls, sweeps if tol >= 0 else None), grad_plan, others[-1])
+    backward = _unrolled(calls, sweeps if tol >= 0 else None, cotangents[3:5])
+    return _all(calls, ctx, inputs, projection, plan, backward, cotangents)
 
 
 def _fixed_point_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    plan, residual, sweeps, f, g, sigma2 = output
-    with_sigma2 = inputs[-1]
-    ctx.set_materialize_grads(False)
-    fixed = (residual, sweeps, f, g) if with_sigma2 else (residual, sweeps, f, g, sigma2)
-    ctx.mark_non_differentiable(*[x for x in fixed if x is not None])
+    plan, _, _, f, g, _ = output
+    _mark(ctx, inputs, output)
     save(ctx, inputs, f, g, plan)
 
 
-def _fixed_point_gradient(calls: Calls, ctx: Any, grad_plan: Tensor | None, *others: Tensor | None) -> Gradients:
+def _fixed_point_gradient(calls: Calls, ctx: Any, *cotangents: Tensor | None) -> Gradients:
     inputs, (f, g, plan) = saved(ctx)
     assert f is not None
     assert g is not None
     *projection, _, _, _ = inputs
-    return _both(calls, ctx, inputs, projection, plan, _implicit(calls, f, g), grad_plan, others[-1])
+    return _all(calls, ctx, inputs, projection, plan, _implicit(calls, f, g, cotangents[3:5]), cotangents)
 
 
-def _both(
+def _all(
     calls: Calls,
     ctx: Any,
     inputs: Sequence[Any],
     projection: Sequence[Any],
     plan: Tensor | None,
     backward: Backward,
-    grad_plan: Tensor | None,
-    grad_sigma2: Tensor | None,
+    cotangents: Sequence[Tensor | None],
 ) -> Gradients:
-    """Gradients of a plan and of its sigma2 in the projection's inputs."""
-    if grad_plan is None and grad_sigma2 is None:
+    """Gradients of a plan, its potentials (``backward``'s) and its sigma2 in the projection's inputs."""
+    if all(x is None for x in cotangents):
         return (None,) * len(inputs)
+    grad_plan, *_, grad_sigma2 = cotangents
     backend = projection[-1]
     needed, d_row, d_col = ctx.needs_input_grad, None, None
     if grad_sigma2 is not None:
@@ -259,7 +299,8 @@ def _both(
         )
         assert d_plan is not None
         grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
-    assert grad_plan is not None
+    if grad_plan is None:
+        grad_plan = torch.zeros_like(projection[0])
     found = _projection(needed, grad_plan, backward, projection)
     for index, extra in ((3, d_row), (4, d_col)):
         known = found[index]
@@ -305,8 +346,10 @@ def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | N
 AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
     "sinkhorn_info": (_info_context, _info_gradient),
-    "sinkhorn_backward": (_backward_context, _backward_gradient),
+    "sinkhorn_backward": (_backward_context, _second(_oracle_backward)),
+    "sinkhorn_potentials_backward": (_backward_context, _second(_oracle_potentials_backward)),
     "fixed_point": (_fixed_point_context, _fixed_point_gradient),
-    "fixed_point_backward": (_backward_context, _fixed_point_backward_gradient),
+    "fixed_point_backward": (_backward_context, _second(_oracle_fixed_point_backward)),
+    "fixed_point_potentials_backward": (_backward_context, _second(_oracle_fixed_point_potentials_backward)),
     "sigma2": (_sigma2_context, _sigma2_gradient),
 }

@@ -35,6 +35,14 @@ LIBRARY.define(
     f"fixed_point_backward(Tensor grad_plan, Tensor f, Tensor g, {_INPUTS}, bool lines) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
+    f"sinkhorn_potentials_backward(Tensor grad_plan, Tensor grad_f, Tensor grad_g, Tensor? sweeps, {_INPUTS}, bool lines) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"fixed_point_potentials_backward(Tensor grad_plan, Tensor grad_f, Tensor grad_g, Tensor f, Tensor g, {_INPUTS}, "
+    "bool lines) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
     "sigma2(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, Tensor? v0, str method, float tol, "
     "SymInt max_iters, str backend) -> (Tensor, Tensor, Tensor)"
 )
@@ -139,11 +147,33 @@ def _sinkhorn_backward(*inputs: Any, run: Run | None = None, forms: Forms = None
 def _fixed_point_backward(
     grad_plan: Tensor, f: Tensor, g: Tensor, *inputs: Any, run: Run | None = None, forms: Forms = None
 ) -> Tensors:
-    scale, *options, lines = inputs[6:]
-    columns_first = inputs[8]
-    tensors = (grad_plan, g if columns_first else f, *inputs[:6])  # the potential that the other follows from
+    tensors, (scale, *options, lines) = _from_potential(grad_plan, f, g, *inputs), inputs[6:]
     run = run or run_of(Backward, inputs[0], tensors, forms, True, lines, *options)
     return run(tensors, scale)
+
+
+def _from_potential(grad_plan: Tensor, f: Tensor, g: Tensor, *inputs: Any) -> Tensors:
+    """An implicit backward's tensors: of the potentials the one that the other follows from."""
+    columns_first = inputs[8]
+    return (grad_plan, g if columns_first else f, *inputs[:6])
+
+
+@implement("sinkhorn_potentials_backward", _no_vectors)
+def _sinkhorn_potentials_backward(
+    grad_plan: Tensor, grad_f: Tensor, grad_g: Tensor, sweeps: Tensor | None, *inputs: Any
+) -> Tensors:
+    scale, *options, lines = inputs[6:]
+    run = Backward(inputs[0], False, lines, *options)
+    return run.with_potentials((grad_plan, sweeps, *inputs[:6]), scale, grad_f, grad_g)
+
+
+@implement("fixed_point_potentials_backward", _no_vectors)
+def _fixed_point_potentials_backward(
+    grad_plan: Tensor, grad_f: Tensor, grad_g: Tensor, f: Tensor, g: Tensor, *inputs: Any
+) -> Tensors:
+    scale, *options, lines = inputs[6:]
+    run = Backward(inputs[0], True, lines, *options)
+    return run.with_potentials(_from_potential(grad_plan, f, g, *inputs), scale, grad_f, grad_g)
 
 
 @implement("sigma2")
@@ -181,6 +211,16 @@ torch.library.register_fake(
     lambda grad_plan, f, g, logits, *inputs: _gradients_like(logits, inputs[-1], inputs[-4]),
     lib=LIBRARY,
 )
+torch.library.register_fake(
+    "fastdsm::sinkhorn_potentials_backward",
+    lambda grad_plan, grad_f, grad_g, sweeps, logits, *inputs: _gradients_like(logits, inputs[-1], inputs[-4]),
+    lib=LIBRARY,
+)
+torch.library.register_fake(
+    "fastdsm::fixed_point_potentials_backward",
+    lambda grad_plan, grad_f, grad_g, f, g, logits, *inputs: _gradients_like(logits, inputs[-1], inputs[-4]),
+    lib=LIBRARY,
+)
 torch.library.register_fake("fastdsm::sigma2", lambda plan, *_: _vectors_like(plan), lib=LIBRARY)
 torch.library.register_fake("fastdsm::sigma2_bounds", lambda plan, *_: _bounds_like(plan), lib=LIBRARY)
 
@@ -209,6 +249,7 @@ def _over_batch(operator: Any) -> Callable[..., Any]:
 
 
 for _name in (
-    "sinkhorn", "sinkhorn_info", "sinkhorn_backward", "fixed_point", "fixed_point_backward", "sigma2", "sigma2_bounds",
+    "sinkhorn", "sinkhorn_info", "sinkhorn_backward", "sinkhorn_potentials_backward", "fixed_point", "fixed_point_backward",
+    "fixed_point_potentials_backward", "sigma2", "sigma2_bounds",
 ):  # fmt: skip
     torch.library.register_vmap(f"fastdsm::{_name}", _over_batch(getattr(torch.ops.fastdsm, _name).default), lib=LIBRARY)

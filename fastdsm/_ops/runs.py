@@ -177,7 +177,14 @@ class Backward(_OfProblem):
         self._of(pytorch, inputs, scale, results, tape)
         return results
 
-    def _of(self, backend: Any, inputs: Tensors, scale: float, results: Tensors, *last: Any) -> Any:
+    def with_potentials(self, inputs: Tensors, scale: float, grad_f: Tensor, grad_g: Tensor) -> Tensors:
+        """The same for cotangents of f and g too, on the PyTorch path."""
+        results = self._new()
+        pair = (grad_f, grad_g) if self.columns_first else (grad_g, grad_f)
+        self._of(pytorch, inputs, scale, results, grad_potentials=pair)
+        return results
+
+    def _of(self, backend: Any, inputs: Tensors, scale: float, results: Tensors, *last: Any, **more: Any) -> Any:
         grad_plan, given, *rest = inputs
         d_logits, d_f0, d_row, d_col = results
         assert grad_plan is not None
@@ -186,8 +193,8 @@ class Backward(_OfProblem):
         gradients = Gradients(self.turned(d_logits), d_f0, rows, cols)
         problem, grad_plan = self.problem(tuple(rest), scale), self.turned(grad_plan)
         if self._implicit:
-            return backend.implicit_backward(problem, grad_plan, given, gradients, *last)
-        return backend.sinkhorn_backward(problem, grad_plan, gradients, given, *last)
+            return backend.implicit_backward(problem, grad_plan, given, gradients, *last, **more)
+        return backend.sinkhorn_backward(problem, grad_plan, gradients, given, *last, **more)
 
     def _run(self, inputs: Tensors, scale: float, results: Tensors) -> None:
         self._of(backends, inputs, scale, results, self._backend)

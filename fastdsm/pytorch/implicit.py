@@ -14,6 +14,9 @@ deflated and solved as there. alpha and beta are also the gradients of r and c. 
 c, as rows come out exact: hence sum c_j beta_j = 0, which takes the freedom out. (Where only one marginal is given, the other
 has its total and the choice cancels.) f0 is forgotten at the fixed point: its gradient is 0.
 
+Cotangents of f and g themselves are added to W 1 and W^T 1. The fixed point has potentials up to (1, -1) alone, and their
+derivative is the one of least norm: what a cotangent says of that direction is left out.
+
 Condition. With N = diag(r)^-1/2 P diag(c)^-1/2 the system is diag(c)^1/2 (I - N^T N) diag(c)^1/2, of eigenvalues 1 -
 sigma_i(N)^2, 0 for the deflated pair: errors of P and of D are amplified by up to 1 / (1 - sigma_2^2). A residual rho of the
 plan's marginals is an error of its potentials of up to rho / (1 - sigma_2^2), hence one of the gradient of up to rho / (1 -
@@ -31,19 +34,28 @@ from .._ops.problem import Gradients, Problem
 from .laplacian import solve
 from .layout import copy
 from .newton import LONGEST_STEP, PURE_BELOW, direction
+from .projection import Pair
 from .system import System, pieces
 
 _ACCURACY = 100.0  # units of rounding to which conjugate gradients are taken
 
 
-def implicit_backward(problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients) -> None:
-    """Fill ``gradients`` at the fixed point near the column potential ``g`` (B, m), which any solver may have found."""
+def implicit_backward(
+    problem: Problem, grad_plan: Tensor, g: Tensor, gradients: Gradients, grad_potentials: Pair | None = None
+) -> None:
+    """Fill ``gradients`` at the fixed point near the column potential ``g`` (B, m), which any solver may have found.
+
+    grad_potentials: cotangents of f (B, n) and g (B, m).
+    """
     dtype = torch.float64 if problem.logits.device.type == "cpu" else problem.compute_dtype
     for where, system in pieces(problem, dtype):
         at = system.at
         D = at.matrix(grad_plan[where]).to(dtype)
         P = _at_fixed_point(system, at.vector(g[where]).to(dtype))
-        d_logits, alpha, beta = _adjoint(system, P, D)
+        given = None
+        if grad_potentials is not None:
+            given = _fixed(system, *(at.vector(x[where]).to(dtype) for x in grad_potentials))
+        d_logits, alpha, beta = _adjoint(system, P, D, given)
         tau = problem.temperature
         if isinstance(tau, Tensor):
             d_logits.div_(at.whole(tau[where]))
@@ -66,11 +78,23 @@ def _at_fixed_point(system: System, g: Tensor) -> Tensor:
     return P.mul_(at.down(system.r / (at.sums(P, at.cols) + system.spare_rows)))
 
 
-def _adjoint(system: System, P: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dS, alpha and beta; P is that of r / unit, which only scales dS."""
+def _fixed(system: System, of_f: Tensor, of_g: Tensor) -> Pair:
+    """Cotangents of the potentials by units of mass, 0 on excluded lines, without their part along (1, -1)."""
+    at = system.at
+    valid = 1.0 - system.spare_rows, 1.0 - system.spare_cols
+    of_f, of_g = (torch.where(x > 0, y, 0.0) / system.unit for x, y in zip(valid, (of_f, of_g), strict=True))
+    lines = at.sums(valid[0], at.line) + at.sums(valid[1], at.line)
+    mean = at.scalar((at.sums(of_f, at.line) - at.sums(of_g, at.line)) / lines.clamp(min=1.0))
+    return of_f - mean * valid[0], of_g + mean * valid[1]
+
+
+def _adjoint(system: System, P: Tensor, D: Tensor, given: Pair | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dS, alpha and beta; P is that of r / unit, which only scales dS. ``given``: cotangents of the potentials."""
     at, inverse_r = system.at, system.inverse_r
     W = P * D.masked_fill(system.S.isneginf(), 0.0)
     rows, cols = at.sums(W, at.cols), at.sums(W, at.rows)
+    if given is not None:
+        rows, cols = rows + given[0], cols + given[1]
     b = cols - at.sums(P * at.down(rows * inverse_r), at.rows)
     accuracy = torch.full_like(b.select(at.line, 0), _ACCURACY * torch.finfo(b.dtype).eps)
     beta = solve(at, P, inverse_r, b, system.c * system.rounding, accuracy)

@@ -7,8 +7,9 @@ B_t = diag(u_(t-1)) K diag(v_t) after the column step and D the cotangent of P:
     df = (P * D) 1,  dg = (P * D)^T 1
     for t = T..1:  dS -= A_t * (df / r) 1^T;  dg -= A_t^T (df / r);  dS -= B_t * 1 (dg / c)^T;  df = -B_t (dg / c);  dg = 0
 
-Both corrections of dS are K times a rank-one matrix, so dS = P * D - K * (sum of 2T outer products): vectors are stored
-per sweep, never a matrix. A segment with another K contributes a product of its own.
+Cotangents of the last f and g are added to the first df and dg. Both corrections of dS are K times a rank-one matrix, so dS =
+P * D - K * (sum of 2T outer products): vectors are stored per sweep, never a matrix. A segment with another K contributes a
+product of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from .layout import copy
 from .spectrum import deflated_uniform, largest_singular_value
 from .sweeps import Chunk, Swept, log_of, run
 from .tape import Tape
+
+Pair = tuple[Tensor, ...]
+"""A vector of rows and one of columns."""
 
 
 def sinkhorn_forward(problem: Problem, outputs: Outputs, tape: Tape | None = None) -> None:
@@ -67,23 +71,30 @@ def _plan(chunk: Chunk, swept: Swept) -> Tensor:
 
 
 def sinkhorn_backward(
-    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, tape: Tape | None = None
+    problem: Problem,
+    grad_plan: Tensor,
+    gradients: Gradients,
+    sweeps: Tensor | None,
+    tape: Tape | None = None,
+    grad_potentials: Pair | None = None,
 ) -> None:
     """Fill ``gradients``, the exact adjoint of the sweeps done: ``sweeps`` (B,) where problem.tol >= 0, else n_iters.
 
-    tape: what the forward left there.
+    tape: what the forward left there. grad_potentials: cotangents of f (B, n) and g (B, m), compute dtype.
     """
     if sweeps is not None and sweeps.is_cpu:  # memory for those done, not for those allowed
         done = int(sweeps.max()) if len(sweeps) else 0
         problem = replace(problem, n_iters=min(problem.n_iters, max(done, min(problem.n_iters, 1))))
-    by_parts = partial(_backward_by_parts, problem, grad_plan, gradients, sweeps)
-    if gradients.f0 is None:
+    by_parts = partial(_backward_by_parts, problem, grad_plan, gradients, sweeps, grad_potentials)
+    if gradients.f0 is None and grad_potentials is None:
         few.backward(problem, grad_plan, gradients.logits, by_parts, tape)
     else:
         by_parts()
 
 
-def _backward_by_parts(problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None) -> None:
+def _backward_by_parts(
+    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, grad_potentials: Pair | None
+) -> None:
     for part in parts(problem, backward=True, target=gradients.logits):
         chunk, at = part.chunk, part.chunk.layout
         stops = None if sweeps is None else part.of(sweeps)
@@ -91,7 +102,8 @@ def _backward_by_parts(problem: Problem, grad_plan: Tensor, gradients: Gradients
         copy(at.batch_first(chunk.W), part.of(grad_plan))
         if not chunk.tame:
             chunk.W.masked_fill_(chunk.S.isneginf(), 0.0)
-        d_logits, lines = _adjoint(chunk, swept, stops, gradients.f0 is not None)
+        given = None if grad_potentials is None else tuple(at.vector(part.of(x)) for x in grad_potentials)
+        d_logits, lines = _adjoint(chunk, swept, stops, gradients.f0 is not None, given)
         tau = problem.temperature
         if isinstance(tau, Tensor):
             d_logits.div_(at.whole(part.of(tau)))
@@ -103,8 +115,10 @@ def _backward_by_parts(problem: Problem, grad_plan: Tensor, gradients: Gradients
                 part.write(target, at.vector(line))
 
 
-def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """dS from the cotangent of P in W, and the adjoints of f0, log r, log c if ``lines``.
+def _adjoint(
+    chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool, given: Pair | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """dS from the cotangents of P in W and of f and g, if ``given``, and the adjoints of f0, log r, log c if ``lines``.
 
     df and -dg are carried, which spares the signs.
     """
@@ -112,6 +126,9 @@ def _adjoint(chunk: Chunk, swept: Swept, stops: Tensor | None, lines: bool) -> t
     W = chunk.W.mul_(at.down(swept.poisoned_u(at))).mul_(at.across(swept.v))
     df, dg = (torch.empty_like(x) for x in (swept.u, swept.v))
     at.product_sums(W, chunk.K, chunk.room, df, dg)
+    if given is not None:
+        for x, more, marginal in zip((df, dg), given, (chunk.r, chunk.c), strict=True):
+            x.add_(torch.where(marginal == 0, 0.0, more))
     less_dg: Tensor | None = dg.neg_()
     d_row, less_d_col = (df.new_zeros(x.shape if lines else ()) for x in (df, dg))
     if not swept.segments:
