@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import transforms
-from .attention import Checked
+from ._ops.attention_call import Checked
 
 
 class _Options(TypedDict, total=False):

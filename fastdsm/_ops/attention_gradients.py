@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .gradients import Calls, Gradients, padded, save, saved, through
+from . import masks
+from .gradients import Calls, Gradients, padded, pulled, save, saved, through
+from .problem import compute_dtype
 
 _ENTRIES = 1 << 24  # of the logits' gradient, stored at once for the temperature's
 
@@ -18,28 +20,32 @@ _ENTRIES = 1 << 24  # of the logits' gradient, stored at once for the temperatur
 def _context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     _, f, g, residual, sweeps = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(f, g, residual, sweeps)
+    ctx.mark_non_differentiable(residual, sweeps)
     save(ctx, inputs, f, g, sweeps)
 
 
-def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> Gradients:
+def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *others: Tensor | None) -> Gradients:
     inputs, kept = saved(ctx)
-    if grad_out is None:
+    if grad_out is None and others[0] is None and others[1] is None:
         return (None,) * len(inputs)
     *inputs, _, _ = inputs
+    query, key, value, bias = inputs[:4]
+    if grad_out is None:
+        grad_out = value.new_zeros((*query.shape[:3], value.shape[3]))
+    # of the last sweep's potentials, the only ones that a caller sees
+    given = (grad_out, *(None if x is None else x[:, :, -1].to(compute_dtype(query.dtype)) for x in others[:2]))
     needed = ctx.needs_input_grad
     if needed[5]:
-        return padded(_with_temperature(calls, grad_out, kept, inputs, needed[3]), [*inputs, None, None])
-    query, key, value, bias = inputs[:4]
+        return padded(_with_temperature(calls, given, kept, inputs, needed[3]), [*inputs, None, None])
     with_bias = bias is not None and needed[3]
-    found = calls.sinkhorn_attention_backward(grad_out, *kept, *inputs, with_bias)
+    found = calls.sinkhorn_attention_backward(*given, *kept, *inputs, with_bias)
     found = [*found[:3], found[3] if with_bias else None]
     cast = [None if x is None else x.to(y.dtype) for x, y in zip(found, (query, key, value, bias), strict=True)]
     return padded(cast, [*inputs, None, None])
 
 
 def _with_temperature(
-    calls: Calls, grad_out: Tensor, kept: Sequence[Any], inputs: list[Any], with_bias: bool
+    calls: Calls, given: Sequence[Tensor | None], kept: Sequence[Any], inputs: list[Any], with_bias: bool
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, bias, (mask) and temperature: that is a sum of products with the gradient of the logits.
 
@@ -67,9 +73,8 @@ def _with_temperature(
         for g in range(0, G, groups):
             heads = _Heads(slice(b, b + batches), slice(g * H // G, (g + groups) * H // G), slice(g, g + groups))
             part = heads.of(inputs, wide)
-            found = calls.sinkhorn_attention_backward(
-                heads.by_query(grad_out).to(wide), *map(heads.by_query, kept), *part, bias is not None
-            )
+            cotangents = (None if x is None else heads.by_query(x).to(wide) for x in given)
+            found = calls.sinkhorn_attention_backward(*cotangents, *map(heads.by_query, kept), *part, bias is not None)
             total = _product(found[0], part[0])
             if bias is not None:
                 total = total + _product(found[3], part[3])
@@ -129,7 +134,9 @@ class _Heads:
         ]
 
 
-def _oracle_backward(grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _oracle_backward(
+    grad_out: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, f: Tensor, g: Tensor, sweeps: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
     """What ``sinkhorn_attention_backward`` returns, from the oracle."""
     query, key, value, bias, mask, temperature, query_padding, key_padding, seed, scale, tau, n_iters, *others = inputs
     columns_first, tol, _, implicit, _, with_bias = others
@@ -139,25 +146,24 @@ def _oracle_backward(grad_out: Tensor, f: Tensor, g: Tensor, sweeps: Tensor, *in
             'backend="reference"'
         )
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        found = reference.sinkhorn_attention(
+    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        out, info = reference.sinkhorn_attention(
             query,
             key,
             value,
-            mask if bias is None else bias,
+            masks.joined(bias, mask),
             scale=scale,
             key_padding_mask=key_padding,
             query_padding_mask=query_padding,
             temperature=tau if temperature is None else temperature,
             n_iters=n_iters,
             first="col" if columns_first else "row",
+            return_info=True,
         )
-        assert isinstance(found, Tensor)
-        return found
+        return out, info.f, info.g
 
     leaves = (query, key, value) if bias is None else (query, key, value, bias)
-    pull = torch.func.vjp(lambda *x: attention(*x, *(None,) * (4 - len(x))), *leaves)[1]
-    gradients = pull(grad_out.to(value.dtype))
+    gradients = pulled(lambda *x: attention(*x, *(None,) * (4 - len(x))), leaves, (grad_out, grad_f, grad_g))
     d_bias = gradients[3] if with_bias else query.new_empty((0,))
     return (*gradients[:3], d_bias)
 

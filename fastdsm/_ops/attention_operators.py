@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .operators import LIBRARY, implement
 from .problem import Attention, Dropout, compute_dtype
-from .streamed.gradient import AttentionGradients
+from .streamed.gradient import AttentionGradients, Cotangents
 from .streamed.spectrum import Accuracy, Spectrum
 from .streamed.sweeps import State, Sweeps, slots
 
@@ -27,7 +27,7 @@ _INPUTS = (
 TENSORS = 9  # the tensors lead
 LIBRARY.define(f"sinkhorn_attention({_INPUTS}, bool residual, bool saving) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    "sinkhorn_attention_backward(Tensor grad_out, Tensor f, Tensor g, Tensor sweeps, "
+    "sinkhorn_attention_backward(Tensor grad_out, Tensor? grad_f, Tensor? grad_g, Tensor f, Tensor g, Tensor sweeps, "
     f"{_INPUTS}, bool with_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
@@ -104,6 +104,8 @@ def _gradients_like(with_bias: bool, query: Tensor, key: Tensor, value: Tensor, 
 @implement("sinkhorn_attention_backward")
 def _attention_backward(
     grad_out: Tensor,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
     f: Tensor,
     g: Tensor,
     sweeps: Tensor,
@@ -119,7 +121,7 @@ def _attention_backward(
         value,
         Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1 > 1),
         _dropout(inputs[5], p),
-        grad_out,
+        Cotangents(grad_out, grad_f, grad_g),
         State(f, g, torch.empty_like(sweeps), sweeps),
         AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
         implicit,
@@ -154,7 +156,9 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "fastdsm::sinkhorn_attention_backward",
-    lambda grad_out, f, g, sweeps, query, key, value, bias, *inputs: _gradients_like(inputs[-1], query, key, value, bias),
+    lambda grad_out, grad_f, grad_g, f, g, sweeps, query, key, value, bias, *inputs: _gradients_like(
+        inputs[-1], query, key, value, bias
+    ),
     lib=LIBRARY,
 )
 
@@ -190,7 +194,7 @@ def _over_batch(operator: Any, query_at: int, gradient_of_bias: int | None) -> C
 
 for _name, _at, _bias in (
     ("sinkhorn_attention", 0, None),
-    ("sinkhorn_attention_backward", 4, 3),
+    ("sinkhorn_attention_backward", 6, 3),
     ("sinkhorn_attention_sigma2", 0, None),
 ):
     _rule = _over_batch(getattr(torch.ops.fastdsm, _name).default, _at, _bias)

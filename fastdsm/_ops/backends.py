@@ -172,7 +172,7 @@ def attention_backward(
     value: Tensor,
     sweeps: streamed.Sweeps,
     dropout: Dropout | None,
-    grad_out: Tensor,
+    given: streamed_gradient.Cotangents,
     state: streamed.State,
     gradients: streamed_gradient.AttentionGradients,
     implicit: bool,
@@ -186,9 +186,9 @@ def attention_backward(
         return
     kernels = _attention_kernels(problem, backend)
     if kernels is not None:
-        streamed_gradient.attention_backward(kernels, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+        streamed_gradient.attention_backward(kernels, problem, value, sweeps, dropout, given, state, gradients, implicit)
     else:
-        pytorch.attention_backward(problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+        pytorch.attention_backward(problem, value, sweeps, dropout, given, state, gradients, implicit)
 
 
 def attention_sigma2(

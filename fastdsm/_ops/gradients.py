@@ -105,11 +105,11 @@ def _oracle_potentials_backward(
         plan, info = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, return_info=True, **keywords)
         return plan, info.f, info.g
 
-    return _by_line(lines, r, c, *_pulled(found, (logits, start, r, c), (grad_plan, grad_f, grad_g)))
+    return _by_line(lines, r, c, *pulled(found, (logits, start, r, c), (grad_plan, grad_f, grad_g)))
 
 
-def _pulled(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Any:
-    """Gradients of a plan and its potentials; a cotangent that is None is zero."""
+def pulled(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Any:
+    """Gradients of a function of several results; a cotangent that is None is zero."""
     found, pull, *_ = torch.func.vjp(function, *inputs)
     return pull(tuple(torch.zeros_like(x) if y is None else y.to(x.dtype) for x, y in zip(found, cotangents, strict=True)))
 
@@ -130,7 +130,7 @@ def _oracle_fixed_point_potentials_backward(
     def found(logits: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
 
-    d_logits, d_r, d_c = _pulled(found, (logits, r, c), (grad_plan, grad_f, grad_g))
+    d_logits, d_r, d_c = pulled(found, (logits, r, c), (grad_plan, grad_f, grad_g))
     return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
 
 

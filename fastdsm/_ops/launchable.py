@@ -180,7 +180,7 @@ def _attend(shape: Shape, d: int, dtype: torch.dtype, value: Tensor) -> None:
         wide_value = value if wide == dtype else value.to(wide)
         for inputs in _attention_inputs(shape, d, wide, wide_value):
             out, f, g, _, sweeps = _OPERATORS.sinkhorn_attention(*inputs, True, True)
-            _OPERATORS.sinkhorn_attention_backward(out, f, g, sweeps, *inputs, True)
+            _OPERATORS.sinkhorn_attention_backward(out, None, None, f, g, sweeps, *inputs, True)
 
 
 def _sinkhorn_attention(shape: Shape, d: int, dtype: torch.dtype) -> None:

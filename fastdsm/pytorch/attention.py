@@ -15,12 +15,12 @@ from .._ops.problem import Attention, Dropout, Gradients, Outputs, Problem
 from .._ops.streamed import gradient as streamed_gradient
 from .._ops.streamed import spectrum as streamed_spectrum
 from .._ops.streamed import sweeps as streamed
-from .._ops.streamed.gradient import AttentionGradients
+from .._ops.streamed.gradient import AttentionGradients, Cotangents
 from .._ops.streamed.spectrum import Accuracy, Spectrum, spectrum
 from .._ops.streamed.sweeps import State, Sweeps
 from . import passes
-from .blocks import blocks
-from .projection import sinkhorn_backward, sinkhorn_forward
+from .blocks import Block, blocks
+from .projection import Pair, sinkhorn_backward, sinkhorn_forward
 
 DENSE_ENTRIES = 1 << 22
 
@@ -48,7 +48,7 @@ def attention_backward(
     value: Tensor,
     sweeps: Sweeps,
     dropout: Dropout | None,
-    grad_out: Tensor,
+    given: Cotangents,
     state: State,
     gradients: AttentionGradients,
     implicit: bool,
@@ -57,21 +57,23 @@ def attention_backward(
 
     Potentials of stored plans are the compute dtype's, whose rounding, of hundreds, a plan formed from them would have.
     """
-    complete = implicit or sweeps.keep or streamed_gradient.of_one_line(problem, sweeps)
+    one = given.of_plan_alone and streamed_gradient.of_one_line(problem, sweeps)
+    complete = implicit or sweeps.keep or one
     if complete or not _stored(problem):
         if not complete:
             state = _kept(problem, sweeps, state)
         elif not sweeps.keep and _stored(problem):
             state = streamed.renewed(passes, problem, sweeps, state)
-        streamed_gradient.attention_backward(passes, problem, value, sweeps, dropout, grad_out, state, gradients, implicit)
+        streamed_gradient.attention_backward(passes, problem, value, sweeps, dropout, given, state, gradients, implicit)
         return
     totals = {name: torch.zeros_like(x, dtype=problem.compute_dtype) for name, x in vars(gradients).items() if x is not None}
     for at in blocks(problem, whole=True):
-        S, dO = at.logits(problem), at.queries(grad_out, problem)
+        S, dO = at.logits(problem), at.queries(given.out, problem)
         plan = at.dropped(_projected(S, sweeps), dropout)
         totals["value"][at.by_group] += (plan.mT @ dO).sum(2)
         d_plan = at.dropped(torch.matmul(dO, at.keys(value, problem).mT, out=plan), dropout)
-        dS = _projected_backward(S, sweeps, d_plan, state.sweeps[at.by_head].flatten() if sweeps.tol >= 0 else None)
+        stops = state.sweeps[at.by_head].flatten() if sweeps.tol >= 0 else None
+        dS = _projected_backward(S, sweeps, d_plan, stops, _potentials_of(given, state, at))
         for which in totals.keys() - {"value"}:
             at.add_gradient(problem, which, dS, totals[which])
     for name, total in totals.items():
@@ -114,13 +116,24 @@ def _projected(S: Tensor, sweeps: Sweeps, info: list[Tensor] | None = None) -> T
     return plan
 
 
-def _projected_backward(S: Tensor, sweeps: Sweeps, d_plan: Tensor, stops: Tensor | None) -> Tensor:
-    """dS from the cotangent of the plan."""
+def _potentials_of(given: Cotangents, state: State, at: Block) -> Pair | None:
+    """Cotangents (b h, lines) of the potentials of a block of whole heads."""
+    if given.of_plan_alone:
+        return None
+    both = ((given.f, state.f), (given.g, state.g))
+    return tuple((torch.zeros_like(like[:, :, 0]) if x is None else x)[at.by_head].flatten(0, 1) for x, like in both)
+
+
+def _projected_backward(
+    S: Tensor, sweeps: Sweeps, d_plan: Tensor, stops: Tensor | None, grad_potentials: Pair | None
+) -> Tensor:
+    """dS from the cotangents of the plan and, where there are any, of f and g."""
     dS = torch.empty_like(S)
     cotangent, target = d_plan.flatten(0, -3), dS.flatten(0, -3)
     if not sweeps.columns_first:
         cotangent, target = cotangent.mT, target.mT
-    sinkhorn_backward(_oriented(S, sweeps), cotangent, Gradients(target), stops)
+        grad_potentials = None if grad_potentials is None else grad_potentials[::-1]
+    sinkhorn_backward(_oriented(S, sweeps), cotangent, Gradients(target), stops, grad_potentials=grad_potentials)
     return dS
 
 

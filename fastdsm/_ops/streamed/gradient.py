@@ -6,9 +6,10 @@ A_t = exp(S + last_t + first_t), B_t = exp(S + last_(t-1) + first_t), and d_last
     for t = T..1:  alpha = d_last / mass;      dS -= A_t * (alpha 1^T);  d_first -= A_t^T alpha
                    beta = d_first / mass;      dS -= B_t * (1 beta^T);   d_last = -B_t beta;  d_first = 0
 
-The masses are the sums that lines really have (``potentials.py``). A_t and B_t are P times a rank-one matrix: 2 T vectors a
-side carry all of it into one last pass. The factors exp(last_t - last_T) stay within b^(T - t): beyond ``_LOG_RANGE`` nats
-the terms are referred to another sweep's potentials, and B_1, which starts from arbitrary potentials, always is.
+Cotangents of the last potentials are added to the first d_last and d_first. The masses are the sums that lines really have
+(``potentials.py``). A_t and B_t are P times a rank-one matrix: 2 T vectors a side carry all of it into one last pass. The
+factors exp(last_t - last_T) stay within b^(T - t): beyond ``_LOG_RANGE`` nats the terms are referred to another sweep's
+potentials, and B_1, which starts from arbitrary potentials, always is.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ class AttentionGradients:
     bias: Tensor | None
 
 
+@dataclass(frozen=True)
+class Cotangents:
+    """Of the attention's result (B, H, N, e), and of its potentials f (B, H, N) and g (B, H, M), compute dtype, or None."""
+
+    out: Tensor
+    f: Tensor | None = None
+    g: Tensor | None = None
+
+    @property
+    def of_plan_alone(self) -> bool:
+        """Whether the potentials have none."""
+        return self.f is None and self.g is None
+
+
 def of_one_line(problem: Attention, sweeps: Sweeps) -> bool:
     """Whether the marginals alone determine the plan: its derivative is zero, not the rounding of terms that cancel."""
     return sweeps.n_iters > 0 and 1 in (problem.query.shape[2], problem.key.shape[2])
@@ -48,13 +63,13 @@ def attention_backward(
     value: Tensor,
     sweeps: Sweeps,
     dropout: Dropout | None,
-    grad_out: Tensor,
+    given: Cotangents,
     state: State,
     gradients: AttentionGradients,
     implicit: bool,
 ) -> None:
     """Fill ``gradients`` from the kept potentials."""
-    dtype = problem.compute_dtype
+    dtype, grad_out = problem.compute_dtype, given.out
     unit, masses = passes.UNIT, by_side(*log_masses(problem), sweeps)
     last, first = (_Side.of(x, mass, unit, dtype) for x, mass in zip(by_side(state.f, state.g, sweeps), masses, strict=True))
     end = len(last.slots) - 1
@@ -72,7 +87,7 @@ def attention_backward(
     gradients.value.copy_(d_value)
     del d_value
     targets = {"query": gradients.query, "key": gradients.key, "bias": gradients.bias}
-    if of_one_line(problem, sweeps):
+    if of_one_line(problem, sweeps) and given.of_plan_alone:
         for target in targets.values():
             if target is not None:
                 target.zero_()
@@ -80,6 +95,9 @@ def attention_backward(
     d_query, d_key = torch.empty_like(plan.f_fine), torch.empty_like(plan.g_fine)
     passes.products(problem, "cols", plan, value, grad_out, dropout, d_query)
     passes.products(problem, "rows", plan, value, grad_out, dropout, d_key)
+    if not given.of_plan_alone:
+        for target, more in zip((d_query, d_key), _of_potentials(problem, given, implicit), strict=True):
+            target += more
     d_last, d_first = by_side(d_query, d_key, sweeps)
     if implicit:
         terms = _implicit_terms(passes, problem, sweeps, plan, last.sums[-1], first.sums[-1], d_last, d_first)
@@ -88,6 +106,22 @@ def attention_backward(
     for which, target in targets.items():
         if target is not None:
             passes.gradient(problem, which, terms, value, grad_out, dropout, target)
+
+
+def _of_potentials(problem: Attention, given: Cotangents, implicit: bool) -> tuple[Tensor, Tensor]:
+    """Cotangents of f and g, 0 on lines without a partner; of a fixed point, whose potentials are free by a constant
+    (+1, -1), without their part along it."""
+    lengths = problem.query.shape[2], problem.key.shape[2]
+    lines = [x.expand(*problem.query.shape[:2], n) for x, n in zip(valid_lines(problem), lengths, strict=True)]
+    f, g = (
+        torch.zeros_like(valid, dtype=problem.compute_dtype) if x is None else torch.where(valid, x, 0.0)
+        for x, valid in zip((given.f, given.g), lines, strict=True)
+    )
+    if not implicit:
+        return f, g
+    count = (lines[0].sum(-1, keepdim=True) + lines[1].sum(-1, keepdim=True)).clamp(min=1)
+    mean = (f.sum(-1, keepdim=True) - g.sum(-1, keepdim=True)) / count
+    return torch.where(lines[0], f - mean, 0.0), torch.where(lines[1], g + mean, 0.0)
 
 
 @dataclass(frozen=True)
