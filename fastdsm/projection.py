@@ -73,16 +73,20 @@ def sinkhorn(
             arithmetic is float32 (float64 for float64). -inf entries take no part. NaN or +inf make their matrix NaN.
         n_iters: sweeps, >= 0, default 20. 0 is one normalisation of the side that is exact at the end (a row softmax for
             "col"). With "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20
-            serve logits up to a standard deviation of 16, 60 up to 100.
+            serve logits up to a standard deviation of 16, 60 up to 100, and on the PyTorch path, which warms cold problems
+            by itself, of any size.
         temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with
             "newton" is 1e-6, 1e-12 for float64.
         f0: potential before the first sweep of the side not updated first, (..., n) for "col", (..., m) for "row";
-            default 0; differentiable; ignored at n_iters = 0. With "newton" a warm start.
+            default 0; differentiable; ignored at n_iters = 0. With "newton" a warm start. In units of logits / temperature:
+            that of another temperature is to be multiplied by their ratio.
         row_marginal: (..., n), >= 0, or a number for every row; default 1 per row that takes part; differentiable. A zero
             excludes its row.
-        col_marginal: (..., m), likewise; default uniform with the rows' total. Totals must agree to 1e-4.
+        col_marginal: (..., m), likewise; default uniform with the rows' total. Given with ``row_marginal`` it is scaled to
+            that one's total, of the lines that a mask leaves. Totals further apart than 1e-4, or than four units of rounding
+            of the dtypes they come in, are an error on a CPU and NaN on a GPU.
         mask: bool, broadcastable to (..., n, m), True where an entry takes part. What lies under it is never used. A row
             or column without any entry left is zero in value and gradient.
         solver: "sinkhorn", the truncated iteration, or "newton", converged to ``tol``. A matrix that n_iters steps do not
@@ -197,6 +201,7 @@ class _Call:
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
+        self.tolerance = arguments.tolerance_of_totals(row, col)
         self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
         self.call: transforms.Call = transforms.sinkhorn
         if self.grad == "implicit":
@@ -220,7 +225,10 @@ class _Call:
             tensors = self.flatten(tensors)
         if self.looked_at:
             arguments.check_temperatures(tensors[1])
-            arguments.check_marginals(tensors[3], tensors[4])
+            if tensors[3] is not None or tensors[4] is not None:
+                row, col, mask = tensors[3:]
+                col = arguments.equalised(row, col, mask, self.tolerance)
+                tensors = (*tensors[:4], col, tensors[5])
         follows = transforms.backward_may_follow(tensors)
         if plain and not follows:
             if self.run is None:
@@ -268,7 +276,7 @@ class _Call:
     def by_oracle(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """The same from the oracle."""
         logits, temperature, f0, row, col, mask = arguments.of_projection(tensors, self.first)
-        arguments.check_marginals(row, col)
+        col = arguments.equalised(row, col, mask, self.tolerance)
         keywords: dict[str, Any] = {
             "n_iters": self.n_iters, "temperature": temperature, "first": self.first, "tol": self.tol, "f0": f0,
             "row_marginal": row, "col_marginal": col, "mask": mask, "solver": self.solver, "grad": self.grad,

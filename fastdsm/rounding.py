@@ -29,8 +29,8 @@ def round_to_birkhoff(
         plan: (..., n, m), >= 0, float16, bfloat16, float32 or float64, any strides, n >= 1 and m >= 1; computed in float32
             (float64 for float64). NaN or inf make their matrix NaN at most.
         row_marginal: (..., n), >= 0, or a number; default 1 per row that takes part. A zero excludes its row.
-        col_marginal: (..., m), likewise; default uniform with the rows' total. Totals must agree to 1e-4: the sums meet
-            both marginals as far as these meet each other.
+        col_marginal: (..., m), likewise; default uniform with the rows' total. Given with ``row_marginal`` it is scaled to
+            that one's total, as for :func:`fastdsm.sinkhorn`.
         mask: bool, broadcastable to (..., n, m), True where an entry takes part. What lies under it is never used. A line
             without any entry left is zero. Masked entries of other lines may receive some of what is missing: plans of a
             given pattern with these marginals need not exist.
@@ -49,10 +49,11 @@ def round_to_birkhoff(
     """
     arguments.check_matrices(plan, "plan")
     row, col = arguments.marginals_of(row_marginal, col_marginal, plan)
+    tolerance = arguments.tolerance_of_totals(row, col)
     row = arguments.line_vector(row, "row_marginal", plan, plan.shape[-2], "row")
     col = arguments.line_vector(col, "col_marginal", plan, plan.shape[-1], "column")
-    arguments.check_marginals(row, col)
     mask = arguments.mask_of(mask, plan)
+    col = arguments.equalised(row, col, mask, tolerance)
     P, r, c = _entries_and_marginals(plan, row, col, mask)
     P = P * _reduction(P.sum(-1, keepdim=True), r)
     P = P * _reduction(P.sum(-2, keepdim=True), c)

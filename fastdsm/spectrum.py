@@ -104,6 +104,7 @@ class _OfPlans:
         arguments.check_matrices(plan, "plan", 0)
         self.backend = arguments.resolve_backend(backend, plan)
         n, m = plan.shape[-2:]
+        self.tolerance = arguments.tolerance_of_totals(row, col)
         self.batch, self.empty = plan.shape[:-2], 0 in plan.shape[-2:]
         formed = (
             plan,
@@ -118,8 +119,8 @@ class _OfPlans:
         """The tensors as an operator takes them, their values looked at."""
         if self.flatten is not None:
             tensors = self.flatten(tensors)
-        arguments.check_marginals(tensors[1], tensors[2])
-        return tensors
+        plan, row, col, mask, *start = tensors
+        return plan, row, arguments.equalised(row, col, mask, self.tolerance), mask, *start
 
     def nothing(self, plan: Tensor, *lines: int) -> Tensor:
         """The zeros (..., *lines) of plans without rows or columns."""

@@ -111,6 +111,7 @@ class _Call:
             needed,
         )
         self.batch = logits.shape[:-2]
+        self.tolerance = arguments.tolerance_of_totals(row, col)
         self.flatten = arguments.flattening(tensors, formed, len(self.batch))
         self.options = n_iters, arguments.resolve_backend(backend, logits)
         self.run: TemperatureSearch | None = None
@@ -123,7 +124,8 @@ class _Call:
                 raise ValueError(f"{name} must not require grad: the temperature has no gradient in it; pass {name}.detach()")
         if self.flatten is not None:
             tensors = self.flatten(tensors)
-        arguments.check_marginals(tensors[2], tensors[3])
+        logits, target, row, col, mask, needed = tensors
+        tensors = logits, target, row, arguments.equalised(row, col, mask, self.tolerance), mask, needed
         if plain and not backward_may_follow(tensors):
             if self.run is None:
                 self.run = TemperatureSearch(tensors[0], *self.options)

@@ -226,22 +226,41 @@ def sigma2_of(target: float | Tensor, name: str, like: Tensor) -> float | Tensor
 
 
 def check_marginals(row: Tensor | None, col: Tensor | None) -> None:
-    """Non-negative, and with the same total. Values on an accelerator are not looked at: it would stall the host."""
-    given = [(x, name) for x, name in ((row, "row_marginal"), (col, "col_marginal")) if x is not None and may_read(x)]
-    for x, name in given:
-        if not _least(x) >= 0:
+    """Non-negative. Values on an accelerator are not looked at: it would stall the host."""
+    for x, name in ((row, "row_marginal"), (col, "col_marginal")):
+        if x is not None and may_read(x) and not _least(x) >= 0:
             raise _bad(x >= 0, x, f"{name} must be >= 0 everywhere")
-    if len(given) < 2 or 0 in (x.numel() for x, _ in given):
-        return
-    rows, cols = (_values_of(x).sum(-1) for x, _ in given)
-    apart = rows - cols
-    low, high = apart.aminmax()
-    if max(-float(low), float(high)) <= _TOTAL_TOLERANCE * float(rows.min()):
-        return  # closer than asked of the smallest total
-    close = apart.abs() <= _TOTAL_TOLERANCE * torch.maximum(rows, cols)
-    if not bool(close.all()):
-        message = f"row_marginal and col_marginal must have equal totals (to {_TOTAL_TOLERANCE:g} relative); scale one of them"
-        raise _bad(close, apart, message, "the difference is")
+
+
+def tolerance_of_totals(row: Any, col: Any) -> float:
+    """How far apart, relatively, the totals of marginals may be that came in these dtypes, in which they were rounded."""
+    given = [x.dtype for x in (row, col) if isinstance(x, Tensor) and x.is_floating_point()]
+    return max([_TOTAL_TOLERANCE, *(4 * torch.finfo(dtype).eps for dtype in given)])
+
+
+def equalised(row: Tensor | None, col: Tensor | None, mask: Tensor | None, tolerance: float) -> Tensor | None:
+    """``col`` scaled to the total of ``row``, each of the lines that a mask leaves, where both are given and non-negative.
+
+    Totals further apart are an error where they can be read, else NaN.
+    """
+    check_marginals(row, col)
+    if row is None or col is None or 0 in (row.numel(), col.numel()):
+        return col
+    rows, cols = (row, col) if mask is None else (row.where(mask.any(-1), 0.0), col.where(mask.any(-2), 0.0))
+    if torch.is_grad_enabled() and (row.requires_grad or col.requires_grad):
+        rows, cols = rows.where(row != 0, 0.0), cols.where(col != 0, 0.0)  # a line that is excluded has no gradient
+    total, other = rows.sum(-1, keepdim=True), cols.sum(-1, keepdim=True)
+    ratio = total / other
+    if may_read(row):
+        least, most = (float(x) for x in _values_of(ratio).aminmax())
+        if abs(least - 1.0) <= tolerance and abs(most - 1.0) <= tolerance:
+            return col * ratio
+    close = (total - other).abs() <= tolerance * other
+    if may_read(row) and not bool(close.all()):
+        message = f"row_marginal and col_marginal must have equal totals (to {tolerance:g} relative); scale one of them"
+        raise _bad(close.squeeze(-1), (total - other).squeeze(-1), message, "the difference is")
+    tiny = torch.finfo(other.dtype).tiny  # marginals of nothing are nothing
+    return col * torch.where(close, total / other.clamp(min=tiny), torch.nan)
 
 
 def may_read(x: Tensor) -> bool:

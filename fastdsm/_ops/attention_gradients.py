@@ -45,7 +45,7 @@ def _gradient(calls: Calls, ctx: Any, grad_out: Tensor | None, *others: Tensor |
 
 
 def _with_temperature(
-    calls: Calls, given: Sequence[Tensor | None], kept: Sequence[Any], inputs: list[Any], with_bias: bool
+    calls: Calls, cotangents: Sequence[Tensor | None], kept: Sequence[Any], inputs: list[Any], with_bias: bool
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, bias, (mask) and temperature: that is a sum of products with the gradient of the logits.
 
@@ -73,8 +73,8 @@ def _with_temperature(
         for g in range(0, G, groups):
             heads = _Heads(slice(b, b + batches), slice(g * H // G, (g + groups) * H // G), slice(g, g + groups))
             part = heads.of(inputs, wide)
-            cotangents = (None if x is None else heads.by_query(x).to(wide) for x in given)
-            found = calls.sinkhorn_attention_backward(*cotangents, *map(heads.by_query, kept), *part, bias is not None)
+            some = (None if x is None else heads.by_query(x).to(wide) for x in cotangents)
+            found = calls.sinkhorn_attention_backward(*some, *map(heads.by_query, kept), *part, bias is not None)
             total = _product(found[0], part[0])
             if bias is not None:
                 total = total + _product(found[3], part[3])

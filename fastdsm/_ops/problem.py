@@ -60,6 +60,11 @@ class Problem:
         return self.map_tensors(lambda x: part_of(x, where, blocks))
 
 
+def doubled(x: Tensor) -> Tensor:
+    """In float64, if it is floating."""
+    return x.double() if x.is_floating_point() else x
+
+
 def part_of(whole: Tensor, where: slice | Tensor, blocks: int | None) -> Tensor:
     """A slice of (B, ...), then a view, or what an index takes, as (blocks, B / blocks, ...) where ``blocks`` are given."""
     part = whole[where]

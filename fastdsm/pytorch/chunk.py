@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._ops.problem import Problem, part_of
+from .._ops.problem import Problem, doubled, part_of
 from .layout import BatchLast, Layout, choose_layout, copy
 from .ring import Ring
 from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
@@ -20,6 +20,9 @@ from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
 # vectors are so long that torch shares an operation on them between threads, each with the matrices it had before.
 _FORWARD_ENTRIES = ((8, 1 << 18), (math.inf, 1 << 20))
 _BACKWARD_ENTRIES = ((8, 1 << 18), (16, 700_000), (math.inf, 1 << 19))
+# Of logits that float32 serves: potentials of larger ones are rounded by 1e-5 and more, and exp(-90) is a denormal number, on
+# which a processor is so slow that float64 takes 0.9 to 0.3 of float32's time (normal logits of std 60; (512, 64, 64) 0.5).
+_SINGLE_RANGE = 128.0
 _AT_HAND = 2  # vectors of a kind that sweeps use at once
 
 
@@ -116,11 +119,19 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
         blocks = layout.blocks(where.stop - where.start, max(n, m)) if on_cpu else None
         piece = problem.part(where, blocks)
         S = load(piece, layout, partial(memory.matrix, "S"))
-        top = chosen = None
-        if on_cpu and uniform and problem.f0 is None:
+        top = chosen = huge = None
+        may_be_tame = uniform and problem.f0 is None
+        if on_cpu and (may_be_tame or S.dtype == torch.float32):
             dims = (layout.rows, layout.cols)
-            largest = S.amax(dims)
-            tame = largest - S.amin(dims) <= TAME_RANGE
+            largest, least = S.amax(dims), S.amin(dims)
+            tame = largest - least <= TAME_RANGE
+            if S.dtype == torch.float32:
+                huge = beyond_single(S, dims, largest, least) & ~(tame & may_be_tame)
+                huge = huge if bool(huge.any()) else None
+            if huge is not None:
+                S = S.masked_fill(layout.whole(huge), 0.0)
+                largest, tame = largest.masked_fill(huge, 0.0), tame | huge
+        if on_cpu and may_be_tame:
             count = int(tame.sum())
             mixed, movable = 0 < count < tame.numel(), layout.movable(n * m * problem.compute_dtype.itemsize)
             top = largest if 2 * count >= tame.numel() or (mixed and not movable) else None
@@ -136,6 +147,24 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
                 chosen = tame
         home = None if target is None or chosen is not None else _home(target[where], problem.compute_dtype)
         yield Part(where, blocks, _chunk(piece, layout, S, memory, backward, top, home), chosen)
+        if huge is not None:
+            yield _in_float64(problem, huge.flatten().nonzero().squeeze(1) + start, backward)
+
+
+def beyond_single(S: Tensor, dims: tuple[int, int], largest: Tensor, least: Tensor) -> Tensor:
+    """Matrices (B,) with logits beyond ``_SINGLE_RANGE``, which are to be computed in float64; ``largest``, ``least``: of S."""
+    if bool(least.isneginf().any()):
+        least = S.masked_fill(S.isneginf(), torch.inf).amin(dims)  # of those that take part
+    return ((largest > _SINGLE_RANGE) | (least < -_SINGLE_RANGE)) & (largest < torch.inf)
+
+
+def _in_float64(problem: Problem, index: Tensor, backward: bool) -> Part:
+    """Some matrices in float64, by themselves, in the place of what was made of them before."""
+    some = problem.part(index).map_tensors(doubled)
+    layout = choose_layout(some.logits, torch.float64)
+    memory = _Memory(some, layout, len(index), backward)
+    S = load(some, layout, partial(memory.matrix, "S"))
+    return Part(index, None, _chunk(some, layout, S, memory, backward, None, None))
 
 
 def _home(piece: Tensor, dtype: torch.dtype) -> Tensor | None:

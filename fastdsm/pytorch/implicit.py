@@ -31,12 +31,16 @@ import torch
 from torch import Tensor
 
 from .._ops.problem import Gradients, Problem
+from .host import may_look
 from .laplacian import solve
 from .layout import copy
-from .newton import LONGEST_STEP, PURE_BELOW, direction
+from .newton import LONGEST_STEP, PURE_BELOW, direction, run
 from .projection import Pair
+from .sweeps import log_of
 from .system import System, pieces
 
+_LOST = 8.0  # units of rounding of the largest column potential that may be an error of a column sum
+_MOST_STEPS, _FOUND = 100, 1e-10
 _ACCURACY = 100.0  # units of rounding to which conjugate gradients are taken
 
 
@@ -51,7 +55,7 @@ def implicit_backward(
     for where, system in pieces(problem, dtype):
         at = system.at
         D = at.matrix(grad_plan[where]).to(dtype)
-        P = _at_fixed_point(system, at.vector(g[where]).to(dtype))
+        P = _at_fixed_point(system, _unrounded(system, at.vector(g[where]).to(dtype), torch.finfo(g.dtype).eps))
         given = None
         if grad_potentials is not None:
             given = _fixed(system, *(at.vector(x[where]).to(dtype) for x in grad_potentials))
@@ -67,6 +71,19 @@ def implicit_backward(
             unit = torch.where(at.scalar(system.poisoned), torch.nan, system.unit)
             gradients.log_row[where] = at.vector(system.r * unit * alpha)
             gradients.log_col[where] = at.vector(system.c * unit * beta)
+
+
+def _unrounded(system: System, g: Tensor, eps: float) -> Tensor:
+    """A potential of logits so large that its rounding alone leaves no Newton step to make is found again from where it is."""
+    at = system.at
+    lost = g.abs().amax(at.line) * (_LOST * eps) > PURE_BELOW
+    if not may_look(lost) or not bool(lost.any()):
+        return g
+    index = lost.nonzero().squeeze(1)
+    some, start = system.take(index), g.index_select(at.batch, index)
+    f = torch.where(some.r == 0, 0.0, log_of(some.r) - some.at_potential(start, torch.zeros_like(start)).log_sums)
+    base, fine, _ = run(some, f, _MOST_STEPS, _FOUND)
+    return g.index_copy(at.batch, index, base + fine)
 
 
 def _at_fixed_point(system: System, g: Tensor) -> Tensor:

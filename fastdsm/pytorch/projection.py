@@ -93,7 +93,7 @@ def sinkhorn_backward(
 
 
 def _backward_by_parts(
-    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, grad_potentials: Pair | None
+    problem: Problem, grad_plan: Tensor, gradients: Gradients, sweeps: Tensor | None, grad_potentials: Pair | None = None
 ) -> None:
     for part in parts(problem, backward=True, target=gradients.logits):
         chunk, at = part.chunk, part.chunk.layout

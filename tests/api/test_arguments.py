@@ -202,15 +202,59 @@ def test_attention_without_lines(lead: tuple[int, ...], n: int, m: int, backend:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-def test_marginals_whose_totals_a_mask_parts(backend: str) -> None:
+def test_marginals_whose_totals_logits_part(backend: str) -> None:
     """What is left of the columns is ten times what is left of the rows: bounded, and rows are exact, after any sweeps."""
-    mask = torch.tensor([[True, True], [False, False]])
-    options: dict[str, Any] = {"row_marginal": torch.tensor([1.0, 9.0]), "col_marginal": torch.tensor([5.0, 5.0]), "mask": mask}
+    options: dict[str, Any] = {"row_marginal": torch.tensor([1.0, 9.0]), "col_marginal": torch.tensor([5.0, 5.0])}
+    logits = torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]])
     for n_iters in (1, 8, 40):
-        plan, plain = (
-            fastdsm.sinkhorn(torch.zeros(2, 2), n_iters=n_iters, backend=by, **options) for by in (backend, "reference")
-        )
+        plan, plain = (fastdsm.sinkhorn(logits, n_iters=n_iters, backend=by, **options) for by in (backend, "reference"))
         assert_within(plan, torch.tensor([[0.5, 0.5], [0.0, 0.0]], dtype=torch.float64), plain)
+    mask = logits.isfinite()
+    for marginals in (options, {"row_marginal": 1.0, "col_marginal": 1.0}):  # a mask's lines are known
+        with pytest.raises(ValueError, match="equal totals"):
+            fastdsm.sinkhorn(logits, mask=mask, backend=backend, **marginals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_marginals_rounded_to_16_bits_share_the_rows_total(dtype: torch.dtype, first: str) -> None:
+    row, col = torch.randn(200, 9).softmax(-1).to(dtype), torch.randn(200, 7).softmax(-1).to(dtype)
+    apart = (row.double().sum(-1) - col.double().sum(-1)).abs()
+    assert (apart > 1e-4).any()
+    logits = torch.randn(200, 9, 7)
+    plan, info = fastdsm.sinkhorn(logits, row_marginal=row, col_marginal=col, first=first, n_iters=200, return_info=True)
+    assert info.residual.max() < 1e-5
+    assert (plan.sum((-2, -1)) - row.float().sum(-1)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"equal totals \(to 0.0[03]"):
+        fastdsm.sinkhorn(logits, row_marginal=row, col_marginal=1.2 * col, first=first)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("first", ["col", "row"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_marginals_that_are_scaled(first: str, masked: bool, backend: str) -> None:
+    row, col = torch.rand(2, 4, dtype=torch.float64) + 0.2, torch.rand(2, 5, dtype=torch.float64) + 0.2
+    mask = torch.ones(2, 4, 5, dtype=torch.bool)
+    if masked:
+        mask[:, 2], mask[:, :, 3] = False, False
+    shares = [(x * m).sum(-1, keepdim=True) for x, m in ((row, mask.any(-1)), (col, mask.any(-2)))]
+    row, col = (x / share for x, share in zip((row, col), shares, strict=True))
+    logits, cotangent = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+
+    def loss(row: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
+        plan = fastdsm.sinkhorn(logits, row_marginal=row, col_marginal=col, first=first, mask=mask, n_iters=6, backend=backend)
+        return (plan * cotangent).sum()
+
+    assert torch.autograd.gradcheck(loss, (row.requires_grad_(), col.requires_grad_()), eps=1e-7, atol=1e-6)
+
+
+def test_totals_that_cannot_be_looked_at_give_nan() -> None:
+    logits, row, col = torch.randn(3, 4, 4), torch.ones(3, 4), torch.ones(3, 4)
+    col[1] *= 1.1
+    call = torch.compile(lambda c: fastdsm.sinkhorn(logits, row_marginal=row, col_marginal=c), backend="aot_eager")
+    found = call(col)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[::2], fastdsm.sinkhorn(logits[::2], row_marginal=row[::2], col_marginal=col[::2]))
 
 
 @pytest.mark.parametrize("first", ["col", "row"])

@@ -35,7 +35,7 @@ DOORS = [
         "finfo.min is a logit",
     ),
     Change(
-        "fastdsm/attention.py",
+        "fastdsm/_ops/attention_call.py",
         "paddings[k] = unmet if padding is None else padding | unmet",
         "paddings[k] = padding",
         (f"{_MASKS}::test_what_lies_under_a_mask_is_never_used",),

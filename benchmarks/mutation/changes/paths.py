@@ -322,8 +322,8 @@ MODULES = [
     ),
     Change(
         "fastdsm/_ops/arguments.py",
-        "if max(-float(low), float(high)) <= _TOTAL_TOLERANCE * float(rows.min()):",
-        "if max(float(low), float(high)) <= _TOTAL_TOLERANCE * float(rows.min()):",
+        "if abs(least - 1.0) <= tolerance and abs(most - 1.0) <= tolerance:",
+        "if abs(most - 1.0) <= tolerance:",
         (f"{_ARGUMENTS}::test_totals_agree_to_a_ten_thousandth", f"{_ARGUMENTS}::test_errors"),
         "columns that weigh more than rows",
     ),
