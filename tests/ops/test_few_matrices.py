@@ -191,6 +191,13 @@ def test_three_ways_in_one_batch(n: int) -> None:
     check(mixed, cotangent)
 
 
+def test_products_leave_wild_matrices_beside_tame_ones() -> None:
+    """Columns that one row alone would fill: in the one K of products float32 has nothing else for them."""
+    logits = torch.randn(3, 64, 64)
+    logits[1, 1:, :60] -= 100.0
+    check(logits, torch.randn(3, 64, 64))
+
+
 @pytest.mark.parametrize(("batch", "n"), [(1, 4), (5, 16), (3, 64)])
 def test_a_second_call_gives_the_same(batch: int, n: int) -> None:
     logits, cotangent = torch.randn(batch, n, n), torch.randn(batch, n, n)
