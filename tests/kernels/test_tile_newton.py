@@ -80,6 +80,26 @@ def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float) -> None
     torch.testing.assert_close(found.plan, known.plan, atol=TOL, rtol=0)
 
 
+@pytest.mark.parametrize(("n", "std"), [(5, 16.0), (8, 30.0)])
+def test_uneven_marginals_take_no_more_steps_either(n: int, std: float) -> None:
+    """With an even one steps around 0 leave the linear part of the dual alone; here it decides which are refused."""
+    col = torch.rand(8, n, generator=torch.Generator().manual_seed(n)) + 0.1
+    col *= n / col.sum(1, keepdim=True)
+    problem = Problem(random_logits(n, n, std, 8), 60, row_marginal=torch.ones(8, n), col_marginal=col, tol=TOL)
+    found, known = newton(problem), newton(problem, pytorch)
+    assert found.sweeps is not None
+    assert known.sweeps is not None
+    assert (known.residual <= TOL).all()
+    assert (found.residual <= TOL).all()
+    assert (found.sweeps <= known.sweeps + 1).all()
+
+
+def test_a_matrix_that_whole_steps_never_solve() -> None:
+    """Of logit std 100: only with steps refused that raise the dual, and made again damped, it does not go round in circles."""
+    logits = 100.0 * torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(2))[6:]
+    assert (newton(Problem(logits, 60, tol=TOL)).residual <= TOL).all()
+
+
 @pytest.mark.parametrize("n_iters", [0, 1])
 def test_a_row_step_and_one_sweep(n_iters: int) -> None:
     for unit_rows in (True, False):

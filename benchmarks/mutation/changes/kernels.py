@@ -98,7 +98,7 @@ REGISTERS = [
         "kernels/registers/newton.py",
         "total += tl.where(share[j] > 0.0, potential[j], 0.0)",
         "total += potential[j]",
-        (f"{_NEWTON}::test_masks_and_excluded_lines", f"{_NEWTON}::test_excluded_lines_of_packed_matrices"),
+        (f"{_NEWTON}::test_potentials_keep_the_mean_of_columns_that_take_part",),
         "the mean of a potential over excluded columns too",
     ),
     Change(
@@ -179,14 +179,14 @@ TILE = [
         "kernels/tile/newton.py",
         "refused = (residual >= PURE_BELOW) & ~damped & ~fallen",
         "refused = damped & ~damped",
-        (f"{_TILE_NEWTON}::test_no_more_steps_than_the_pytorch_path",),
+        (f"{_TILE_NEWTON}::test_a_matrix_that_whole_steps_never_solve",),
         "steps that raise the dual are taken",
     ),
     Change(
         "kernels/tile/newton.py",
         "return sums, residual, vector_sum(r * L) - vector_sum(aim * (base + fine))",
         "return sums, residual, vector_sum(r * L)",
-        (f"{_TILE_NEWTON}::test_no_more_steps_than_the_pytorch_path",),
+        (f"{_TILE_NEWTON}::test_uneven_marginals_take_no_more_steps_either",),
         "the dual without its linear part",
     ),
     Change(
