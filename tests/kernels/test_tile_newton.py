@@ -19,6 +19,7 @@ from fastdsm import pytorch
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import SIGMA2_TOL, Target
+from fastdsm.kernels.common.configuration import Configuration, finite_jit
 from fastdsm.kernels.tile import laplacian as tile_laplacian
 from fastdsm.kernels.tile import launch as tile
 from fastdsm.kernels.tile import launch_converged as tile_converged
@@ -139,6 +140,30 @@ def test_sweeps_alone_where_they_arrive() -> None:
     assert (hard.sweeps > 1).all()
     truth = fastdsm.reference.sinkhorn(random_logits(16, 16, 1.0).double(), n_iters=200)
     torch.testing.assert_close(easy.plan.double(), truth, atol=TOL, rtol=0)
+
+
+@finite_jit
+def _eliminated_fwd_kernel(w_ptr, b_ptr, ground_ptr, d_ptr, m: tl.int32, P: tl.constexpr):
+    """One system of ``m`` columns, P in code."""
+    j = tl.arange(0, P)[None, :]
+    edges = tl.load(w_ptr + j[:, :, None] * P + j[:, None, :])
+    tl.store(d_ptr + j, tile_laplacian.eliminated(edges, tl.load(b_ptr + j), tl.load(ground_ptr + j), m))
+
+
+@pytest.mark.interpreter
+def test_elimination_of_grounded_columns() -> None:
+    """Edges and grounds of all sizes from 1e-6 to 1: a solution of positive numbers, each of which keeps its digits."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 10.0 ** (-6 * torch.rand(8, 8, generator=generator))
+    edges = (scale * scale.mT).sqrt()
+    ground, b = 10.0 ** (-6 * torch.rand(8, generator=generator)), torch.rand(8, generator=generator)
+    found = torch.full_like(b, torch.nan)
+    Configuration(_eliminated_fwd_kernel, {}, {"P": 8}, 1, 1).launch(
+        1, w_ptr=edges, b_ptr=b, ground_ptr=ground, d_ptr=found, m=8
+    )
+    others = edges.double().fill_diagonal_(0.0)
+    exact = torch.linalg.solve(torch.diag(others.sum(1) + ground.double()) - others, b.double())
+    torch.testing.assert_close(found.double(), exact, rtol=64 * EPS, atol=0)
 
 
 @pytest.mark.interpreter
