@@ -96,6 +96,17 @@ def test_options_together(size: tuple[int, int], first: str) -> None:
     check(logits[support].masked_fill(~mask[support], -torch.inf), first=first)
 
 
+@pytest.mark.parametrize("size", [(4, 4), (12, 9), (40, 40)])
+def test_totals_that_differ(size: tuple[int, int]) -> None:
+    """As far as they may. Columns have their shares of the rows' total, to the tolerance."""
+    n, m = size
+    row, col = torch.rand(4, n) + 0.3, torch.rand(4, m) + 0.3
+    col *= (1 + 9e-5) * row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True)
+    plan = fastdsm.sinkhorn(torch.randn(4, n, m) * 2, row_marginal=row, col_marginal=col, solver="newton")
+    share = col.double() * (row.double().sum(-1, keepdim=True) / col.double().sum(-1, keepdim=True))
+    assert ((plan.double().sum(-2) / share - 1).abs() <= 1e-6).all()
+
+
 def test_blocks_that_nothing_connects() -> None:
     for size in (3, 6):
         mask = torch.block_diag(*[torch.ones(size, size)] * 2).bool()

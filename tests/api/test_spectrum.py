@@ -13,6 +13,8 @@ from fastdsm._ops.krylov import _top_on_device
 from fastdsm.pytorch import spectrum
 from fastdsm.pytorch.spectrum import METHODS
 
+from ..tolerances import assert_within
+
 SIZES = ((1, 1), (1, 5), (2, 2), (3, 3), (4, 4), (5, 9), (8, 8), (16, 16), (40, 12), (64, 64), (100, 100))
 
 
@@ -122,6 +124,13 @@ def test_multiplicity() -> None:
         torch.testing.assert_close(fastdsm.sigma2(plan, method=method), torch.tensor(1.0), rtol=1e-5, atol=0)
     lower, upper = fastdsm.sigma2_bounds(plan)
     assert lower <= 1 <= upper <= 1.001
+
+
+def test_two_values_close_together() -> None:
+    """0.9 and 6e-5 below it: of four lines or fewer the policy leaves no room for what few squarings keep of the second."""
+    second = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64) / 6**0.5
+    plan = (0.1 / 3 + 0.9 * (torch.eye(3) - 6e-5 * second.outer(second))).float()
+    assert_within(fastdsm.sigma2(plan), reference.sigma2(plan.double()), reference.sigma2(plan))
 
 
 def test_uniform_is_zero() -> None:

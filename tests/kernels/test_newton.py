@@ -255,6 +255,18 @@ def test_excluded_lines_of_packed_matrices(lines: int) -> None:
 
 
 @packed_sizes
+def test_potentials_keep_the_mean_of_columns_that_take_part(lines: int) -> None:
+    """They are known but for a constant; the oracle's steps, too, leave the mean of g where the first column step put it."""
+    logits = random_logits(lines, lines, 2.0)
+    logits[::2, :, 0] = -torch.inf
+    problem = Problem(logits, 20, tol=TOL)
+    found, truth = newton(problem), oracle(problem, logits.double())
+    allowed = 2 * amplified(problem, truth)[0].squeeze(-1)
+    assert ((found.g - truth.g).abs() <= allowed).all()
+    assert ((found.f - truth.f).abs() <= allowed).all()
+
+
+@packed_sizes
 def test_without_support_everything_stays_finite_and_is_flagged(lines: int) -> None:
     logits = random_logits(lines, lines, 2.0)
     logits[:, 1:, :2] = -torch.inf  # two columns that only row 0 can fill

@@ -136,6 +136,14 @@ def test_squaring_of_the_largest_tile(dtype: torch.dtype, chosen: slice) -> None
     assert (upper <= 1.001 * lower).all(), upper / lower
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 4])
+def test_bounds_at_every_share_of_a_binade(n: int, dtype: torch.dtype) -> None:
+    """Powers of two are taken out of M and of each square: which ones goes with the size of M."""
+    away = dsm(n, 1.0, 1) - 1 / n
+    assert_spectrum(torch.stack([1 / n + 2.0 ** (-k / 8) * away for k in range(8)]).to(dtype))
+
+
 @pytest.mark.parametrize("n", [4, 23])
 def test_squaring_is_exact_with_a_gap(n: int) -> None:
     chosen = plans(n)

@@ -64,6 +64,17 @@ def test_many_sweeps_of_large_logits() -> None:
     check(Problem(logits_of(1, 3, 40, 30.0), 11))
 
 
+def test_large_logits_are_rounded_alike_in_all_passes() -> None:
+    """By 1e-4 next to a thousand, which is then a change of the logits: rows are exact, and columns converge, all the same."""
+    problem = Problem(logits_of(2, 5, 6) + 1000.0 * torch.randn(2, 5, 1), 30)
+    found = empty_outputs(problem)
+    stream.sinkhorn_forward(problem, found)
+    columns = found.plan.double().sum(-2) / (5 / 6)
+    for off in ((found.plan.double().sum(-1) - 1.0).abs(), (columns - 1.0).abs(), found.residual):
+        assert off is not None
+        assert (off <= 16 * torch.finfo(SINGLE).eps).all()
+
+
 def test_more_blocks_than_one_reduction_adds_at_once() -> None:
     check_forward(Problem(logits_of(1, 16 * 33, 3), 1), stream)
 

@@ -210,6 +210,17 @@ def test_large_logits_of_16_bits(dtype: torch.dtype) -> None:
     assert [record for record in records if not record.ok] == []
 
 
+@pytest.mark.parametrize(("n", "m"), [(5, 6), (12, 9)])
+def test_columns_of_a_gradient_sum_to_zero_whatever_the_potentials(n: int, m: int) -> None:
+    """A number added to a column moves no plan. Whole logits, and a start whose columns are right: exponents do not round."""
+    f0, near = (1000.0 * torch.randn(2, n)).round(), torch.randint(-2, 3, (2, n, m)).float()
+    col, row = near.exp().sum(1), torch.rand(2, n) + 0.5
+    row *= col.sum(1, keepdim=True) / row.sum(1, keepdim=True)
+    problem = Problem(near - f0[:, :, None], 1, f0=f0, row_marginal=row, col_marginal=col)
+    found = _run(problem, torch.randn(2, n, m)).logits
+    assert (found.double().sum(1).abs() <= 16 * torch.finfo(torch.float32).eps * found.abs().amax()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "m", "n_iters"), [(4, 3, 20), (9, 12, 20)])
 def test_dtypes(dtype: torch.dtype, n: int, m: int, n_iters: int) -> None:

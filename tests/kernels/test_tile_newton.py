@@ -19,6 +19,7 @@ from fastdsm import pytorch
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import SIGMA2_TOL, Target
+from fastdsm.kernels.common.configuration import Configuration, finite_jit
 from fastdsm.kernels.tile import laplacian as tile_laplacian
 from fastdsm.kernels.tile import launch as tile
 from fastdsm.kernels.tile import launch_converged as tile_converged
@@ -80,6 +81,26 @@ def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float) -> None
     torch.testing.assert_close(found.plan, known.plan, atol=TOL, rtol=0)
 
 
+@pytest.mark.parametrize(("n", "std"), [(5, 16.0), (8, 30.0)])
+def test_uneven_marginals_take_no_more_steps_either(n: int, std: float) -> None:
+    """With an even one steps around 0 leave the linear part of the dual alone; here it decides which are refused."""
+    col = torch.rand(8, n, generator=torch.Generator().manual_seed(n)) + 0.1
+    col *= n / col.sum(1, keepdim=True)
+    problem = Problem(random_logits(n, n, std, 8), 60, row_marginal=torch.ones(8, n), col_marginal=col, tol=TOL)
+    found, known = newton(problem), newton(problem, pytorch)
+    assert found.sweeps is not None
+    assert known.sweeps is not None
+    assert (known.residual <= TOL).all()
+    assert (found.residual <= TOL).all()
+    assert (found.sweeps <= known.sweeps + 1).all()
+
+
+def test_a_matrix_that_whole_steps_never_solve() -> None:
+    """Of logit std 100: only with steps refused that raise the dual, and made again damped, it does not go round in circles."""
+    logits = 100.0 * torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(2))[6:]
+    assert (newton(Problem(logits, 60, tol=TOL)).residual <= TOL).all()
+
+
 @pytest.mark.parametrize("n_iters", [0, 1])
 def test_a_row_step_and_one_sweep(n_iters: int) -> None:
     for unit_rows in (True, False):
@@ -119,6 +140,30 @@ def test_sweeps_alone_where_they_arrive() -> None:
     assert (hard.sweeps > 1).all()
     truth = fastdsm.reference.sinkhorn(random_logits(16, 16, 1.0).double(), n_iters=200)
     torch.testing.assert_close(easy.plan.double(), truth, atol=TOL, rtol=0)
+
+
+@finite_jit
+def _eliminated_fwd_kernel(w_ptr, b_ptr, ground_ptr, d_ptr, m: tl.int32, P: tl.constexpr):
+    """One system of ``m`` columns, P in code."""
+    j = tl.arange(0, P)[None, :]
+    edges = tl.load(w_ptr + j[:, :, None] * P + j[:, None, :])
+    tl.store(d_ptr + j, tile_laplacian.eliminated(edges, tl.load(b_ptr + j), tl.load(ground_ptr + j), m))
+
+
+@pytest.mark.interpreter
+def test_elimination_of_grounded_columns() -> None:
+    """Edges and grounds of all sizes from 1e-6 to 1: a solution of positive numbers, each of which keeps its digits."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 10.0 ** (-6 * torch.rand(8, 8, generator=generator))
+    edges = (scale * scale.mT).sqrt()
+    ground, b = 10.0 ** (-6 * torch.rand(8, generator=generator)), torch.rand(8, generator=generator)
+    found = torch.full_like(b, torch.nan)
+    Configuration(_eliminated_fwd_kernel, {}, {"P": 8}, 1, 1).launch(
+        1, w_ptr=edges, b_ptr=b, ground_ptr=ground, d_ptr=found, m=8
+    )
+    others = edges.double().fill_diagonal_(0.0)
+    exact = torch.linalg.solve(torch.diag(others.sum(1) + ground.double()) - others, b.double())
+    torch.testing.assert_close(found.double(), exact, rtol=64 * EPS, atol=0)
 
 
 @pytest.mark.interpreter

@@ -98,7 +98,7 @@ REGISTERS = [
         "kernels/registers/newton.py",
         "total += tl.where(share[j] > 0.0, potential[j], 0.0)",
         "total += potential[j]",
-        (f"{_NEWTON}::test_masks_and_excluded_lines", f"{_NEWTON}::test_excluded_lines_of_packed_matrices"),
+        (f"{_NEWTON}::test_potentials_keep_the_mean_of_columns_that_take_part",),
         "the mean of a potential over excluded columns too",
     ),
     Change(
@@ -129,7 +129,7 @@ TILE = [
         "kernels/tile/sweeps.py",
         "return K * over_rows(r * reciprocal(total)), f, exp(old_f + top) * quotient(total, r)",
         "return K * over_rows(r * reciprocal(total)), f, exp(old_f - f)",
-        (f"{_TILE}::test_large_logits",),
+        (f"{_TILE}::test_columns_of_a_gradient_sum_to_zero_whatever_the_potentials",),
         "the backward's factor of a log sweep with the rounding of f",
     ),
     Change(
@@ -179,14 +179,14 @@ TILE = [
         "kernels/tile/newton.py",
         "refused = (residual >= PURE_BELOW) & ~damped & ~fallen",
         "refused = damped & ~damped",
-        (f"{_TILE_NEWTON}::test_no_more_steps_than_the_pytorch_path",),
+        (f"{_TILE_NEWTON}::test_a_matrix_that_whole_steps_never_solve",),
         "steps that raise the dual are taken",
     ),
     Change(
         "kernels/tile/newton.py",
         "return sums, residual, vector_sum(r * L) - vector_sum(aim * (base + fine))",
         "return sums, residual, vector_sum(r * L)",
-        (f"{_TILE_NEWTON}::test_no_more_steps_than_the_pytorch_path",),
+        (f"{_TILE_NEWTON}::test_uneven_marginals_take_no_more_steps_either",),
         "the dual without its linear part",
     ),
     Change(
@@ -209,15 +209,14 @@ TILE = [
         "_LEAST_DEGREE = tl.constexpr(0.0)",
         (f"{_TILE_NEWTON}::test_conjugate_gradients_serve_where_they_are_quick[16-16]",),
         "conjugate gradients where a column has next to no edges",
+        equivalent="what H loses to the subtraction is below the ground of four units that either way adds to it; and where "
+        "conjugate gradients do not arrive there is elimination: only steps are lost",
     ),
     Change(
         "kernels/tile/laplacian.py",
         "ground += weights * (own_ground * inverse)[:, None]",
         "ground += 0.0 * weights",
-        (
-            f"{_TILE_NEWTON}::test_no_more_steps_than_the_pytorch_path",
-            f"{_TILE_NEWTON}::test_rows_of_small_gradients_sum_to_zero",
-        ),
+        (f"{_TILE_NEWTON}::test_elimination_of_grounded_columns",),
         "the ground of columns that are eliminated",
     ),
     Change(
@@ -276,7 +275,7 @@ PANEL = [
         "kernels/common/line_sweeps.py",
         "u = tl.where(total == 0, 1.0, r / total)\n        partial += kernel * u[None, :, None]\n        if HISTORY",
         "u = tl.where(total == 0, 1.0, 1.0)\n        partial += kernel * u[None, :, None]\n        if HISTORY",
-        (f"{_PANEL}::test_forward_of_every_size[1-33-70-200.0-8]",),
+        (f"{_PANEL}::test_rows_are_exact_whatever_the_potentials",),
         "row sums with the rounding of large potentials",
     ),
     Change(
