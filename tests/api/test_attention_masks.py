@@ -129,3 +129,27 @@ def test_gradient_of_a_temperature_in_an_empty_batch() -> None:
     for bias in (None, torch.randn(3, 3)):
         out = fastdsm.sinkhorn_attention(query, query, query, bias, temperature=temperature)
         assert torch.autograd.grad(out.sum(), temperature)[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_bool_mask_and_a_floating_padding_mask_hold_both(backend: str) -> None:
+    query, key, value = (torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = (torch.rand(2, 3, 5, 5) > 0.3) | torch.eye(5, dtype=torch.bool)
+    added = torch.randn(2, 5, dtype=torch.float64)
+    added[1, 4] = -torch.inf
+    both = added[:, None, None, :].masked_fill(~mask, -torch.inf)
+
+    def loss(query: torch.Tensor, *masks: torch.Tensor | None) -> torch.Tensor:
+        attn_mask, padding = masks
+        return (
+            fastdsm.sinkhorn_attention(query, key, value, attn_mask, key_padding_mask=padding, backend=backend).square().sum()
+        )
+
+    (found, truth) = (
+        torch.autograd.grad(loss(query, *given), query, create_graph=True)[0] for given in ((mask, added), (both, None))
+    )
+    assert (found - truth).abs().max() < 1e-12
+    # and the second derivative, which is the oracle's
+    direction = torch.randn_like(query)
+    found, truth = (torch.autograd.grad((x * direction).sum(), query)[0] for x in (found, truth))
+    assert (found - truth).abs().max() < 1e-12

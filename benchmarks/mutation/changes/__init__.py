@@ -5,6 +5,7 @@ from .doors import DOORS
 from .judges import JUDGES
 from .kernels import KERNELS
 from .paths import PATHS
+from .potentials import POTENTIALS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *DOORS, *DIAGNOSTICS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *DOORS, *POTENTIALS, *DIAGNOSTICS, *JUDGES]
