@@ -12,8 +12,8 @@ and with D the cotangent of P, the adjoint goes back through these very steps, d
 of which the last, for k = 0, is dS. A step rounds each entry of X by itself, where potentials round whole lines alike, and what
 sweeps raise from far below, in matrices next to no support, keeps the rounding of every step. So this is for logits within
 ``RANGE`` nats and up to ``MOST_SWEEPS``: of 3,024 matrices there (2x2 to 16x16; normal, two-valued, triangular, with columns
-that one row alone fills; 1, 20 and 128 sweeps) the largest share of the error policy's budget was 0.62. Some of 45 nats took 2.4
-times the budget after 60 sweeps, of 115 nats 8 times after 120.
+that one row alone fills; 1, 20 and 128 sweeps) the largest share of the error policy's budget was 0.62. Some of 45 nats took
+2.4 times the budget after 60 sweeps, of 115 nats 8 times after 120.
 """
 
 from __future__ import annotations
