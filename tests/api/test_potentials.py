@@ -60,6 +60,20 @@ def test_gradient(shape: tuple[int, int, int], first: str, option: str, solver: 
         assert (x - truth).abs().max() < 1e-9 * largest
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_cotangents_of_lines_that_take_no_part_are_ignored(solver: dict[str, Any]) -> None:
+    leaves, options = problem("mask", (6, 4, 5), "col")
+    logits = leaves[0].requires_grad_()
+    _, info = fastdsm.sinkhorn(logits, return_info=True, **options, **solver)
+    cotangent = torch.randn_like(info.f)
+    found = []
+    for x in (0.0, torch.nan):
+        cotangent[:, 0] = x
+        found.append(torch.autograd.grad(info.f, logits, cotangent, retain_graph=True)[0])
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
 def test_of_float32_and_of_kernels_is_the_oracles() -> None:
     logits = torch.randn(9, 6, 6) * 2
     for backend in ("torch", "triton"):

@@ -39,3 +39,12 @@ def test_a_step_that_is_rounding_does_not_move_a_converged_plan() -> None:
     assert isinstance(plan, torch.Tensor)
     assert info.converged.double().mean() > 0.5
     assert ((plan.sum(-2) - 1).abs().amax(-1)[info.converged] <= 1e-6).all()
+
+
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_columns_are_scaled_to_the_rows_total(first: str) -> None:
+    logits, row, col = torch.randn(2, 3, 4).double(), torch.rand(2, 3).double() + 0.1, torch.rand(2, 4).double() + 0.1
+    plan = reference.sinkhorn(logits, row_marginal=row, col_marginal=col, first=first, n_iters=300)
+    assert isinstance(plan, torch.Tensor)
+    assert (plan.sum(-1) - row).abs().max() < 1e-12
+    assert (plan.sum(-2) - col * (row.sum(-1) / col.sum(-1)).unsqueeze(-1)).abs().max() < 1e-12

@@ -114,6 +114,13 @@ def test_newtons_method_takes_a_good_start_as_it_is() -> None:
     assert cold.converged.all()
     _, warm = fastdsm.sinkhorn(logits, solver="newton", n_iters=100, f0=cold.f, return_info=True)
     assert (warm.sweeps <= 2).all()
+    _, close = fastdsm.sinkhorn(
+        logits, solver="newton", n_iters=100, f0=cold.f + 1e-2 * torch.randn_like(cold.f), return_info=True
+    )
+    slow = close.sweeps > 1  # those that the sweeps of the first step do not solve
+    assert slow.any()
+    assert (close.sweeps[slow] <= 6).all()
+    assert (cold.sweeps[slow] >= 9).all()
     # potentials are in units of logits / temperature
     _, colder = fastdsm.sinkhorn(logits, temperature=0.99, solver="newton", n_iters=100, f0=cold.f / 0.99, return_info=True)
     assert colder.converged.all()
