@@ -38,6 +38,11 @@ def lowered(mask: Tensor) -> Tensor:
     return mask.masked_fill(taken_out(mask), -torch.inf)
 
 
+def joined(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """One mask, floating where there is a bias, for two that hold both."""
+    return mask if bias is None else bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
 def met_lines(taking_part: Tensor, queries_out: Tensor | None, keys_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which queries meet a key, and which keys a query, under a mask.
 

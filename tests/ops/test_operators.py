@@ -131,12 +131,6 @@ def test_transforms_of_any_batch_shape(options: dict[str, Any], batch: tuple[int
     torch.testing.assert_close(torch.vmap(torch.func.jacrev(plan))(x)[0], jacobian)
 
 
-def test_forward_mode_is_an_error_not_a_silent_zero() -> None:
-    x = torch.randn(2, 3, 3)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(project, (x,), (x,))
-
-
 def _projection_inputs(x: Tensor) -> tuple[object, ...]:
     return (x, None, None, None, None, None, 1.0, 5, True, -1.0, "torch")
 
