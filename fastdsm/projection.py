@@ -221,6 +221,8 @@ class _Call:
         if self.looked_at:
             arguments.check_temperatures(tensors[1])
             arguments.check_marginals(tensors[3], tensors[4])
+        if not plain and tensors[1] is None and arguments.is_symbol(scale):
+            scale, tensors = 1.0, (tensors[0], arguments.filled(scale, tensors[0].shape[:1], tensors[0]), *tensors[2:])
         follows = transforms.backward_may_follow(tensors)
         if plain and not follows:
             if self.run is None:

@@ -131,7 +131,7 @@ class _Call:
         else:
             logits, target, *rest = tensors
             if not isinstance(target, Tensor):
-                target = torch.full(logits.shape[:1], target, dtype=compute_dtype(logits.dtype), device=logits.device)
+                target = arguments.filled(target, logits.shape[:1], logits)
             temperature, reached = _differentiable(logits, target, *rest, *self.options)
         temperature, reached = arguments.unflattened((temperature, reached), self.batch)
         return temperature, reached
