@@ -224,7 +224,7 @@ def near_fixed_point(
     potentials' values are those given; their derivative is the one of least norm.
     """
     at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
-    start = potential = (g if first == "col" else f).detach().to(at.S.dtype)
+    start = potential = (g if first == "col" else f).detach().to(at.S.dtype).masked_fill(at.poisoned.unsqueeze(-1), 0.0)
     for _ in range(2):
         potential = potential + at.newton_step(potential)
     slope = at.plan(potential)

@@ -201,12 +201,15 @@ def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def is_symbol(number: Any) -> bool:
-    """Whether torch.compile has a number as a symbol. As an operator's float it would be a constant, and compiled for anew."""
+    """Whether torch.compile has a number as a symbol, which as an operator's float would be a constant, compiled for anew.
+
+    1, the usual default, may be that: with dynamic=True defaults are symbols too.
+    """
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
 
-    return not has_static_value(number)
+    return not has_static_value(number) and number != 1.0
 
 
 def filled(number: float, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def thread_is_plain() -> bool:
 
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a forward-mode derivative may be asked for. Inside functorch, which wraps tangents, wherever it has a level."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Whether a forward-mode derivative may be asked for: inside functorch or a compiler, who wrap tangents, at any level."""
+    if forward_ad._current_level < 0:
         return False
-    return _C._are_functorch_transforms_active() or any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
+    if torch.compiler.is_compiling() or _C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_plain(x: Tensor) -> bool:

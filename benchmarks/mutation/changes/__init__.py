@@ -4,7 +4,8 @@ from .diagnostics import DIAGNOSTICS
 from .doors import DOORS
 from .judges import JUDGES
 from .kernels import KERNELS
+from .modes import MODES
 from .paths import PATHS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *DOORS, *DIAGNOSTICS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *DIAGNOSTICS, *JUDGES]
