@@ -91,8 +91,9 @@ def sinkhorn_attention_sigma2(
 
     Returns:
         (..., H), float32 (float64 for float64): ||M v2||, a lower bound up to rounding. Differentiable in what the plan is
-        differentiable in, by u2 v2^T; at multiplicity one element of the subdifferential. With ``return_bounds`` also
-        (lower, upper), not differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
+        differentiable in, by u2 v2^T; at multiplicity one element of the subdifferential. Forward mode, second derivatives and
+        torch.func store every head's matrix and take its full SVD, in float64. With ``return_bounds`` also (lower, upper), not
+        differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
         hold, tight once a few singular values carry the rest, at the price of one more pass.
     """
     if not accuracy > 0:

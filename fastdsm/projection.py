@@ -74,7 +74,8 @@ def sinkhorn(
         n_iters: sweeps, >= 0, default 20. 0 is one normalisation of the side that is exact at the end (a row softmax for
             "col"). With "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20
             serve logits up to a standard deviation of 16, 60 up to 100.
-        temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
+        temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable. torch.compile serves
+            all floats by one graph; a tensor that is made of one inside a compiled function is a constant to it.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with
             "newton" is 1e-6, 1e-12 for float64.
@@ -101,6 +102,9 @@ def sinkhorn(
 
     Returns:
         The plan, like logits; with ``return_info`` also residual, converged and sweeps, and f and g, which are differentiable.
+        Derivatives of reverse and forward mode (torch.func, torch.autograd.forward_ad) may be nested. Where an input carries a
+        tangent the call is made of torch's own operations, in float64: far slower, and a reverse pass through it keeps a matrix
+        for each half sweep. Residual, converged and sweeps have no tangent.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
