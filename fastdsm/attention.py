@@ -130,7 +130,8 @@ def sinkhorn_attention(
 
     Returns:
         (..., H, N, e) in value's dtype. Differentiable in query, key, value, a floating attn_mask, temperature and f0, and so
-        are f and g of an :class:`AttentionInfo`.
+        are f and g of an :class:`AttentionInfo`. Forward mode and second derivatives, for dropout_p=0 alone, store every head's
+        matrix in float64, as for :func:`fastdsm.sinkhorn`.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.

@@ -91,8 +91,9 @@ def sinkhorn_attention_sigma2(
 
     Returns:
         (..., H), float32 (float64 for float64): ||M v2||, a lower bound up to rounding. Differentiable in what the plan is
-        differentiable in, by u2 v2^T; at multiplicity one element of the subdifferential. With ``return_bounds`` also
-        (lower, upper), not differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
+        differentiable in, by u2 v2^T; at multiplicity one element of the subdifferential. Forward mode, second derivatives and
+        torch.func store every head's matrix and take its full SVD, in float64. With ``return_bounds`` also (lower, upper), not
+        differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
         hold, tight once a few singular values carry the rest, at the price of one more pass.
     """
     if not accuracy > 0:
@@ -107,18 +108,8 @@ def sinkhorn_attention_sigma2(
         query, key, _, mask, _ = call.operands
         value = call.restore(reference.sinkhorn_attention_sigma2(query, key, mask, **call.keywords))
         return (value, value.detach(), value.detach()) if return_bounds else value
-    tensors = list(call.inputs)
-    with torch.no_grad():
-        arguments = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
-        value, u, v, upper = torch.ops.fastdsm.sinkhorn_attention_sigma2(*arguments, accuracy, max_steps, return_bounds)
-    lower = value
-    if transforms.backward_may_follow(call.inputs):
-        # u^T P v with fixed vectors has the gradient; its value, from other sweeps, is replaced by the one that was measured.
-        heads = call.operands[0].shape[1]
-        tensors[1] = tensors[1].repeat_interleave(heads // tensors[1].shape[1], dim=1)
-        tensors[2] = v.unsqueeze(-1)
-        bilinear = (transforms.sinkhorn_attention(*tensors, False, True)[0].squeeze(-1) * u).sum(-1)
-        value = value + (bilinear - bilinear.detach())
+    value, _, _, upper = transforms.sinkhorn_attention_sigma2(*call.inputs, accuracy, max_steps, return_bounds)
     if not return_bounds:
         return call.restore(value)
+    lower = value.detach()
     return call.restore(value), call.restore(lower * (1 - 64 * torch.finfo(lower.dtype).eps)), call.restore(upper)

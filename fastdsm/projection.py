@@ -75,7 +75,8 @@ def sinkhorn(
             "col"). With "newton" a cap on the steps, of which the first is a sweep or, unless it is the last, several: 20
             serve logits up to a standard deviation of 16, 60 up to 100, and on the PyTorch path, which warms cold problems
             by itself, of any size.
-        temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable.
+        temperature: > 0, a float or a tensor broadcastable to the batch shape (...,), then differentiable. torch.compile serves
+            all floats by one graph; a tensor that is made of one inside a compiled function is a constant to it.
         first: "col" or "row", the side normalised first in a sweep.
         tol: None, or a relative residual >= 0 at which each matrix stops by itself, after at most n_iters sweeps. None with
             "newton" is 1e-6, 1e-12 for float64.
@@ -105,6 +106,9 @@ def sinkhorn(
 
     Returns:
         The plan, like logits; with ``return_info`` also residual, converged and sweeps, and f and g, which are differentiable.
+        Derivatives of reverse and forward mode (torch.func, torch.autograd.forward_ad) may be nested. Where an input carries a
+        tangent the call is made of torch's own operations, in float64: far slower, and a reverse pass through it keeps a matrix
+        for each half sweep. Residual, converged and sweeps have no tangent.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
@@ -229,6 +233,8 @@ class _Call:
                 row, col, mask = tensors[3:]
                 col = arguments.equalised(row, col, mask, self.tolerance)
                 tensors = (*tensors[:4], col, tensors[5])
+        if not plain and tensors[1] is None and arguments.is_symbol(scale):
+            scale, tensors = 1.0, (tensors[0], arguments.filled(scale, tensors[0].shape[:1], tensors[0]), *tensors[2:])
         follows = transforms.backward_may_follow(tensors)
         if plain and not follows:
             if self.run is None:

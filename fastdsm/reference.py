@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops.marginals import marginals, valid_entries
+from ._ops.marginals import lines_taking_part, marginals, valid_entries
 from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum, default_tol
 
 
@@ -224,7 +224,7 @@ def near_fixed_point(
     potentials' values are those given; their derivative is the one of least norm.
     """
     at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
-    start = potential = (g if first == "col" else f).detach().to(at.S.dtype)
+    start = potential = (g if first == "col" else f).detach().to(at.S.dtype).masked_fill(at.poisoned.unsqueeze(-1), 0.0)
     for _ in range(2):
         potential = potential + at.newton_step(potential)
     slope = at.plan(potential)
@@ -281,8 +281,7 @@ def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
     plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type]
     row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
-    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)  # type: ignore[arg-type]
-    lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+    lines = lines_taking_part(logits, row, col, mask)  # type: ignore[arg-type]
     value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
     return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)
 

@@ -67,7 +67,8 @@ def sigma2(
 
     Returns:
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
-        marginals; at multiplicity one element of the subdifferential.
+        marginals; at multiplicity one element of the subdifferential. Forward mode, second derivatives and torch.func take a
+        full SVD.
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, plan)
@@ -83,7 +84,7 @@ def sigma2_bounds(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Certified interval of :func:`sigma2`: lower <= sigma2 <= upper, each (...,); not differentiable.
+    """Certified interval of :func:`sigma2`: lower <= sigma2 <= upper, each (...,); no gradient, no tangent.
 
     upper is ||(M^T M)^(2^k)||_F^(1 / 2^(k+1)), within the factor rank^(1 / 2^(k+2)) of sigma2 whatever the gaps; lower is
     the Rayleigh quotient of that power's largest column. Beyond 32 lines on a CPU: lower is ||M v|| of Lanczos' v, upper 1.0001

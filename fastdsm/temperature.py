@@ -9,19 +9,20 @@ how to set it so that sigma2 has a wanted value, and the derivative of that sett
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ._ops import arguments
-from ._ops.gradients import Gradients, padded, save, saved
+from ._ops import arguments, composed
+from ._ops.gradients import Gradients, padded, save, saved, through
 from ._ops.operators import LIBRARY, implement
 from ._ops.plain import KeptCalls
 from ._ops.problem import compute_dtype
 from ._ops.runs import TemperatureSearch, run_of
-from ._ops.temperature_search import matrices_of, root_gradients, search
-from ._ops.transforms import backward_may_follow
+from ._ops.temperature_search import matrices_of, near_root, root_gradients, search
+from ._ops.transforms import Call, backward_may_follow
 
 _INPUTS = (
     "Tensor logits, Tensor target, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, "
@@ -60,9 +61,8 @@ def temperature_for_sigma2(
         an accelerator, or a plan that n_iters steps leave unconverged. Two roots closer than a factor 1.28 may be passed
         over, and under a mask any root at which max |logits| / temperature is below atanh(target) / 16.
 
-        Differentiable in logits and target, by the implicit function theorem at convergence; zero gradient where not reached,
-        unbounded where sigma2's curve only touches the target. No second derivative, no torch.func.grad; torch.vmap runs a
-        call per slice.
+        Differentiable in logits and target, twice and in either mode, by the implicit function theorem at convergence; zero
+        gradient where not reached, unbounded where sigma2's curve only touches the target. torch.vmap runs a call per slice.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
@@ -133,8 +133,8 @@ class _Call:
         else:
             logits, target, *rest = tensors
             if not isinstance(target, Tensor):
-                target = torch.full(logits.shape[:1], target, dtype=compute_dtype(logits.dtype), device=logits.device)
-            temperature, reached = torch.ops.fastdsm.temperature_for_sigma2(logits, target, *rest, *self.options)
+                target = arguments.filled(target, logits.shape[:1], logits)
+            temperature, reached = _differentiable(logits, target, *rest, *self.options)
         temperature, reached = arguments.unflattened((temperature, reached), self.batch)
         return temperature, reached
 
@@ -189,11 +189,17 @@ def _context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> 
     save(ctx, inputs, temperature, reached)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
-    inputs, (temperature, reached) = saved(ctx)
+def _gradient(calls: Any, ctx: Any, grad: Tensor, _: Tensor | None) -> Gradients:
+    found: Any
+    inputs, found = saved(ctx)
     if torch.is_grad_enabled():
-        raise NotImplementedError("temperature_for_sigma2 has no second derivative; use backward without create_graph=True")
-    return padded(torch.ops.fastdsm.temperature_for_sigma2_backward(grad.contiguous(), temperature, reached, *inputs), inputs)
+        return through(partial(near_root, *found), inputs, ctx.needs_input_grad[: len(inputs)], grad)
+    return padded(torch.ops.fastdsm.temperature_for_sigma2_backward(grad.contiguous(), *found, *inputs), inputs)
 
 
-torch.library.register_autograd("fastdsm::temperature_for_sigma2", _gradient, setup_context=_context, lib=LIBRARY)
+def _composed(*inputs: Any) -> tuple[Tensor, Tensor]:
+    temperature, reached = composed.without_tangents("temperature_for_sigma2", *inputs)
+    return near_root(temperature, reached, *inputs), reached
+
+
+_differentiable = Call("temperature_for_sigma2", by_form=False, rules=(_context, _gradient, _composed))

@@ -200,6 +200,23 @@ def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:
         ) from None
 
 
+def is_symbol(number: Any) -> bool:
+    """Whether torch.compile has a number as a symbol, which as an operator's float would be a constant, compiled for anew.
+
+    1, the usual default, may be that: with dynamic=True defaults are symbols too.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    return not has_static_value(number) and number != 1.0
+
+
+def filled(number: float, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A number as a tensor in the compute dtype. A product, since a fill with a symbol is one with a constant, too."""
+    return torch.ones(shape, dtype=compute_dtype(like.dtype), device=like.device) * number
+
+
 def check_sigma2(target: float | Tensor, name: str) -> None:
     """In (0, 1), as far as values can be looked at."""
     if not isinstance(target, Tensor):

@@ -78,6 +78,8 @@ class Checked:
         self._lead = batch
         like = query[..., :1].expand(*query.shape[:-1], M)
         tau = arguments.temperature_of(temperature, like)
+        if not isinstance(tau, Tensor) and arguments.is_symbol(tau):
+            tau = arguments.filled(tau, like.shape[:-2], like)
         bias, mask = _attn_mask(attn_mask, query, M)
         paddings = []
         for x, name, length, role in (

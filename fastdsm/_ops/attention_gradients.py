@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import masks
+from . import composed
+from .attention_operators import TENSORS
 from .gradients import Calls, Gradients, padded, pulled, save, saved, through
 from .problem import compute_dtype
 
@@ -94,7 +94,7 @@ def _with_temperature(
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
     """The sum over the last two dimensions of a gradient times what it is of; where it is 0, x may be anything."""
-    return torch.where(gradient == 0, 0.0, gradient * x).sum((-2, -1), dtype=torch.float64)
+    return (gradient * x.nan_to_num(0.0, 0.0, 0.0)).sum((-2, -1), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -138,34 +138,15 @@ def _oracle_backward(
     grad_out: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, f: Tensor, g: Tensor, sweeps: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
     """What ``sinkhorn_attention_backward`` returns, from the oracle."""
-    query, key, value, bias, mask, temperature, query_padding, key_padding, seed, scale, tau, n_iters, *others = inputs
-    columns_first, tol, _, implicit, _, with_bias = others
-    if seed is not None or tol >= 0 or implicit:
-        raise NotImplementedError(
-            "sinkhorn_attention has a second derivative for dropout_p=0, tol=None and the unrolled gradient; otherwise use "
-            'backend="reference"'
-        )
+    query, key, value, bias, *others, with_bias = inputs
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        out, info = reference.sinkhorn_attention(
-            query,
-            key,
-            value,
-            masks.joined(bias, mask),
-            scale=scale,
-            key_padding_mask=key_padding,
-            query_padding_mask=query_padding,
-            temperature=tau if temperature is None else temperature,
-            n_iters=n_iters,
-            first="col" if columns_first else "row",
-            return_info=True,
-        )
-        return out, info.f, info.g
+    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        out, f, g, *_ = composed.sinkhorn_attention(query, key, value, bias, *others, False, True)
+        return out, f.squeeze(2), g.squeeze(2)
 
     leaves = (query, key, value) if bias is None else (query, key, value, bias)
-    gradients = pulled(lambda *x: attention(*x, *(None,) * (4 - len(x))), leaves, (grad_out, grad_f, grad_g))
-    d_bias = gradients[3] if with_bias else query.new_empty((0,))
-    return (*gradients[:3], d_bias)
+    gradients = pulled(attention, leaves, (grad_out, grad_f, grad_g))
+    return (*gradients[:3], gradients[3] if with_bias else query.new_empty((0,)))
 
 
 def _backward_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -179,7 +160,35 @@ def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients
     return through(_oracle_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
 
 
-AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "sinkhorn_attention": (_context, _gradient),
-    "sinkhorn_attention_backward": (_backward_context, _backward_gradient),
+def _sigma2_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    _, u, v, upper = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(u, v, upper)
+    save(ctx, inputs, u, v)
+
+
+def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> Gradients:
+    """Of u^T P v with fixed vectors, matrix-free; of the stored matrices' singular value where graphs go on."""
+    inputs, (u, v) = saved(ctx)
+    if grad is None:
+        return (None,) * len(inputs)
+    assert u is not None
+    assert v is not None
+    options, stored = inputs[TENSORS:], torch.is_grad_enabled()
+
+    def value(query: Tensor, key: Tensor, *others: Any) -> Any:
+        if stored:
+            return composed.sinkhorn_attention_sigma2(query, key, *others, *options)[0]
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        out = calls.sinkhorn_attention(query, key, v.unsqueeze(-1), *others[1:], *options[:-3], False, True)[0]
+        return (out.squeeze(-1) * u).sum(-1)
+
+    needed = [need and at != 2 for at, need in enumerate(ctx.needs_input_grad[:TENSORS])]
+    return padded(through(value, inputs[:TENSORS], needed, grad), inputs)
+
+
+AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "sinkhorn_attention": (_context, _gradient, composed.sinkhorn_attention),
+    "sinkhorn_attention_backward": (_backward_context, _backward_gradient, _oracle_backward),
+    "sinkhorn_attention_sigma2": (_sigma2_context, _sigma2_gradient, composed.sinkhorn_attention_sigma2),
 }

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .marginals import marginals_of, valid_entries
+from . import composed
+from .marginals import lines_taking_part, marginals_of, valid_entries
 from .problem import compute_dtype
 
 Gradients = tuple[Tensor | None, ...]
@@ -174,7 +175,7 @@ def _projection(needed: Sequence[bool], grad_plan: Tensor, backward: Backward, i
     d_logits, d_f0, d_log_row, d_log_col = backward(grad_plan, any(needed[2:5]), *inputs)
     gradients: list[Tensor | None] = [d_logits.to(dtype), None, d_f0.to(f0.dtype) if needed[2] else None, None, None]
     if needed[1]:
-        product = torch.where(d_logits == 0, 0.0, d_logits * logits)
+        product = d_logits * logits.nan_to_num(0.0, 0.0, 0.0)  # anything may lie where d_logits is 0
         gradients[1] = (-product.sum((-2, -1), dtype=torch.float64) / temperature).to(temperature.dtype)
     if needed[3] or needed[4]:
         valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
@@ -289,8 +290,7 @@ def _all(
     needed, d_row, d_col = ctx.needs_input_grad, None, None
     if grad_sigma2 is not None:
         logits, _, _, row, col, mask = projection[:_TENSORS]
-        valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
-        lines = valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+        lines = lines_taking_part(logits, row, col, mask)
         d_plan, d_row, d_col, _ = _of_sigma2(
             (plan, row, col, lines),
             (True, needed[3], needed[4], False),
@@ -343,13 +343,17 @@ def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | N
     return padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
 
 
-AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient),
-    "sinkhorn_info": (_info_context, _info_gradient),
-    "sinkhorn_backward": (_backward_context, _second(_oracle_backward)),
-    "sinkhorn_potentials_backward": (_backward_context, _second(_oracle_potentials_backward)),
-    "fixed_point": (_fixed_point_context, _fixed_point_gradient),
-    "fixed_point_backward": (_backward_context, _second(_oracle_fixed_point_backward)),
-    "fixed_point_potentials_backward": (_backward_context, _second(_oracle_fixed_point_potentials_backward)),
-    "sigma2": (_sigma2_context, _sigma2_gradient),
+_SECOND: dict[str, Callable[..., Any]] = {
+    "sinkhorn_backward": _oracle_backward,
+    "sinkhorn_potentials_backward": _oracle_potentials_backward,
+    "fixed_point_backward": _oracle_fixed_point_backward,
+    "fixed_point_potentials_backward": _oracle_fixed_point_potentials_backward,
 }
+AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "sinkhorn": (_sinkhorn_context, _sinkhorn_gradient, composed.sinkhorn),
+    "sinkhorn_info": (_info_context, _info_gradient, composed.sinkhorn_info),
+    "fixed_point": (_fixed_point_context, _fixed_point_gradient, composed.fixed_point),
+    "sigma2": (_sigma2_context, _sigma2_gradient, composed.sigma2),
+    **{name: (_backward_context, _second(oracle), oracle) for name, oracle in _SECOND.items()},
+}
+"""Context, gradient, and the operator as a composition (``composed.py``)."""

@@ -22,6 +22,12 @@ def excluded_entries(mask: Tensor | None, logits: Tensor, row: Tensor | None, co
     return below if mask is row is col is None else below | ~valid_entries(mask, logits, row, col)
 
 
+def lines_taking_part(logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Entries whose lines take part, masked ones among them: what sigma2 of the plan is taken of."""
+    valid = ~excluded_entries(mask, logits, row, col)
+    return valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+
+
 def marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row.
 

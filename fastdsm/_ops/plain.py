@@ -54,9 +54,11 @@ def thread_is_plain() -> bool:
 
 
 def has_tangents(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a forward-mode derivative, outside functorch, is asked for."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Whether a forward-mode derivative may be asked for: inside functorch or a compiler, who wrap tangents, at any level."""
+    if forward_ad._current_level < 0:
         return False
+    if torch.compiler.is_compiling() or _C._are_functorch_transforms_active():
+        return True
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 

@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..projection import sinkhorn
 from ..spectrum import sigma2
-from . import transforms
-from .marginals import excluded_entries, marginals_of
+from . import composed, transforms
+from .marginals import excluded_entries, lines_taking_part, marginals_of
 from .runs import TemperatureSearch
 
 _PLAN_TOL = 1e-7  # residual of a plan that counts as converged; sigma2 then errs by about as much over 1 - sigma2
@@ -67,8 +67,7 @@ class Matrices(NamedTuple):
     @property
     def lines(self) -> Tensor:
         """Entries whose lines take part, masked ones among them."""
-        valid = ~excluded_entries(None, self.logits, self.row, self.col)
-        return valid.any(-1, keepdim=True) & valid.any(-2, keepdim=True)
+        return lines_taking_part(self.logits, self.row, self.col, None)
 
 
 @dataclass(frozen=True)
@@ -267,3 +266,24 @@ def root_gradients(matrices: Matrices, temperature: Tensor, reached: Tensor, gra
     factor = torch.where(reached, grad.double() * tau / slope, 0.0)
     d_logits = torch.where(reached[:, None, None], G * factor[:, None, None], 0.0)
     return d_logits, -tau * factor
+
+
+def near_root(temperature: Tensor, reached: Tensor, logits: Tensor, target: Tensor, *inputs: Any) -> Tensor:
+    """``temperature`` (B,), with derivatives to the second order in an operator's inputs, zero where nothing was reached.
+
+    Two chord steps tau <- tau - (sigma2(tau) - target) / s from it, s the slope of sigma2 there, which is held. What the root
+    moves by with the inputs, of first order, the first step leaves an error of second order of, the second one of third.
+    """
+    row, col, mask, _, n_iters, backend = inputs
+    logits = torch.where(reached[:, None, None], logits.double(), 0.0)
+
+    def curve(logits: Tensor, tau: Tensor) -> Tensor:
+        options = 1.0, 4 * n_iters, True, _PLAN_TOL, backend, "newton", True, True
+        return composed.fixed_point(logits, tau, None, row, col, mask, *options)[-1]
+
+    start = tau = torch.where(reached, temperature.detach(), 1.0).double()
+    slope = torch.func.grad(lambda tau: curve(logits.detach(), tau).sum())(start).detach()
+    slope = torch.where(reached, slope, 1.0)
+    for _ in range(2):
+        tau = tau - (curve(logits, tau) - target) / slope
+    return composed.with_tangent(temperature, torch.where(reached, tau, start))

@@ -3,13 +3,13 @@
 In a plain thread, on plain tensors (``plain.py``), a call goes past the dispatcher: to the operator's implementation, where a
 gradient may be wanted inside an ``autograd.Function``. Elsewhere it goes to the operator, whose own autograd registration
 serves, except inside ``torch.func`` (grad, vmap, jacrev, ...), where that does not compose: there the operator stands in an
-``autograd.Function`` that generates its rule for vmap. The gradient is one and the same on all three ways. Forward-mode
-derivatives are an error, not a silent zero.
+``autograd.Function`` that generates its rule for vmap. The gradient is one and the same on all three ways. Where an input
+carries a tangent of forward mode, the call is a composition of torch's own operations (``composed.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,12 +30,12 @@ CALLS: Any = SimpleNamespace()  # what gradients are made of: the differentiable
 class Call:
     """A call of ``torch.ops.fastdsm.<name>``, by whichever way is open.
 
-    by_form: its implementation takes the run, or the forms of its tensors, where these are known.
+    by_form: its implementation takes the run, or the forms of its tensors, where these are known. rules: context, gradient and
+    composition, of an operator that is not in the tables.
     """
 
-    def __init__(self, name: str, by_form: bool = True) -> None:
-        context, gradient = _AUTOGRAD[name]
-        self._name = name
+    def __init__(self, name: str, by_form: bool = True, rules: Sequence[Callable[..., Any]] | None = None) -> None:
+        context, gradient, self._composed = rules or _AUTOGRAD[name]
         self._operator = getattr(torch.ops.fastdsm, name).default
         bare = IMPLEMENTATIONS[name]
         implementation = bare if by_form else lambda *inputs, run=None, forms=None: bare(*inputs)
@@ -66,16 +66,12 @@ class Call:
 
     def __call__(self, *inputs: Any) -> Any:
         """The operator's results."""
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() and not has_tangents(inputs[: self._tensors]):
             return self._transformed.apply(*inputs)
         forms = forms_of(inputs[: self._tensors]) if thread_is_plain() else None
         if forms is None:
-            if has_tangents(inputs[: self._tensors]):
-                raise NotImplementedError(
-                    f"{self._name} has no forward-mode derivative; use reverse mode (torch.autograd.grad, torch.func.vjp) "
-                    'or backend="reference", or detach what carries a tangent'
-                )
-            return self._operator(*inputs)
+            by_torch = has_tangents(inputs[: self._tensors])
+            return (self._composed if by_torch else self._operator)(*inputs)
         if backward_may_follow(inputs[: self._tensors]):
             return self.trained(None, *inputs)
         return self._implementation(*inputs, forms=forms)
@@ -106,3 +102,4 @@ fixed_point_potentials_backward = Call("fixed_point_potentials_backward", by_for
 sigma2 = Call("sigma2")
 sinkhorn_attention = Call("sinkhorn_attention", by_form=False)
 sinkhorn_attention_backward = Call("sinkhorn_attention_backward", by_form=False)
+sinkhorn_attention_sigma2 = Call("sinkhorn_attention_sigma2", by_form=False)

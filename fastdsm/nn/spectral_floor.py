@@ -48,7 +48,7 @@ class SpectralFloor(nn.Module):
             below = sinkhorn_sigma2(logits, temperature=temperature, n_iters=self.n_iters, mask=mask).sigma2 < self.floor
         held, reached = temperature_where(below, logits, self.floor, mask=mask)
         if not isinstance(given, Tensor):
-            given = torch.full_like(held, given)
+            given = arguments.filled(given, held.shape, logits)
         return torch.where(reached, held, given)
 
     def extra_repr(self) -> str:

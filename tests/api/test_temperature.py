@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastdsm
 from benchmarks.converged import converged_sigma2, sigma2_curve
@@ -229,8 +231,39 @@ def test_gradient_where_nothing_is_reached_is_zero() -> None:
     assert d_logits[0].abs().max() > 0
     assert (d_logits[1] == 0).all()
     assert d_target[1] == 0
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(fastdsm.temperature_for_sigma2(logits, target)[0][0], logits, create_graph=True)
+
+
+def test_derivatives_in_either_mode_and_of_second_order() -> None:
+    """Along a line in logits and target, against differences of roots that secants find with the oracle."""
+    x, direction = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    target, change = torch.tensor([[0.5, 0.6], [0.3, -0.2]], dtype=torch.float64)
+
+    def line(s: Any) -> Tensor:
+        return fastdsm.temperature_for_sigma2(x + s * direction, target + s * change)[0]
+
+    def root(s: float) -> Tensor:
+        a = line(0.0)
+        b = 1.001 * a
+        for _ in range(8):
+            at_a, at_b = (
+                reference.sinkhorn_sigma2(x + s * direction, temperature=t, n_iters=300).sigma2 - target - s * change
+                for t in (a, b)
+            )
+            a, b = b, torch.where(at_a == at_b, b, b - at_b * (b - a) / (at_b - at_a))
+        return b
+
+    h = 1e-3
+    low, middle, high = map(root, (-h, 0.0, h))
+    first, second = (high - low) / (2 * h), (high - 2 * middle + low) / h**2
+    at = torch.zeros((), dtype=torch.float64)
+    jacfwd, jacrev = torch.func.jacfwd, torch.func.jacrev
+    with forward_ad.dual_level():
+        moved = forward_ad.make_dual(at, torch.ones_like(at))
+        torch.testing.assert_close(forward_ad.unpack_dual(line(moved)).tangent, first, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(jacrev(line)(at), first, rtol=1e-5, atol=0.0)
+    for outer in (jacfwd, jacrev):
+        for inner in (jacfwd, jacrev):
+            torch.testing.assert_close(outer(inner(line))(at), second, rtol=1e-4, atol=0.0)
 
 
 def test_compiles_and_checks() -> None:

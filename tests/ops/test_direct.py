@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,16 +175,6 @@ def test_tracing() -> None:
     traced = torch.jit.trace(lambda y: fastdsm.sinkhorn(y), x)
     assert "fastdsm::sinkhorn" in str(traced.graph)
     torch.testing.assert_close(traced(x), expected)
-
-
-def test_forward_mode_is_an_error_also_without_gradients() -> None:
-    x = torch.randn(3, 4, 4)
-    expected = fastdsm.sinkhorn(x)
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.randn_like(x))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            fastdsm.sinkhorn(dual)
-        torch.testing.assert_close(fastdsm.sinkhorn(x), expected)
 
 
 def test_modes_see_the_operators(operations: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
@@ -39,6 +40,17 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NUMBERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sinkhorn": lambda x, t: fastdsm.sinkhorn(x, temperature=t),
+    "newton": lambda x, t: fastdsm.sinkhorn_sigma2(x, temperature=t, solver="newton").sigma2,
+    "log": lambda x, t: fastdsm.log_sinkhorn(x, temperature=t, half_steps=3),
+    "attention": lambda x, t: fastdsm.sinkhorn_attention(x, x, x, temperature=t),
+    "sigma2 of attention": lambda x, t: fastdsm.sinkhorn_attention_sigma2(x, x, temperature=t),
+    "a target": lambda x, t: fastdsm.temperature_for_sigma2(x, t / 4)[0].nan_to_num(0.0),
+    "a floor": lambda x, t: fastdsm.nn.SinkhornProjection(temperature=t, sigma2_floor=0.3)(x),
+}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_without_a_graph_break(name: str, dynamic: bool) -> None:
@@ -63,6 +75,26 @@ def test_one_graph_serves_every_batch_and_temperature() -> None:
     for batch in (2, 5, 9, 16):
         compiled(torch.randn(batch, 4, 4), torch.full((batch,), 0.1 * batch))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_float_temperatures_do_not_compile_anew(name: str) -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    call, x = NUMBERS[name], torch.randn(3, 4, 4)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for k in range(12):
+        number = 0.25 + k / 16
+        leaf = x.clone().requires_grad_()
+        found = compiled(leaf, number)
+        torch.testing.assert_close(found, call(x, number))
+        found.sum().backward()
+    assert len(graphs) == 2  # of a constant, and of a number
 
 
 def test_vmap() -> None:
@@ -129,12 +161,6 @@ def test_transforms_of_any_batch_shape(options: dict[str, Any], batch: tuple[int
     jacobian = torch.func.jacrev(plan)(x[0])
     assert jacobian.shape == 2 * x[0].shape
     torch.testing.assert_close(torch.vmap(torch.func.jacrev(plan))(x)[0], jacobian)
-
-
-def test_forward_mode_is_an_error_not_a_silent_zero() -> None:
-    x = torch.randn(2, 3, 3)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(project, (x,), (x,))
 
 
 def _projection_inputs(x: Tensor) -> tuple[object, ...]:

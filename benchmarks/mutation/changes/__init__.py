@@ -4,8 +4,9 @@ from .diagnostics import DIAGNOSTICS
 from .doors import DOORS
 from .judges import JUDGES
 from .kernels import KERNELS
+from .modes import MODES
 from .paths import PATHS
 from .potentials import POTENTIALS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *DOORS, *POTENTIALS, *DIAGNOSTICS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *JUDGES]
