@@ -43,6 +43,7 @@ def sinkhorn(
 
     ``solver="newton"`` is :func:`fixed_point`, which takes as many steps as it needs; ``grad="implicit"`` has its gradient.
     """
+    col_marginal = _of_one_total(logits, row_marginal, col_marginal, mask)
     problem: dict[str, Any] = {"temperature": temperature, "first": first, "mask": mask}
     problem |= {"row_marginal": row_marginal, "col_marginal": col_marginal}
     if solver == "newton":
@@ -54,6 +55,22 @@ def sinkhorn(
         slopes = near_fixed_point(logits, info.f, info.g, **problem)
         plan, f, g = (x + (slope - slope.detach()) for x, slope in zip((plan, info.f, info.g), slopes, strict=True))
         return (plan, info._replace(f=f, g=g)) if return_info else plan
+    plan, info = swept(logits, n_iters, tol, f0, **problem)
+    return (plan, info) if return_info else plan
+
+
+def swept(
+    logits: Tensor,
+    n_iters: int,
+    tol: float | None = None,
+    f0: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    first: str = "col",
+    row_marginal: Tensor | None = None,
+    col_marginal: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, SinkhornInfo]:
+    """The sweeps to marginals as they are, which of two that are given may have totals of their own."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     valid = valid_entries(mask, logits, row_marginal, col_marginal) & (logits != -torch.inf)
     r, c = marginals(valid, row_marginal, col_marginal, dtype)
@@ -99,11 +116,18 @@ def sinkhorn(
             active = active & ~(residual_of(f, g) <= tol)
     poisoned = (valid & ~(logits < torch.inf)).flatten(-2).any(-1)[..., None, None]
     plan = plan_of(f, g).masked_fill(poisoned, torch.nan).to(logits.dtype)
-    if not return_info:
-        return plan
     residual = residual_of(f, g).masked_fill(poisoned[..., 0, 0], torch.nan)
     converged = residual <= (default_tol(dtype) if tol is None else tol)
     return plan, SinkhornInfo(residual, converged, sweeps, f, g)
+
+
+def _of_one_total(logits: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The columns' marginal scaled to the rows' total, where both are given."""
+    if row is None or col is None:
+        return col
+    valid = valid_entries(mask, logits, row, col) & (logits != -torch.inf)
+    total, own = ((x * y).sum(-1, keepdim=True) for x, y in ((row, valid.any(-1)), (col, valid.any(-2))))
+    return col * torch.where(own > 0, total / own.where(own > 0, 1.0), 1.0)
 
 
 def log_sinkhorn(logits: Tensor, *, temperature: float | Tensor = 1.0, **options: Any) -> Tensor:

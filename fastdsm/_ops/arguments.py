@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .marginals import valid_entries
 from .problem import compute_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -263,7 +264,10 @@ def equalised(row: Tensor | None, col: Tensor | None, mask: Tensor | None, toler
     check_marginals(row, col)
     if row is None or col is None or 0 in (row.numel(), col.numel()):
         return col
-    rows, cols = (row, col) if mask is None else (row.where(mask.any(-1), 0.0), col.where(mask.any(-2), 0.0))
+    rows, cols = row, col
+    if mask is not None:
+        valid = valid_entries(mask, mask, row, col)
+        rows, cols = row.where(valid.any(-1), 0.0), col.where(valid.any(-2), 0.0)
     if torch.is_grad_enabled() and (row.requires_grad or col.requires_grad):
         rows, cols = rows.where(row != 0, 0.0), cols.where(col != 0, 0.0)  # a line that is excluded has no gradient
     total, other = rows.sum(-1, keepdim=True), cols.sum(-1, keepdim=True)

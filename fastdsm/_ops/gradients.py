@@ -103,7 +103,7 @@ def _oracle_potentials_backward(
     start = torch.zeros_like(side) if f0 is None else f0
 
     def found(logits: Tensor, f0: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        plan, info = reference.sinkhorn(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, return_info=True, **keywords)
+        plan, info = reference.swept(logits, f0=f0, row_marginal=r, col_marginal=c, mask=mask, **keywords)
         return plan, info.f, info.g
 
     return _by_line(lines, r, c, *pulled(found, (logits, start, r, c), (grad_plan, grad_f, grad_g)))

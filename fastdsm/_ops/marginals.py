@@ -29,10 +29,7 @@ def lines_taking_part(logits: Tensor, row: Tensor | None, col: Tensor | None, ma
 
 
 def marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row.
-
-    Of two that are given the columns' is scaled to the rows' total.
-    """
+    """Both marginals, 0 on excluded lines: as given, else uniform with the other's total, else 1 for each row."""
     rows, cols = valid.any(-1).to(dtype), valid.any(-2).to(dtype)
     n_rows, n_cols = rows.sum(-1, keepdim=True).clamp(min=1), cols.sum(-1, keepdim=True).clamp(min=1)
     if row is not None:
@@ -41,9 +38,6 @@ def marginals(valid: Tensor, row: Tensor | None, col: Tensor | None, dtype: torc
         total = rows.sum(-1, keepdim=True) if col is None else (col * cols).sum(-1, keepdim=True)
     r = total / n_rows if row is None else row
     c = total / n_cols if col is None else col
-    if row is not None and col is not None:
-        own = (col * cols).sum(-1, keepdim=True)
-        c = col * torch.where(own > 0, total / own.where(own > 0, 1.0), 1.0)
     return torch.where(rows > 0, r, 0.0), torch.where(cols > 0, c, 0.0)
 
 

@@ -52,7 +52,7 @@ def test_every_operand(first: str, batch: int) -> None:
     logits = torch.randn(batch, n, m, dtype=torch.float64)
     row, col = torch.rand(batch, n, dtype=torch.float64) + 0.2, torch.rand(batch, m, dtype=torch.float64) + 0.2
     row = row.index_fill(1, torch.tensor([2]), 0.0)
-    mask = (torch.rand(batch, n, m) > 0.2) | (torch.arange(m) == 0)
+    mask = (torch.rand(batch, n, m) > 0.2) | (torch.arange(m) == 0) | (torch.arange(n) == 0).unsqueeze(-1)
     operands = {
         "temperature": torch.rand(batch, dtype=torch.float64) + 0.5,
         "f0": torch.randn(batch, n if first == "col" else m, dtype=torch.float64),

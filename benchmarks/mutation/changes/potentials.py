@@ -120,9 +120,9 @@ POTENTIALS = [
         "implicit gradients at potentials that are rounded by 0.1",
     ),
     Change(
-        "fastdsm/_ops/marginals.py",
-        "c = col * torch.where(own > 0, total / own.where(own > 0, 1.0), 1.0)",
-        "c = col",
+        "fastdsm/reference.py",
+        "return col * torch.where(own > 0, total / own.where(own > 0, 1.0), 1.0)",
+        "return col",
         ("tests/api/test_reference.py::test_columns_are_scaled_to_the_rows_total",),
         "the oracle's columns with a total of their own",
     ),
