@@ -2,6 +2,8 @@
 
 The budgets are those of the policy (``fastdsm._verify.sinkhorn``), with what plain PyTorch errs in the same arithmetic: under
 TF32 each matrix product of the plain run, of its gradient too, has its operands cut to 10 bits of mantissa, as tensor cores do.
+Of large logits the error of a single run is a matter of luck, of how its products happen to be rounded: plain PyTorch is run
+with the features in several orders, and errs as it does at worst.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from fastdsm._verify.sinkhorn import SIGMA2_TOL, Record, Target, compare, gradie
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 DROPPED, SEED = 0.25, 7
+ORDERS = 4
+FEATURED = ("query", "key")
 
 
 class _TF32(TorchDispatchMode):
@@ -80,14 +84,37 @@ def attention(
         found, slopes = _evaluate(partial(call, return_info=True), operands, cotangent)
     oracle = partial(oracle, return_info=True)
     truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, cotangent))
-    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, cotangent)))
+    runs = _plain_runs(precision, oracle, operands, cotangent)
+    plain = _farthest(truth[0], [run[0][0] for run in runs])
+    residual = _farthest(truth[1].residual, [run[0][1].residual for run in runs])
+    usual = {name: _farthest(x, [run[1][name] for run in runs]) for name, x in expected.items()}
     size = max(1.0, truth[0].abs().max().item())
     record = partial(compare, "attention", target=target, case=case)
     results = [
-        record("output", *(x[0].detach() for x in (found, truth, plain)), size=size),
-        record("residual", *(x[1].residual for x in (found, truth, plain))),
+        record("output", *(x.detach() for x in (found[0], truth[0], plain)), size=size),
+        record("residual", found[1].residual, truth[1].residual, residual),
     ]
     return [*results, *_of_gradients("gradient of", slopes, expected, usual, cotangent, case, target)]
+
+
+def _plain_runs(
+    precision: str, oracle: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor
+) -> list[tuple[Any, dict[str, Tensor]]]:
+    """What plain float32 returns and its gradients, with the features of queries and keys in ``ORDERS`` orders."""
+    single, weight = _held_in(torch.float32, operands, cotangent)
+    orders = [torch.randperm(operands["query"].shape[-1], generator=torch.Generator().manual_seed(k)) for k in range(ORDERS)]
+    runs = []
+    for order in orders:
+        given = {name: x[..., order] if name in FEATURED else x for name, x in single.items()}
+        found, slopes = _plain(precision, partial(_evaluate, oracle, given, weight))
+        back = order.argsort()
+        runs.append((found, {name: x[..., back] if name in FEATURED else x for name, x in slopes.items()}))
+    return runs
+
+
+def _farthest(truth: Tensor, runs: list[Tensor]) -> Tensor:
+    """Of several results the one that errs most."""
+    return max(runs, key=lambda x: float((x.detach().double() - truth.detach()).abs().max()))
 
 
 def _evaluate(call: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor) -> tuple[Any, dict[str, Tensor]]:
@@ -131,7 +158,9 @@ def sigma2(case: AttentionCase, target: Target, *, first: str = "col", precision
         value, slopes = _evaluate(call, operands, weight)
     oracle = reference.sinkhorn_attention_sigma2
     truth, expected = _evaluate(oracle, *_held_in(torch.float64, operands, weight))
-    plain, usual = _plain(precision, lambda: _evaluate(oracle, *_held_in(torch.float32, operands, weight)))
+    runs = _plain_runs(precision, oracle, operands, weight)
+    plain = _farthest(truth, [run[0] for run in runs])
+    usual = {name: _farthest(x, [run[1][name] for run in runs]) for name, x in expected.items()}
     of_value = compare(
         "attention", "sigma2", value, truth.detach(), plain.detach(), target=target, case=case, relative=SIGMA2_TOL
     )
