@@ -100,15 +100,22 @@ def attention(
 def _plain_runs(
     precision: str, oracle: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor
 ) -> list[tuple[Any, dict[str, Tensor]]]:
-    """What plain float32 returns and its gradients, with the features of queries and keys in ``ORDERS`` orders."""
+    """What plain float32 returns and its gradients, with the features of queries and keys in ``ORDERS`` orders.
+
+    Cut to 10 bits, operands err alike in any order: there each feature of the queries is also multiplied by a number, by which
+    that of the keys is divided.
+    """
     single, weight = _held_in(torch.float32, operands, cotangent)
-    orders = [torch.randperm(operands["query"].shape[-1], generator=torch.Generator().manual_seed(k)) for k in range(ORDERS)]
     runs = []
-    for order in orders:
-        given = {name: x[..., order] if name in FEATURED else x for name, x in single.items()}
+    for k in range(ORDERS):
+        generator = torch.Generator().manual_seed(k)
+        order = torch.randperm(operands["query"].shape[-1], generator=generator)
+        factor = torch.ones(len(order)) if precision == "highest" else 1 + torch.rand(len(order), generator=generator)
+        factors = dict(zip(FEATURED, (factor, 1 / factor), strict=True))
+        given = {name: (x * factors[name])[..., order] if name in FEATURED else x for name, x in single.items()}
         found, slopes = _plain(precision, partial(_evaluate, oracle, given, weight))
         back = order.argsort()
-        runs.append((found, {name: x[..., back] if name in FEATURED else x for name, x in slopes.items()}))
+        runs.append((found, {name: x[..., back] * factors[name] if name in FEATURED else x for name, x in slopes.items()}))
     return runs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._ops.problem import Problem, doubled, part_of
 from .layout import BatchLast, Layout, choose_layout, copy
 from .ring import Ring
-from .sweeps import AT_ONCE, TAME_RANGE, Chunk, Tame, Vectors
+from .sweeps import AT_ONCE, Chunk, Tame, Vectors, tame_range
 
 # Entries of a chunk by max(n, m): enough to pay for the calls, few enough for the caches and for a forward and backward that
 # take less than four times the input's memory; the backward holds u of every sweep, and v where it is kept. Up to n = 16,
@@ -124,7 +124,7 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
         if on_cpu and (may_be_tame or S.dtype == torch.float32):
             dims = (layout.rows, layout.cols)
             largest, least = S.amax(dims), S.amin(dims)
-            tame = largest - least <= TAME_RANGE
+            tame = largest - least <= tame_range(problem.n_iters, n, m)
             if S.dtype == torch.float32:
                 huge = beyond_single(S, dims, largest, least) & ~(tame & may_be_tame)
                 huge = huge if bool(huge.any()) else None

@@ -20,7 +20,7 @@ from .._ops.problem import Problem
 from . import scalings, softmaxes
 from .tape import Part, Tape, Within
 
-# softmaxes or scalings: RANGE, up to how many nats between a matrix' logits it serves, and its functions.
+# softmaxes or scalings: reach, up to how many nats between a matrix' logits it serves, and its functions.
 _Way = Any
 
 _MOST_SWEEPS = softmaxes.MOST_SWEEPS
@@ -53,7 +53,7 @@ def forward(problem: Problem, plan: Tensor, general: Callable[[], None], tape: T
     inputs = _inputs(problem)
 
     def within(way: _Way) -> Within:
-        return _within(problem.logits, way.RANGE * inputs[2])
+        return _within(problem.logits, way.reach(problem.n_iters, *problem.logits.shape[1:]) * inputs[2])
 
     def fill(way: _Way, within: Within, target: Tensor) -> None:
         if tape is None:
@@ -75,7 +75,9 @@ def backward(
     inputs, parts = _inputs(problem), {part.way: part for part in tape or ()}
 
     def within(way: _Way) -> Within:
-        return parts[way].within if parts else _within(problem.logits, way.RANGE * inputs[2])
+        if parts:
+            return parts[way].within
+        return _within(problem.logits, way.reach(problem.n_iters, *problem.logits.shape[1:]) * inputs[2])
 
     def fill(way: _Way, within: Within, target: Tensor) -> None:
         recorded = parts[way].recorded if parts else way.record(*inputs)

@@ -53,6 +53,11 @@ _AS_THEY_LIE = Arrangement((0, 1, 2), 1, 2), Arrangement((0, 2, 1), 2, 1)
 _LANES = Arrangement((1, 2, 0), 0, 1), Arrangement((2, 1, 0), 1, 0)
 
 
+def reach(n_iters: int, n: int, m: int) -> float:
+    """Up to how many nats between the logits of a matrix this serves it."""
+    return RANGE
+
+
 def _arrangement(logits: Tensor, dtype: torch.dtype) -> Arrangement:
     batch, n, m = logits.shape
     turned, size = by_columns(logits), dtype.itemsize

@@ -8,7 +8,9 @@ that no neighbour in the batch changes a bit of it.
 more than its arguments, hence f_t and g_t spread over at most D each after any step. K has row sums r, and entries of a
 row differ by at most e^(2D), so none is below r e^(-2D) / m: float32 drops nothing. log u_t spreads over at most 2 D, and
 its mean (weighted by r; v likewise) never falls and rises by no more than the dual objective can, KL(P* | K) <= 2 D + log m.
-So |log u|, |log v| <= 4 D + log m, which float32 holds. One K serves all sweeps, whatever their number.
+So |log u|, |log v| <= 4 D + log m, which float32 holds. One K serves all sweeps, whatever their number. Where it need not serve
+more than the R below after the first, D may be ``FEW_RANGE``: entries of exp(S - top) are e^-60 or more, those of K are so over
+n m, which float32 does not drop, and the factors stay within 2^45.
 
 *Wild*, everything else: the first sweep takes maxima out twice, and K is rebuilt in time. A column sum K^T 1 of a matrix
 with row sums r lies between c_j / b and c_j b, b = max(total / min r, total / min c, 2) of the larger total, which is
@@ -32,6 +34,7 @@ from .layout import Layout
 from .ring import Ring
 
 TAME_RANGE = 20.0
+FEW_RANGE = 60.0
 _LOG2_GAIN = 45.0
 AT_ONCE = 2  # sweeps whose v a backward computes again in one go, where it is not kept
 
@@ -245,12 +248,22 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     return Segment(f_new, g, [before, chunk.next_u(v)], [v] * at.keeps_v), v, top
 
 
+def tame_range(n_iters: int, n: int, m: int) -> float:
+    """Up to how many nats between the logits of a matrix one K serves so many sweeps."""
+    return FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE
+
+
+def _uniform_sweeps(n: int, m: int) -> int:
+    """R for uniform marginals."""
+    return int(_LOG2_GAIN / math.log2(max(n, m, 2)))
+
+
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
     """How many scaling sweeps one K serves: all, R, or 0 where every sweep is in the log domain."""
     if chunk.tame:
         return n_iters
     if chunk.uniform:
-        return int(_LOG2_GAIN / math.log2(max(*chunk.matrix_shape, 2)))
+        return _uniform_sweeps(*chunk.matrix_shape)
     if chunk.S.device.type != "cpu":
         return 0  # looking at the marginals would stall the host
     gain, line = 2.0, chunk.layout.line

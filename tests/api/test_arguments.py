@@ -248,6 +248,15 @@ def test_gradient_of_marginals_that_are_scaled(first: str, masked: bool, backend
     assert torch.autograd.gradcheck(loss, (row.requires_grad_(), col.requires_grad_()), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["col", "row"])
+def test_lines_without_mass_have_no_gradient(first: str) -> None:
+    row, col = torch.tensor([1.0, 0.0, 2.0], requires_grad=True), torch.tensor([0.0, 1.5, 1.5], requires_grad=True)
+    plan = fastdsm.sinkhorn(torch.randn(3, 3), row_marginal=row, col_marginal=col, first=first)
+    of_row, of_col = torch.autograd.grad(plan, (row, col), torch.randn(3, 3))
+    assert of_row[1] == of_col[0] == 0
+    assert of_row.any() or of_col.any()
+
+
 def test_totals_that_cannot_be_looked_at_give_nan() -> None:
     logits, row, col = torch.randn(3, 4, 4), torch.ones(3, 4), torch.ones(3, 4)
     col[1] *= 1.1

@@ -1,10 +1,10 @@
-"""Changes of potentials and what stands on them: their gradients, log P, half steps, starts, large and cold logits."""
+"""Changes of potentials and what stands on them, gradients, log P, half steps, starts; of large, cold, few, uneven sweeps."""
 
 from ..change import Change
 
 _POTENTIALS, _HALF = "tests/api/test_potentials.py", "tests/api/test_half_steps.py"
 _LOG, _LARGE = "tests/api/test_log_sinkhorn.py", "tests/ops/test_large_logits.py"
-_ARGUMENTS = "tests/api/test_arguments.py"
+_ARGUMENTS, _FEW = "tests/api/test_arguments.py", "tests/ops/test_few_sweeps.py"
 
 POTENTIALS = [
     Change(
@@ -130,7 +130,7 @@ POTENTIALS = [
         "fastdsm/_ops/arguments.py",
         "rows, cols = rows.where(row != 0, 0.0), cols.where(col != 0, 0.0)  # a line that is excluded has no gradient",
         "pass",
-        ("tests/ops/test_implicit.py::test_the_limit_of_the_sweeps_gradient",),
+        (f"{_ARGUMENTS}::test_lines_without_mass_have_no_gradient",),
         "a gradient of lines without mass",
     ),
     Change(
@@ -139,5 +139,26 @@ POTENTIALS = [
         "return mask if bias is None else bias",
         ("tests/api/test_attention_masks.py::test_a_bool_mask_and_a_floating_padding_mask_hold_both",),
         "a bias in the place of a mask",
+    ),
+    Change(
+        "fastdsm/pytorch/scalings.py",
+        "if c != 1.0:  # else every sweep would multiply u by it, and divide v",
+        "if False:",
+        (f"{_FEW}::test_sides_of_very_different_length",),
+        "factors that grow by n / m in every sweep",
+    ),
+    Change(
+        "fastdsm/pytorch/scalings.py",
+        "w = v if c == 1.0 else [x / c for x in v]",
+        "w = v",
+        (f"{_FEW}::test_sides_of_very_different_length",),
+        "the adjoint of another column marginal",
+    ),
+    Change(
+        "fastdsm/pytorch/sweeps.py",
+        "return FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE",
+        "return 3 * FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE",
+        ("tests/ops/test_gradients.py::test_sizes_and_scales", "tests/ops/test_few_matrices.py::test_values_and_gradients"),
+        "one K for logits whose exponentials underflow",
     ),
 ]
