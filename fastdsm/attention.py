@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from . import reference
+from . import reference, whole_attention
 from ._ops import arguments, transforms
 from ._ops.attention_call import Checked, Given
 from .half_steps import count_of as counted
@@ -96,7 +96,7 @@ def sinkhorn_attention(
 
     out = P value, P = exp(S + f + g) after ``n_iters`` sweeps on S = (scale query key^T + attn_mask) / temperature. Each
     query line has mass 1, each key line (valid queries) / (valid keys). On a GPU no (N, M) matrix is ever stored, forward or
-    backward: memory beside inputs and outputs is O(n_iters (N + M)) per head; on a CPU a few heads' plans at most.
+    backward: memory beside inputs and outputs is O(n_iters (N + M)) per head; on a CPU a few heads' plans at most, or all of four million entries.
 
     Args:
         query: (..., H, N, d), float16, bfloat16, float32 or float64, any strides; 2 and 3 dimensions are without heads.
@@ -172,6 +172,13 @@ def _results(call: Checked, tol: float | None, return_info: bool) -> Any:
         out, info = found
         f, g = call.started(info.f, info.g)
         return call.restore(out), AttentionInfo(*map(call.restore, info._replace(f=f, g=g)))
+    if whole_attention.serves(call):
+        out, whole = whole_attention.attention(call, tol, return_info)
+        out = call.restore(out.to(call.operands[2].dtype))
+        if whole is None:
+            return out
+        f, g = call.started(whole.f, whole.g)
+        return out, AttentionInfo(*map(call.restore, whole._replace(f=f, g=g)))
     saving = transforms.backward_may_follow(call.inputs)  # for it the kernels keep every sweep's potentials
     out, f, g, residual, sweeps = transforms.sinkhorn_attention(*call.inputs, return_info, saving)
     if not return_info:

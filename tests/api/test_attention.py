@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastdsm
-from fastdsm import reference
+from fastdsm import reference, whole_attention
 from fastdsm._ops import backends
 from fastdsm._verify.sinkhorn import budget, gradient_size
 from fastdsm.pytorch import attention as pytorch_attention
@@ -23,9 +23,11 @@ from fastdsm.pytorch import blocks
 B, H, G, N, M, D, E = 2, 4, 2, 9, 7, 5, 3
 
 
-@pytest.fixture(params=["stored", "streamed"])
+@pytest.fixture(params=["whole", "stored", "streamed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plans stored, or streamed in blocks of two or three lines."""
+    """Plans of all heads stored, or of some at a time, or streamed in blocks of two or three lines."""
+    if request.param != "whole":
+        monkeypatch.setattr(whole_attention, "WHOLE_ENTRIES", 0)
     if request.param == "streamed":
         monkeypatch.setattr(pytorch_attention, "DENSE_ENTRIES", 0)
         monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 20)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastdsm
-from fastdsm import reference
+from fastdsm import reference, whole_attention
 from fastdsm.pytorch import attention as pytorch_attention
 
 from ..half_steps import half_steps, log_plan
@@ -133,14 +133,16 @@ def attention_logits(query: Tensor, key: Tensor, mask: Tensor | None, tau: Tenso
     return scores / (tau[..., None, None] if isinstance(tau, Tensor) else tau)
 
 
-@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("path", ["whole", "stored", "streamed"])
 @pytest.mark.parametrize("first", ["col", "row"])
 @pytest.mark.parametrize("option", ["", "bool", "bias", "temperature", "one line"])
 @pytest.mark.parametrize("count", [{"n_iters": 0}, {"n_iters": 2}, {"half_steps": 1}, {"half_steps": 3}], ids=str)
 def test_attention_from_a_potential(
-    count: dict[str, int], option: str, first: str, stored: bool, monkeypatch: pytest.MonkeyPatch
+    count: dict[str, int], option: str, first: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not stored:
+    if path != "whole":
+        monkeypatch.setattr(whole_attention, "WHOLE_ENTRIES", 0)
+    if path == "streamed":
         monkeypatch.setattr(pytorch_attention, "DENSE_ENTRIES", 0)
     n, m = 7, 1 if option == "one line" else 5
     query, key, value = (torch.randn(2, heads, lines, 8, dtype=DOUBLE) for heads, lines in ((4, n), (2, m), (2, m)))
