@@ -1,5 +1,6 @@
 """Every test runs with the kernels interpreted and with uninitialised memory filled with NaN."""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.pytorch import chunk, newton
 
 torch.set_num_threads(1)  # small tensors: a second thread would only wait, and badly so on a busy machine
 
@@ -32,6 +34,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def as_kernels_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton's method on the PyTorch path as in kernels: in float32 whatever the logits, and from them as they are."""
+    monkeypatch.setattr(newton, "WARM_RANGE", math.inf)
+    monkeypatch.setattr(chunk, "_SINGLE_RANGE", math.inf)
 
 
 @pytest.fixture

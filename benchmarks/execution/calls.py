@@ -140,6 +140,8 @@ def _attentions(dtype: torch.dtype, precision: str, d: int) -> Iterator[Call]:
         yield call(attend, "col", case(2.0, 3, option))
     for option, first in (("", "col"), ("", "row"), ("bias", "col")):
         yield call(sigma2, first, case(2.0, 3, option, FEW_LINES))
+    for option in ("", "bias") if dtype != SINGLE else ():  # of query heads with a key head each, whose gradient stays narrow
+        yield call(sigma2, "col", replace(case(2.0, 3, option, FEW_LINES), shape=(1, 2, 2, *FEW_LINES, d, 20)))
 
 
 def _noisy(calls: Callable[[], Iterator[Call]]) -> Callable[[], Iterator[Call]]:

@@ -152,7 +152,7 @@ def test_narrow_types(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lines", [4, 5, 6, 8])
-def test_steps_are_those_of_the_pytorch_path(lines: int) -> None:
+def test_steps_are_those_of_the_pytorch_path(lines: int, as_kernels_step: None) -> None:
     """Same method, same safeguard, same plan. Rounding may turn the last comparison with tol, hence a step more or less.
 
     Seldom it turns two: of 320 matrices of 7 lines one, of 8 lines another, which this seed has at 7.

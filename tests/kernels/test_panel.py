@@ -57,7 +57,7 @@ def oracle(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Outputs, list[
     assert logits is not None
     tau, mask = problem.temperature, problem.mask
     flipped = not problem.unit_rows and row is None and col is None
-    plan, info = reference.sinkhorn(
+    plan, info = reference.swept(
         logits.mT if flipped else logits,
         n_iters=problem.n_iters,
         temperature=tau.to(dtype) if isinstance(tau, Tensor) else tau,
@@ -67,9 +67,8 @@ def oracle(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Outputs, list[
         row_marginal=row,
         col_marginal=col,
         mask=mask.mT if flipped and mask is not None else mask,
-        return_info=True,
     )
-    f, g = (info.g, info.f) if flipped else (info.f, info.g)
+    f, g = (x.detach() for x in ((info.g, info.f) if flipped else (info.f, info.g)))
     plan = plan.mT if flipped else plan
     return plan, Outputs(plan.detach(), info.residual, info.sweeps, f, g), leaves
 

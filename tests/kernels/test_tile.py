@@ -93,7 +93,7 @@ def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype, differentia
     f0 = torch.zeros_like(row) if problem.f0 is None else problem.f0.to(dtype)
     f0 = f0.detach().requires_grad_()
     temperature = problem.temperature
-    plan, info = reference.sinkhorn(
+    plan, info = reference.swept(
         logits,
         n_iters=problem.n_iters,
         temperature=temperature.to(dtype) if isinstance(temperature, Tensor) else temperature,
@@ -102,8 +102,8 @@ def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype, differentia
         row_marginal=row,
         col_marginal=col,
         mask=problem.mask,
-        return_info=True,
     )
+    info = info._replace(f=info.f.detach(), g=info.g.detach())
     inputs = (logits, f0, row, col)
     grads = torch.autograd.grad(plan, inputs, cotangent.to(dtype), create_graph=differentiable, allow_unused=True)
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]

@@ -69,7 +69,7 @@ def test_any_size(shape: tuple[int, ...], std: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "std"), [(5, 5, 8.0), (8, 8, 30.0), (5, 5, 100.0), (16, 16, 8.0)])
-def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float) -> None:
+def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float, as_kernels_step: None) -> None:
     """Its first step is one sweep, that of a tile several; rounding may turn the last comparison with tol."""
     problem = Problem(random_logits(n, m, std, 6), 60, tol=TOL)
     found, known = newton(problem), newton(problem, pytorch)
@@ -82,7 +82,7 @@ def test_no_more_steps_than_the_pytorch_path(n: int, m: int, std: float) -> None
 
 
 @pytest.mark.parametrize(("n", "std"), [(5, 16.0), (8, 30.0)])
-def test_uneven_marginals_take_no_more_steps_either(n: int, std: float) -> None:
+def test_uneven_marginals_take_no_more_steps_either(n: int, std: float, as_kernels_step: None) -> None:
     """With an even one steps around 0 leave the linear part of the dual alone; here it decides which are refused."""
     col = torch.rand(8, n, generator=torch.Generator().manual_seed(n)) + 0.1
     col *= n / col.sum(1, keepdim=True)
