@@ -182,7 +182,7 @@ def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | N
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:  # what query heads that share a key head add to its gradient must not have been rounded to 16 bits
             query, key = query.to(v.dtype), key.to(v.dtype).repeat_interleave(repeats, dim=1)
-        out = calls.sinkhorn_attention(query, key, v.to(query.dtype).unsqueeze(-1), *others[1:], *options[:-3], False, True)[0]
+        out = calls.sinkhorn_attention(query, key, v.unsqueeze(-1), *others[1:], *options[:-3], False, True)[0]
         return (out.squeeze(-1) * u).sum(-1)
 
     needed = [need and at != 2 for at, need in enumerate(ctx.needs_input_grad[:TENSORS])]

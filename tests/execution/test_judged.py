@@ -90,3 +90,12 @@ def test_products_in_tf32_have_operands_cut_to_ten_bits() -> None:
     with judged_attention._TF32():
         assert (x @ x).item() == pytest.approx((1 + 2.0**-10) ** 2, abs=1e-7)
         assert (x.double() @ x.double()).item() == pytest.approx((1 + 2.0**-10 + 2.0**-11) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_of_attentions_sigma2_in_16_bits(backend: str, groups: int, dtype: torch.dtype) -> None:
+    """Query heads that share a key head add to its gradient what has not been rounded."""
+    case = AttentionCase((1, 2, groups, 30, 20, 24, 20), dtype, 2.0, 3, "bias")
+    assert [record for record in judged_attention.sigma2(case, Target(backend, "cpu")) if not record.ok] == []
