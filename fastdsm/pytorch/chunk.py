@@ -124,7 +124,7 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
         if on_cpu and (may_be_tame or S.dtype == torch.float32):
             dims = (layout.rows, layout.cols)
             largest, least = S.amax(dims), S.amin(dims)
-            tame = largest - least <= tame_range(problem.n_iters, n, m)
+            tame = largest - least <= tame_range(problem.n_iters, n, m, S.dtype)
             if S.dtype == torch.float32:
                 huge = beyond_single(S, dims, largest, least) & ~(tame & may_be_tame)
                 huge = huge if bool(huge.any()) else None

@@ -46,7 +46,8 @@ def forward(logits: Tensor, n_iters: int, temperature: float, row: float, dtype:
             v.mul_(c)
         product(v, KT, out=u)
         u.reciprocal_()
-    K.mul_((u if row == 1.0 else u.mul_(row)).mT).mul_(v)
+    if n_iters > 1 or row != 1.0:
+        K.mul_((u if row == 1.0 else u.mul_(row)).mT).mul_(v)
     if place is not target:
         target.copy_(place)
 

@@ -53,7 +53,7 @@ _AS_THEY_LIE = Arrangement((0, 1, 2), 1, 2), Arrangement((0, 2, 1), 2, 1)
 _LANES = Arrangement((1, 2, 0), 0, 1), Arrangement((2, 1, 0), 1, 0)
 
 
-def reach(n_iters: int, n: int, m: int) -> float:
+def reach(n_iters: int, n: int, m: int, dtype: torch.dtype) -> float:
     """Up to how many nats between the logits of a matrix this serves it."""
     return RANGE
 

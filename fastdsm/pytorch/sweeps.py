@@ -4,13 +4,13 @@ After a first sweep, K = exp(S + f + g) has exact row sums, and every later swee
 u <- r / (K v), P = diag(u) K diag(v). How a matrix gets there and how long it may go on depends on that matrix alone, so
 that no neighbour in the batch changes a bit of it.
 
-*Tame*: uniform marginals, no f0, nothing excluded, and D = max S - min S <= ``TAME_RANGE`` nats. log-sum-exp moves by no
+*Tame*: uniform marginals, no f0, nothing excluded, and D = max S - min S <= 20 nats. log-sum-exp moves by no
 more than its arguments, hence f_t and g_t spread over at most D each after any step. K has row sums r, and entries of a
 row differ by at most e^(2D), so none is below r e^(-2D) / m: float32 drops nothing. log u_t spreads over at most 2 D, and
 its mean (weighted by r; v likewise) never falls and rises by no more than the dual objective can, KL(P* | K) <= 2 D + log m.
 So |log u|, |log v| <= 4 D + log m, which float32 holds. One K serves all sweeps, whatever their number. Where it need not serve
-more than the R below after the first, D may be ``FEW_RANGE``: entries of exp(S - top) are e^-60 or more, those of K are so over
-n m, which float32 does not drop, and the factors stay within 2^45.
+more than the R below after the first, D may be 60: entries of exp(S - top) are e^-60 or more, those of K are so over n m, which
+float32 does not drop, and the factors stay within 2^45.
 
 *Wild*, everything else: the first sweep takes maxima out twice, and K is rebuilt in time. A column sum K^T 1 of a matrix
 with row sums r lies between c_j / b and c_j b, b = max(total / min r, total / min c, 2) of the larger total, which is
@@ -18,6 +18,8 @@ max(n, m) for uniform marginals; so one sweep multiplies u and v by factors with
 from K (below 2^-126) is at most 2^-126 max(u) max(v) in P, thus at most 2^-36 for R = floor(45 / log2 b) sweeps (one less
 for uneven marginals); then f += log u, g += log v and K = exp(S + f + g) is rebuilt from the logits. R = 0: every sweep in
 the log domain.
+
+float64 ends at 2^-1022: 150 nats are tame, 400 where sweeps are few, and R = floor(470 / log2 b) drops no more than 2^-82.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +35,16 @@ from torch import Tensor
 from .layout import Layout
 from .ring import Ring
 
-TAME_RANGE = 20.0
-FEW_RANGE = 60.0
-_LOG2_GAIN = 45.0
+
+class Reach(NamedTuple):
+    """What a dtype's exponents allow: nats of tame logits, of those swept few times, and bits that factors may grow by."""
+
+    tame: float
+    few: float
+    gain: float
+
+
+REACH = {torch.float32: Reach(20.0, 60.0, 45.0), torch.float64: Reach(150.0, 400.0, 470.0)}
 AT_ONCE = 2  # sweeps whose v a backward computes again in one go, where it is not kept
 
 
@@ -248,14 +257,14 @@ def _log_sweep(chunk: Chunk, f: Tensor) -> tuple[Segment, Tensor, Tensor]:
     return Segment(f_new, g, [before, chunk.next_u(v)], [v] * at.keeps_v), v, top
 
 
-def tame_range(n_iters: int, n: int, m: int) -> float:
-    """Up to how many nats between the logits of a matrix one K serves so many sweeps."""
-    return FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE
+def tame_range(n_iters: int, n: int, m: int, dtype: torch.dtype) -> float:
+    """Up to how many nats between the logits of a matrix one K serves so many sweeps in ``dtype``."""
+    return REACH[dtype].few if n_iters - 1 <= _uniform_sweeps(n, m, dtype) else REACH[dtype].tame
 
 
-def _uniform_sweeps(n: int, m: int) -> int:
+def _uniform_sweeps(n: int, m: int, dtype: torch.dtype) -> int:
     """R for uniform marginals."""
-    return int(_LOG2_GAIN / math.log2(max(n, m, 2)))
+    return int(REACH[dtype].gain / math.log2(max(n, m, 2)))
 
 
 def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
@@ -263,7 +272,7 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
     if chunk.tame:
         return n_iters
     if chunk.uniform:
-        return _uniform_sweeps(*chunk.matrix_shape)
+        return _uniform_sweeps(*chunk.matrix_shape, chunk.S.dtype)
     if chunk.S.device.type != "cpu":
         return 0  # looking at the marginals would stall the host
     gain, line = 2.0, chunk.layout.line
@@ -271,7 +280,7 @@ def _sweeps_per_kernel(chunk: Chunk, n_iters: int) -> int:
     for x in (chunk.r, chunk.c):
         least = x.masked_fill(x == 0, math.inf).amin(line)
         gain = max(gain, float((total / least).nan_to_num_(nan=math.inf).amax()))
-    return max(int(_LOG2_GAIN / math.log2(gain)) - 1, 0)
+    return max(int(REACH[chunk.S.dtype].gain / math.log2(gain)) - 1, 0)
 
 
 def run(

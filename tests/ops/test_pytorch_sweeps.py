@@ -10,7 +10,7 @@ import torch
 import fastdsm
 from fastdsm._ops.problem import Problem
 from fastdsm.pytorch.chunk import parts
-from fastdsm.pytorch.sweeps import run
+from fastdsm.pytorch.sweeps import run, tame_range
 
 
 @pytest.mark.parametrize(("batch", "n", "m"), [(3, 16, 16), (2, 24, 9), (600, 12, 12), (700, 4, 4)])
@@ -140,9 +140,11 @@ def test_info_of_pieces_in_blocks() -> None:
 def test_gradient_of_a_piece_with_tame_and_wild_matrices(
     batch: int, n: int, m: int, temperature: float, hardest: float, dtype: torch.dtype
 ) -> None:
+    n_iters = 30
     logits = torch.randn(batch, n, m, dtype=dtype) * torch.linspace(0.1, hardest, batch, dtype=dtype)[:, None, None]
     logits[-1, 0, 0] = 60.0
-    fewer, others = parts(Problem(logits, 20, temperature), backward=True)
+    logits *= tame_range(n_iters, n, m, dtype) / tame_range(n_iters, n, m, torch.float32)
+    fewer, others = parts(Problem(logits, n_iters, temperature), backward=True)
     assert isinstance(fewer.where, torch.Tensor) == fewer.chunk.layout.movable(n * m * dtype.itemsize)
     assert not isinstance(fewer.where, torch.Tensor) or 0 < 2 * len(fewer.where) <= batch
     assert (fewer.chunk.tame is None) == (others.chunk.tame is not None)
@@ -150,7 +152,7 @@ def test_gradient_of_a_piece_with_tame_and_wild_matrices(
     gradients = []
     for call in (fastdsm.sinkhorn, fastdsm.reference.sinkhorn):
         leaf = logits.clone().requires_grad_()
-        call(leaf, temperature=temperature).backward(cotangent)
+        call(leaf, temperature=temperature, n_iters=n_iters).backward(cotangent)
         assert torch.equal(leaf, logits)
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)

@@ -156,8 +156,8 @@ POTENTIALS = [
     ),
     Change(
         "fastdsm/pytorch/sweeps.py",
-        "return FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE",
-        "return 3 * FEW_RANGE if n_iters - 1 <= _uniform_sweeps(n, m) else TAME_RANGE",
+        "torch.float32: Reach(20.0, 60.0, 45.0)",
+        "torch.float32: Reach(20.0, 180.0, 45.0)",
         ("tests/ops/test_gradients.py::test_sizes_and_scales", "tests/ops/test_few_matrices.py::test_values_and_gradients"),
         "one K for logits whose exponentials underflow",
     ),
