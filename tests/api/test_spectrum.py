@@ -185,6 +185,32 @@ def test_gradient_is_the_outer_product(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found, truth, rtol=0, atol=2e-4 * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("given", [(), ("row_marginal",), ("col_marginal",), ("row_marginal", "col_marginal")], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_marginals(masked: bool, given: tuple[str, ...]) -> None:
+    """Of plans and of marginals, lines without mass among them, against autograd through the oracle's SVD."""
+    plan = torch.rand(3, 7, 5, dtype=torch.float64)
+    mask = torch.ones(7, 5, dtype=torch.bool)
+    if masked:
+        mask[0], mask[2, 1] = False, False
+    row, col = torch.rand(3, 7, dtype=torch.float64) + 0.3, torch.rand(3, 5, dtype=torch.float64) + 0.3
+    row[1, 1] = 0.0
+    totals = ((x * mask.any(dim)).sum(-1, keepdim=True) for x, dim in ((row, -1), (col, -2)))
+    marginals = {"row_marginal": row, "col_marginal": col * (next(totals) / next(totals))}
+    weights, found = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64), []
+    for call in (fastdsm.sigma2, reference.sigma2):
+        leaves = {"plan": plan, **{name: marginals[name] for name in given}}
+        leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        operands = dict(leaves)
+        if len(given) == 2:  # the columns' total is made the rows' in the call
+            both = operands["row_marginal"], operands["col_marginal"]
+            operands["col_marginal"] = reference._of_one_total(plan, *both, mask)
+        value = call(operands.pop("plan"), mask=mask, **operands)
+        found.append(torch.autograd.grad((value * weights).sum(), list(leaves.values())))
+    for slope, truth in zip(*found, strict=True):
+        torch.testing.assert_close(slope, truth.nan_to_num(0.0), rtol=1e-9, atol=1e-9)
+
+
 def test_a_truncated_plan_may_exceed_one_by_its_leak() -> None:
     """|sigma2 - second largest of {1, sigma_i(M)}| is bounded by the leak ||P^T 1 - c|| / sqrt(n), on every plan."""
     plan = reference.sinkhorn(torch.randn(200, 6, 6, dtype=torch.float64) * 6, n_iters=1)
