@@ -148,8 +148,9 @@ def sinkhorn_sigma2(
     """Project and measure: the plan of :func:`sinkhorn` and its sigma2, from one launch on matrices that fit the chip.
 
     Arguments and errors as for :func:`sinkhorn`; sigma2 (...,) as :func:`fastdsm.sigma2` defines it for the lines that
-    take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
-    respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
+    take part, of the plan before it is rounded to 16 bits. Plan and sigma2 are differentiable, in logits, temperature, f0 and
+    marginals; the gradient of sigma2 with respect to the plan is u2 v2^T (at multiplicity: one element of the
+    subdifferential), of the unrounded plan too: where a gradient is to come, logits of 16 bits are copied to float32.
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
@@ -204,6 +205,8 @@ class _Call:
         self.flatten = arguments.flattening(tensors, arguments.of_projection(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
+        # A singular vector of a rounded plan errs by the rounding over the gap of its singular value: 5 % and more.
+        self.rounded = logits.dtype if with_sigma2 and logits.dtype != compute_dtype(logits.dtype) else None
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
         self.tolerance = arguments.tolerance_of_totals(row, col)
         self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
@@ -236,6 +239,8 @@ class _Call:
         if not plain and tensors[1] is None and arguments.is_symbol(scale):
             scale, tensors = 1.0, (tensors[0], arguments.filled(scale, tensors[0].shape[:1], tensors[0]), *tensors[2:])
         follows = transforms.backward_may_follow(tensors)
+        if follows and self.rounded is not None:
+            tensors = (tensors[0].float(), *tensors[1:])
         if plain and not follows:
             if self.run is None:
                 self.run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, self.with_info, self.with_sigma2)
@@ -274,6 +279,8 @@ class _Call:
             return plan if len(self.batch) == 1 else plan.reshape(*self.batch, *plan.shape[1:])
         if self.with_sigma2:
             plan, residual, sweeps, f, g, sigma2 = arguments.unflattened(results, self.batch)
+            if self.rounded is not None:
+                plan = plan.to(self.rounded)
             return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
         plan, residual, sweeps, f, g = arguments.unflattened(results[:5], self.batch)
         converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)

@@ -303,11 +303,12 @@ def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
-    plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # of the plan before it is rounded
+    plan, info = sinkhorn(wide, return_info=True, **options)  # type: ignore[arg-type]
     row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
     lines = lines_taking_part(logits, row, col, mask)  # type: ignore[arg-type]
     value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
-    return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)
+    return SinkhornSpectrum(plan.to(logits.dtype), value, info.residual, info.sweeps, info.f, info.g)
 
 
 def attention_logits(
