@@ -96,7 +96,8 @@ def sinkhorn(
             O(n_iters (n + m)) memory per matrix, and at most 10 MiB in all for a small batch on a CPU; or "implicit" (default
             of "newton"), that of the fixed point in logits, temperature and marginals, 0 for f0. The implicit gradient is
             right only when converged: a residual rho leaves an error of up to rho / (1 - sigma2^2)^2, and rounding is
-            amplified by 1 / (1 - sigma2^2), the condition number.
+            amplified by 1 / (1 - sigma2^2), the condition number. Second derivatives, and forward mode, at a plan that has
+            not converged are those of the projection to the marginals that it has: finite, each matrix by itself.
         half_steps: None, or instead of n_iters so many normalisations, >= 1, of one side after the other from ``first`` on. An
             odd number ends with the side that began, which is then the exact one; residual is that of the other, sweeps
             counts the last one too, and ``tol`` looks after every second step from the third on. Not with Newton's method or
