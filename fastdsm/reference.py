@@ -143,6 +143,7 @@ def log_sinkhorn(logits: Tensor, *, temperature: float | Tensor = 1.0, **options
 
 _NEWTON_STEPS = 500
 _GROUND, _RIDGE = 4.0, 16.0  # units of rounding: of a column sum, and per column of a Laplacian of unit diagonal
+_SOFT = 2 / 3  # power of the rounding below which the chord method leaves an eigenvalue: parts of 1e-14 made 1e-5 of rounding
 
 
 class _Equations:
@@ -182,17 +183,19 @@ class _Equations:
         its second (generalised self-concordance, Sun and Tran-Dinh 2019). Near the solution t is 1.
         """
         P = self.plan(g)
-        d = (self.inverse(P) @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
+        d = (self.inverse(P, _RIDGE * g.shape[-1] * torch.finfo(g.dtype).eps) @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(
+            -1
+        )
         valid = self.c != 0
         d = torch.where(valid, d - d.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1), 0.0)
         spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).clamp(min=torch.finfo(d.dtype).tiny)
         return d * (spread.log1p() / spread)
 
-    def inverse(self, P: Tensor) -> Tensor:
+    def inverse(self, P: Tensor, ridge: float) -> Tensor:
         """An inverse of the Laplacian diag(P^T 1) - P^T diag(1/r) P on what sums to zero, by Cholesky factors.
 
-        Scaled to a unit diagonal, the null vector's eigenvalue made 1. A ridge of rounding's size keeps the factors real where
-        zeros cut the columns into parts: within each the plan takes no notice of what a constant moves.
+        Scaled to a unit diagonal, the null vector's eigenvalue made 1. The ridge, rounding's size at least, keeps the factors
+        real where zeros cut the columns into parts: within each the plan takes no notice of what a constant moves.
         """
         inverse_r = torch.where(self.r != 0, 1.0 / self.r.where(self.r != 0, 1.0), 0.0)
         weights = P.mT @ (inverse_r.unsqueeze(-1) * P)
@@ -201,9 +204,9 @@ class _Equations:
         degree = weights.sum(-1) + _GROUND * info.eps * self.c
         scale = torch.where(degree > info.tiny**0.8, degree, torch.inf).rsqrt()
         q = (degree / degree.sum(-1, keepdim=True).clamp(min=info.tiny)).sqrt()
-        ridge = torch.full_like(degree, 1.0 + _RIDGE * degree.shape[-1] * info.eps)
+        diagonal = torch.full_like(degree, 1.0 + ridge)
         scales = scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        factor, _ = torch.linalg.cholesky_ex(torch.diag_embed(ridge) - scales * weights + q.unsqueeze(-1) * q.unsqueeze(-2))
+        factor, _ = torch.linalg.cholesky_ex(torch.diag_embed(diagonal) - scales * weights + q.unsqueeze(-1) * q.unsqueeze(-2))
         return scales * torch.cholesky_inverse(factor)
 
     def residual(self, g: Tensor) -> Tensor:
@@ -269,7 +272,7 @@ def near_fixed_point(
         start = torch.where(given.isfinite() & ~at.poisoned.unsqueeze(-1), given, 0.0)
         nearer = start + at.newton_step(start)
         start = torch.where((at.residual(nearer) < at.residual(start)).unsqueeze(-1), nearer, start)
-        inverse = at.inverse(at.plan(start))
+        inverse = at.inverse(at.plan(start), torch.finfo(start.dtype).eps ** _SOFT)
     reached, potential = at.plan(start).sum(-2), start
     aim = at.aim + (reached - at.aim).detach()
     for _ in range(3):

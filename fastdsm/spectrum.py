@@ -62,7 +62,8 @@ def sigma2(
         v0: (..., m), start of "power", which alone takes it.
         mask: bool, broadcastable to (..., n, m): lines without an entry take no part.
         row_marginal, col_marginal: (..., n) and (..., m), or a number, the marginals the plan was made for; default uniform.
-        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors, or zeros where sigma2 is 0 (not differentiable).
+        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors orthogonal to q and p, or zeros where sigma2 is 0
+            (not differentiable). Of a float64 plan uniform but for its rounding, where sigma2 is no more than that, any.
         backend: as for :func:`fastdsm.sinkhorn`; a named method always runs on the PyTorch path.
 
     Returns:

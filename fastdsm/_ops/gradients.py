@@ -123,8 +123,9 @@ def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, *input
 def _oracle_fixed_point_potentials_backward(
     grad_plan: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, f: Tensor, g: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    """What ``fixed_point_potentials_backward`` returns, from the oracle."""
-    logits, temperature, _, row, col, mask, scale, _, columns_first, *_, lines = inputs
+    """What ``fixed_point_potentials_backward`` returns, from the oracle in float64: forced zeros make potentials large."""
+    given, *vectors, mask, scale, _, columns_first, _, _, lines = inputs
+    logits, temperature, _, row, col = (x if x is None else x.double() for x in (given, *vectors))
     first = "col" if columns_first else "row"
     r, c = marginals_of(logits, row, col, mask)
 
@@ -132,7 +133,8 @@ def _oracle_fixed_point_potentials_backward(
         return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
 
     d_logits, d_r, d_c = pulled(found, (logits, r, c), (grad_plan, grad_f, grad_g))
-    return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+    d_logits, *by_line = _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+    return d_logits.to(given.dtype), *(x.to(compute_dtype(given.dtype)) for x in by_line)
 
 
 def _oracle_sigma2_backward(grad: Tensor, u: Tensor, v: Tensor, plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

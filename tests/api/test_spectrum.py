@@ -133,6 +133,26 @@ def test_two_values_close_together() -> None:
     assert_within(fastdsm.sigma2(plan), reference.sigma2(plan.double()), reference.sigma2(plan))
 
 
+@pytest.mark.parametrize(("backend", "method"), [("triton", "auto"), *(("torch", x) for x in ("auto", *METHODS))])
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (5, 5), (8, 8), (6, 40), (40, 40)])
+def test_vectors_of_uniform_plans(size: tuple[int, int], backend: str, method: str) -> None:
+    """Zeros, or unit vectors that have nothing of the trivial pair; the gradient has none of it either way."""
+    if method == "jacobi" and min(size) > 8:
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        plan = torch.full((3, *size), 1 / size[1], dtype=dtype).requires_grad_()
+        value, u, v = fastdsm.sigma2(plan, method=method, backend=backend, return_vectors=True)
+        assert (value < 1e-14).all()
+        for x in (u, v):
+            norm = x.norm(dim=-1)
+            assert (((norm - 1).abs() < 1e-6) | (norm == 0)).all()
+            if dtype != torch.float64:
+                assert (x.sum(-1).abs() < 1e-5).all()
+        (slope,) = torch.autograd.grad(value.sum(), plan)
+        for dim in (-1, -2):
+            torch.testing.assert_close(slope.double().sum(dim), torch.zeros_like(slope.double().sum(dim)), rtol=0, atol=1e-5)
+
+
 def test_uniform_is_zero() -> None:
     for n in (4, 40):
         plan = torch.full((2, n, n), 1 / n, dtype=torch.float64)

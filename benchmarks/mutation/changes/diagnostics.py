@@ -163,4 +163,18 @@ DIAGNOSTICS = [
         (f"{_PLANS}::test_residual_and_leak_by_hand",),
         "the residual of columns alone",
     ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "return forward.recorded and name not in forward.kept and not torch._C._are_functorch_transforms_active()",
+        "return forward.recorded and name not in forward.kept",
+        (f"{_MONITOR}::test_transforms_are_not_recorded",),
+        "wrapped tensors of a layer inside vmap",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "class _Forward(threading.local):",
+        "class _Forward:",
+        (f"{_MONITOR}::test_threads",),
+        "threads that share what one forward keeps",
+    ),
 ]
