@@ -78,8 +78,8 @@ DIAGNOSTICS = [
     ),
     Change(
         "fastdsm/diagnostics/monitor.py",
-        "self._kept[name] = plans[::stride]",
-        "self._kept[name] = plans[: -(-len(plans) // stride)]",
+        "self._forward.kept[name] = plans[::stride]",
+        "self._forward.kept[name] = plans[: -(-len(plans) // stride)]",
         (f"{_MONITOR}::test_a_sample_is_spread_over_the_batch",),
         "a sample of the first plans",
     ),
@@ -92,8 +92,8 @@ DIAGNOSTICS = [
     ),
     Change(
         "fastdsm/diagnostics/monitor.py",
-        "self._recording = self._counts(module) and self.step % self._every == 0",
-        "self._recording = self._counts(module)",
+        "self._forward.recorded = self._counts(module) and self.step % self._every == 0",
+        "self._forward.recorded = self._counts(module)",
         (f"{_MONITOR}::test_steps_samples_and_modes",),
         "every step is recorded",
     ),
