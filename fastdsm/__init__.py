@@ -5,7 +5,7 @@ plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular v
 out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attention with such a plan, never stored
 """
 
-from . import diagnostics, nn, reference
+from . import _interrupts, diagnostics, nn, reference  # the first before torch
 from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
 from .log_projection import log_sinkhorn
@@ -15,6 +15,8 @@ from .rounding import round_to_birkhoff
 from .spectrum import sigma2, sigma2_bounds
 from .temperature import temperature_for_sigma2
 from .warmup import warmup
+
+_interrupts.over()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,9 +2,12 @@
 
 import sys
 
+from . import _interrupts
+
 
 def main() -> None:
     """Run the command, or say in one line what it lacks."""
+    _interrupts.begin()
     try:
         from .cli import app
     except ModuleNotFoundError as error:
@@ -12,6 +15,7 @@ def main() -> None:
         if lacking not in ("typer", "rich"):
             raise
         sys.exit(f'fastdsm: the command line needs {lacking}, which is not installed; pip install "fastdsm[cli]"')
+    _interrupts.over()
     app(prog_name="fastdsm")
 
 

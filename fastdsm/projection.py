@@ -96,7 +96,8 @@ def sinkhorn(
             O(n_iters (n + m)) memory per matrix, and at most 10 MiB in all for a small batch on a CPU; or "implicit" (default
             of "newton"), that of the fixed point in logits, temperature and marginals, 0 for f0. The implicit gradient is
             right only when converged: a residual rho leaves an error of up to rho / (1 - sigma2^2)^2, and rounding is
-            amplified by 1 / (1 - sigma2^2), the condition number.
+            amplified by 1 / (1 - sigma2^2), the condition number. Second derivatives, and forward mode, at a plan that has
+            not converged are those of the projection to the marginals that it has: finite, each matrix by itself.
         half_steps: None, or instead of n_iters so many normalisations, >= 1, of one side after the other from ``first`` on. An
             odd number ends with the side that began, which is then the exact one; residual is that of the other, sweeps
             counts the last one too, and ``tol`` looks after every second step from the third on. Not with Newton's method or
@@ -148,8 +149,9 @@ def sinkhorn_sigma2(
     """Project and measure: the plan of :func:`sinkhorn` and its sigma2, from one launch on matrices that fit the chip.
 
     Arguments and errors as for :func:`sinkhorn`; sigma2 (...,) as :func:`fastdsm.sigma2` defines it for the lines that
-    take part. Plan and sigma2 are differentiable, in logits, temperature, f0 and marginals; the gradient of sigma2 with
-    respect to the plan is u2 v2^T (at multiplicity: one element of the subdifferential).
+    take part, of the plan before it is rounded to 16 bits. Plan and sigma2 are differentiable, in logits, temperature, f0 and
+    marginals; the gradient of sigma2 with respect to the plan is u2 v2^T (at multiplicity: one element of the
+    subdifferential), of the unrounded plan too: where a gradient is to come, logits of 16 bits are copied to float32.
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, logits)
@@ -204,6 +206,8 @@ class _Call:
         self.flatten = arguments.flattening(tensors, arguments.of_projection(tensors, first), len(self.batch))
         self.n_iters, self.first, self.tol, self.solver, self.with_sigma2 = n_iters, first, tol, solver, with_sigma2
         self.with_info = with_info
+        # A singular vector of a rounded plan errs by the rounding over the gap of its singular value: 5 % and more.
+        self.rounded = logits.dtype if with_sigma2 and logits.dtype != compute_dtype(logits.dtype) else None
         self.looked_at = any(isinstance(x, Tensor) for x in (temperature, row, col))
         self.tolerance = arguments.tolerance_of_totals(row, col)
         self.ends = (first == "col", -1.0 if tol is None else float(tol), self.backend)
@@ -236,6 +240,8 @@ class _Call:
         if not plain and tensors[1] is None and arguments.is_symbol(scale):
             scale, tensors = 1.0, (tensors[0], arguments.filled(scale, tensors[0].shape[:1], tensors[0]), *tensors[2:])
         follows = transforms.backward_may_follow(tensors)
+        if follows and self.rounded is not None:
+            tensors = (tensors[0].float(), *tensors[1:])
         if plain and not follows:
             if self.run is None:
                 self.run = Forward(tensors[0], self.n_iters, *self.ends, self.solver, self.with_info, self.with_sigma2)
@@ -274,6 +280,8 @@ class _Call:
             return plan if len(self.batch) == 1 else plan.reshape(*self.batch, *plan.shape[1:])
         if self.with_sigma2:
             plan, residual, sweeps, f, g, sigma2 = arguments.unflattened(results, self.batch)
+            if self.rounded is not None:
+                plan = plan.to(self.rounded)
             return SinkhornSpectrum(plan, sigma2, residual, sweeps, f, g)
         plan, residual, sweeps, f, g = arguments.unflattened(results[:5], self.batch)
         converged = residual <= (default_tol(residual.dtype) if self.tol is None else self.tol)

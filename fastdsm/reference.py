@@ -142,7 +142,8 @@ def log_sinkhorn(logits: Tensor, *, temperature: float | Tensor = 1.0, **options
 
 
 _NEWTON_STEPS = 500
-_NULL = 64.0  # units of rounding per column: eigenvalues below that share of the largest are the null vector's
+_GROUND, _RIDGE = 4.0, 16.0  # units of rounding: of a column sum, and per column of a Laplacian of unit diagonal
+_SOFT = 2 / 3  # power of the rounding below which the chord method leaves an eigenvalue: parts of 1e-14 made 1e-5 of rounding
 
 
 class _Equations:
@@ -179,17 +180,34 @@ class _Equations:
         """t d, d of least norm with (diag(P^T 1) - P^T diag(1/r) P) d = c - P^T 1; the matrix is a Laplacian.
 
         t = log(1 + s) / s, s the spread of d, for which the dual h must fall: along d its third derivative is at most s times
-        its second (generalised self-concordance, Sun and Tran-Dinh 2019). Near the solution t is 1, and no derivative sees it.
+        its second (generalised self-concordance, Sun and Tran-Dinh 2019). Near the solution t is 1.
         """
         P = self.plan(g)
+        d = (self.inverse(P, _RIDGE * g.shape[-1] * torch.finfo(g.dtype).eps) @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(
+            -1
+        )
+        valid = self.c != 0
+        d = torch.where(valid, d - d.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1), 0.0)
+        spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).clamp(min=torch.finfo(d.dtype).tiny)
+        return d * (spread.log1p() / spread)
+
+    def inverse(self, P: Tensor, ridge: float) -> Tensor:
+        """An inverse of the Laplacian diag(P^T 1) - P^T diag(1/r) P on what sums to zero, by Cholesky factors.
+
+        Scaled to a unit diagonal, the null vector's eigenvalue made 1. The ridge, rounding's size at least, keeps the factors
+        real where zeros cut the columns into parts: within each the plan takes no notice of what a constant moves.
+        """
         inverse_r = torch.where(self.r != 0, 1.0 / self.r.where(self.r != 0, 1.0), 0.0)
         weights = P.mT @ (inverse_r.unsqueeze(-1) * P)
         weights = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
-        laplacian = torch.diag_embed(weights.sum(-1)) - weights
-        inverse = torch.linalg.pinv(laplacian, rtol=_NULL * g.shape[-1] * torch.finfo(g.dtype).eps, hermitian=True)
-        d = (inverse @ (self.aim - P.sum(-2)).unsqueeze(-1)).squeeze(-1)
-        spread = (d.amax(-1, keepdim=True) - d.amin(-1, keepdim=True)).detach().clamp(min=torch.finfo(d.dtype).tiny)
-        return d * (spread.log1p() / spread)
+        info = torch.finfo(P.dtype)
+        degree = weights.sum(-1) + _GROUND * info.eps * self.c
+        scale = torch.where(degree > info.tiny**0.8, degree, torch.inf).rsqrt()
+        q = (degree / degree.sum(-1, keepdim=True).clamp(min=info.tiny)).sqrt()
+        diagonal = torch.full_like(degree, 1.0 + ridge)
+        scales = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        factor, _ = torch.linalg.cholesky_ex(torch.diag_embed(diagonal) - scales * weights + q.unsqueeze(-1) * q.unsqueeze(-2))
+        return scales * torch.cholesky_inverse(factor)
 
     def residual(self, g: Tensor) -> Tensor:
         error = self.plan(g).sum(-2) / self.c.where(self.c != 0, 1.0) - 1.0
@@ -240,21 +258,26 @@ def near_fixed_point(
     col_marginal: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The plan and the potentials of the fixed point near f, g, by two Newton steps that autograd sees.
+    """The plan and the potentials of the fixed point near f, g, as autograd sees them.
 
-    A Newton step takes an error e of the potential to O(e^2). The detached start errs by all that the fixed point moves with
-    logits or marginals, so that after two steps the error is of fourth order: derivatives up to the third are exact. On
-    saturated plans a step may be rounding alone, of any size: a value that it does not improve is that of the start. The
-    potentials' values are those given; their derivative is the one of least norm.
+    One Newton step first, which no derivative sees, where it lowers the residual. Then the column sums that the plan has there
+    are taken for those aimed at, so that three steps of the chord method, with the Laplacian as it is, move nothing. With
+    logits or marginals the fixed point moves by some e, and such a step takes an error O(e^k) to O(e^(k+1)): derivatives up to
+    the third are exact. At a plan that has not converged they are those of the projection to the marginals that it has:
+    finite, as no inverse is differentiated. The potentials' values are those given; their derivative is the one of least norm.
     """
     at = _Equations(logits, temperature, first, row_marginal, col_marginal, mask)
-    start = potential = (g if first == "col" else f).detach().to(at.S.dtype).masked_fill(at.poisoned.unsqueeze(-1), 0.0)
-    for _ in range(2):
-        potential = potential + at.newton_step(potential)
-    slope = at.plan(potential)
-    better = at.residual(potential.detach()) <= at.residual(start)
-    value = torch.where(better[..., None, None], slope.detach(), at.plan(start).detach())
-    plan = (value + (slope - slope.detach())).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
+    given = (g if first == "col" else f).detach().to(at.S.dtype)
+    with torch.no_grad():
+        start = torch.where(given.isfinite() & ~at.poisoned.unsqueeze(-1), given, 0.0)
+        nearer = start + at.newton_step(start)
+        start = torch.where((at.residual(nearer) < at.residual(start)).unsqueeze(-1), nearer, start)
+        inverse = at.inverse(at.plan(start), torch.finfo(start.dtype).eps ** _SOFT)
+    reached, potential = at.plan(start).sum(-2), start
+    aim = at.aim + (reached - at.aim).detach()
+    for _ in range(3):
+        potential = potential + (inverse @ (aim - at.plan(potential).sum(-2)).unsqueeze(-1)).squeeze(-1)
+    plan = at.plan(potential).masked_fill(at.poisoned[..., None, None], torch.nan).to(logits.dtype)
     of_rows = at.row_potential(potential)
     rows, cols = (x != 0 for x in (at.r, at.c))
     shift = (of_rows.where(rows, 0.0).sum(-1) - potential.where(cols, 0.0).sum(-1)) / (rows.sum(-1) + cols.sum(-1)).clamp(min=1)
@@ -303,11 +326,12 @@ def deflated(plan: Tensor, r: Tensor, c: Tensor) -> Tensor:
 
 def sinkhorn_sigma2(logits: Tensor, **options: object) -> SinkhornSpectrum:
     """:func:`sinkhorn` and :func:`sigma2` of its plan; options as for :func:`sinkhorn`, without ``return_info``."""
-    plan, info = sinkhorn(logits, return_info=True, **options)  # type: ignore[arg-type]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # of the plan before it is rounded
+    plan, info = sinkhorn(wide, return_info=True, **options)  # type: ignore[arg-type]
     row, col, mask = (options.get(key) for key in ("row_marginal", "col_marginal", "mask"))
     lines = lines_taking_part(logits, row, col, mask)  # type: ignore[arg-type]
     value = sigma2(plan, row_marginal=row, col_marginal=col, mask=lines)  # type: ignore[arg-type]
-    return SinkhornSpectrum(plan, value, info.residual, info.sweeps, info.f, info.g)
+    return SinkhornSpectrum(plan.to(logits.dtype), value, info.residual, info.sweeps, info.f, info.g)
 
 
 def attention_logits(

@@ -62,13 +62,15 @@ def sigma2(
         v0: (..., m), start of "power", which alone takes it.
         mask: bool, broadcastable to (..., n, m): lines without an entry take no part.
         row_marginal, col_marginal: (..., n) and (..., m), or a number, the marginals the plan was made for; default uniform.
-        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors, or zeros where sigma2 is 0 (not differentiable).
+        return_vectors: also return u2 (..., n) and v2 (..., m), unit vectors orthogonal to q and p, or zeros where sigma2 is 0
+            (not differentiable). Of a float64 plan uniform but for its rounding, where sigma2 is no more than that, any.
         backend: as for :func:`fastdsm.sinkhorn`; a named method always runs on the PyTorch path.
 
     Returns:
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
-        marginals; at multiplicity one element of the subdifferential. Forward mode, second derivatives and torch.func take a
-        full SVD.
+        marginals; at multiplicity one element of the subdifferential. It is that of the plan as given: of one rounded to 16
+        bits u2 and v2 err by the rounding over the gap between sigma2 and sigma3, 5 % and more; :func:`fastdsm.sinkhorn_sigma2`
+        takes them from the plan before it is rounded. Forward mode and second derivatives take a full SVD.
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, plan)

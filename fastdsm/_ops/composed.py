@@ -1,6 +1,6 @@
 """The operators as compositions of torch's own operations, which its forward mode, and any nesting of modes, pass through.
 
-Where an input carries a tangent a call is the oracle's, in float64: the sweeps one after the other; a fixed point by two Newton
+Where an input carries a tangent a call is the oracle's, in float64: the sweeps one after the other; a fixed point by chord
 steps from the potentials that the operator has found; sigma2 as a singular value. That is slow, and needs memory: attention's
 matrices are stored, and a reverse pass through the sweeps keeps one matrix for each half sweep.
 

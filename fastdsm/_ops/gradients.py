@@ -1,9 +1,8 @@
 """Gradients of the operators, as (context, gradient) pairs for autograd.
 
 First derivatives come from operators: ``sinkhorn_backward`` runs the exact adjoint, ``fixed_point_backward`` the implicit
-one, sigma2 is bilinear in its fixed vectors. Both backwards are themselves differentiable: their gradient is autograd through
-the oracle, twice, so that double backward is right whatever enters the loss. sigma2's second derivative likewise goes through
-the oracle's SVD.
+one, ``sigma2_backward`` takes sigma2 as bilinear in its fixed vectors. All are themselves differentiable: their gradient is
+autograd through the oracle, twice, so that double backward is right whatever enters the loss; sigma2's through a full SVD.
 
 A gradient takes ``calls`` first: who makes the operators' calls it is made of. It is the same gradient whoever makes them.
 """
@@ -16,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import pytorch, reference
 from . import composed
-from .marginals import lines_taking_part, marginals_of, valid_entries
+from .marginals import lines_taking_part, marginals_of, marginals_of_plan, valid_entries
 from .problem import compute_dtype
 
 Gradients = tuple[Tensor | None, ...]
@@ -32,6 +31,7 @@ class Calls(Protocol):
     fixed_point_backward: Callable[..., Any]
     fixed_point_potentials_backward: Callable[..., Any]
     sigma2: Callable[..., Any]
+    sigma2_backward: Callable[..., Any]
     sinkhorn_attention: Callable[..., Any]
     sinkhorn_attention_backward: Callable[..., Any]
 
@@ -123,8 +123,9 @@ def _oracle_fixed_point_backward(grad_plan: Tensor, f: Tensor, g: Tensor, *input
 def _oracle_fixed_point_potentials_backward(
     grad_plan: Tensor, grad_f: Tensor | None, grad_g: Tensor | None, f: Tensor, g: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    """What ``fixed_point_potentials_backward`` returns, from the oracle."""
-    logits, temperature, _, row, col, mask, scale, _, columns_first, *_, lines = inputs
+    """What ``fixed_point_potentials_backward`` returns, from the oracle in float64: forced zeros make potentials large."""
+    given, *vectors, mask, scale, _, columns_first, _, _, lines = inputs
+    logits, temperature, _, row, col = (x if x is None else x.double() for x in (given, *vectors))
     first = "col" if columns_first else "row"
     r, c = marginals_of(logits, row, col, mask)
 
@@ -132,7 +133,27 @@ def _oracle_fixed_point_potentials_backward(
         return reference.near_fixed_point(logits, f, g, scale if temperature is None else temperature, first, r, c, mask)
 
     d_logits, d_r, d_c = pulled(found, (logits, r, c), (grad_plan, grad_f, grad_g))
-    return _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+    d_logits, *by_line = _by_line(lines, r, c, d_logits, torch.zeros_like(r if columns_first else c), d_r, d_c)
+    return d_logits.to(given.dtype), *(x.to(compute_dtype(given.dtype)) for x in by_line)
+
+
+def _oracle_sigma2_backward(grad: Tensor, u: Tensor, v: Tensor, plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """What ``sigma2_backward`` returns, from the oracle, whose vectors are its own."""
+    row, col, mask, lines = inputs
+    r, c = marginals_of_plan(plan, row, col, mask)
+
+    def found(plan: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor]:
+        return (reference.sigma2(plan, row_marginal=r, col_marginal=c, mask=mask),)
+
+    d_plan, d_r, d_c = pulled(found, (plan, r, c), (grad,))
+    return (d_plan, d_r * r, d_c * c) if lines else (d_plan, *(x.new_empty((0,)) for x in (r, c)))
+
+
+def _composed_sigma2_backward(grad: Tensor, u: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """``sigma2_backward`` as a composition: the oracle's, but linear in ``grad`` with the vectors that were found."""
+    fixed: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in (u, v, *inputs)]
+    found, own = pytorch.sigma2_backward(grad, *fixed), _oracle_sigma2_backward(grad, *fixed)
+    return tuple(x + (y - z) for x, y, z in zip(_oracle_sigma2_backward(grad, u, v, *inputs), found, own, strict=True))
 
 
 def _by_line(lines: bool, r: Tensor, c: Tensor, d_logits: Tensor, d_f0: Tensor, d_r: Tensor, d_c: Tensor) -> tuple[Tensor, ...]:
@@ -291,13 +312,8 @@ def _all(
     if grad_sigma2 is not None:
         logits, _, _, row, col, mask = projection[:_TENSORS]
         lines = lines_taking_part(logits, row, col, mask)
-        d_plan, d_row, d_col, _ = _of_sigma2(
-            (plan, row, col, lines),
-            (True, needed[3], needed[4], False),
-            grad_sigma2,
-            lambda: calls.sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)[1:],
-        )
-        assert d_plan is not None
+        _, u, v = calls.sigma2(plan, row, col, lines, None, "auto", 1e-8, 0, backend)
+        d_plan, d_row, d_col = _of_sigma2(calls, grad_sigma2, u, v, (plan, row, col, lines), needed[3:5])
         grad_plan = d_plan if grad_plan is None else grad_plan + d_plan
     if grad_plan is None:
         grad_plan = torch.zeros_like(projection[0])
@@ -310,21 +326,23 @@ def _all(
 
 
 def _of_sigma2(
-    leaves: Sequence[Any], needed: Sequence[bool], grad: Tensor, vectors: Callable[[], tuple[Tensor, Tensor]]
-) -> Gradients:
-    """Gradients of sigma2 in (plan, row, col, mask): u2^T M v2 with fixed vectors, or the SVD's where graphs go on."""
-    if torch.is_grad_enabled():
-        return through(_oracle_sigma2, leaves, needed, grad)
-    u, v = vectors()
-
-    def fixed(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
-        return (u * (reference.deflated_plan(plan, row, col, mask) * v.unsqueeze(-2)).sum(-1)).sum(-1)
-
-    return through(fixed, leaves, needed, grad)
-
-
-def _oracle_sigma2(plan: Tensor, row: Tensor | None, col: Tensor | None, mask: Tensor | None) -> Tensor:
-    return reference.sigma2(plan, row_marginal=row, col_marginal=col, mask=mask)
+    calls: Calls,
+    grad: Tensor,
+    u: Tensor,
+    v: Tensor,
+    leaves: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of sigma2 of (plan, row, col, mask) in the plan and, where ``needed``, in the marginals that were given."""
+    plan, row, col, mask = leaves
+    assert plan is not None
+    d_plan, d_log_row, d_log_col = calls.sigma2_backward(grad, u, v, plan, row, col, mask, any(needed))
+    if not any(needed):
+        return d_plan, None, None
+    valid = valid_entries(mask, plan, row, col)
+    d_row = _of_marginal(row, d_log_row, None if col is not None else d_log_col, valid.any(-1))
+    d_col = _of_marginal(col, d_log_col, None if row is not None else d_log_row, valid.any(-2))
+    return d_plan, d_row, d_col
 
 
 def _sigma2_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -340,7 +358,7 @@ def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | N
         return (None,) * len(inputs)
     assert u is not None
     assert v is not None
-    return padded(_of_sigma2(inputs[:4], ctx.needs_input_grad[:4], grad, lambda: (u, v)), inputs)
+    return padded(_of_sigma2(calls, grad, u, v, inputs[:4], ctx.needs_input_grad[1:3]), inputs)
 
 
 _SECOND: dict[str, Callable[..., Any]] = {
@@ -355,5 +373,6 @@ AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
     "fixed_point": (_fixed_point_context, _fixed_point_gradient, composed.fixed_point),
     "sigma2": (_sigma2_context, _sigma2_gradient, composed.sigma2),
     **{name: (_backward_context, _second(oracle), oracle) for name, oracle in _SECOND.items()},
+    "sigma2_backward": (_backward_context, _second(_oracle_sigma2_backward), _composed_sigma2_backward),
 }
 """Context, gradient, and the operator as a composition (``composed.py``)."""

@@ -136,9 +136,12 @@ def _sinkhorn(shape: Shape, dtype: torch.dtype) -> None:
 
 
 def _sinkhorn_sigma2(shape: Shape, dtype: torch.dtype) -> None:
-    _forward(shape, dtype, True)
+    """In the dtype of the logits, and where a gradient is to come in float32 instead of 16 bits."""
+    wide = compute_dtype(dtype)
+    for x in {dtype, wide}:
+        _forward(shape, x, True)
     _backward(shape, dtype)
-    _sigma2(shape, dtype)
+    _sigma2(shape, wide)
 
 
 def _sigma2(shape: Shape, dtype: torch.dtype) -> None:

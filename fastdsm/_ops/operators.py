@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pytorch
 from .problem import compute_dtype
 from .runs import Backward, Bounds, Forms, Forward, Run, Sigma2, Tensors, run_of
 
@@ -45,6 +46,10 @@ LIBRARY.define(
 LIBRARY.define(
     "sigma2(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, Tensor? v0, str method, float tol, "
     "SymInt max_iters, str backend) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "sigma2_backward(Tensor grad, Tensor u, Tensor v, Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, "
+    "bool lines) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "sigma2_bounds(Tensor plan, Tensor? row_marginal, Tensor? col_marginal, Tensor? mask, str backend) -> (Tensor, Tensor)"
@@ -188,6 +193,15 @@ def _vectors_like(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, u, v
 
 
+@implement("sigma2_backward")
+def _sigma2_backward(*inputs: Any) -> Tensors:
+    return pytorch.sigma2_backward(*inputs)
+
+
+def _slopes_like(grad: Tensor, u: Tensor, v: Tensor, plan: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return plan.new_empty(plan.shape), *(x.new_empty(x.shape if inputs[-1] else (0,)) for x in (u, v))
+
+
 @implement("sigma2_bounds")
 def _sigma2_bounds(*inputs: Any, forms: Forms = None) -> Tensors:
     return run_of(Bounds, inputs[0], inputs[:4], forms, *inputs[4:])(inputs[:4])
@@ -222,6 +236,7 @@ torch.library.register_fake(
     lib=LIBRARY,
 )
 torch.library.register_fake("fastdsm::sigma2", lambda plan, *_: _vectors_like(plan), lib=LIBRARY)
+torch.library.register_fake("fastdsm::sigma2_backward", _slopes_like, lib=LIBRARY)
 torch.library.register_fake("fastdsm::sigma2_bounds", lambda plan, *_: _bounds_like(plan), lib=LIBRARY)
 
 
@@ -250,6 +265,6 @@ def _over_batch(operator: Any) -> Callable[..., Any]:
 
 for _name in (
     "sinkhorn", "sinkhorn_info", "sinkhorn_backward", "sinkhorn_potentials_backward", "fixed_point", "fixed_point_backward",
-    "fixed_point_potentials_backward", "sigma2", "sigma2_bounds",
+    "fixed_point_potentials_backward", "sigma2", "sigma2_backward", "sigma2_bounds",
 ):  # fmt: skip
     torch.library.register_vmap(f"fastdsm::{_name}", _over_batch(getattr(torch.ops.fastdsm, _name).default), lib=LIBRARY)

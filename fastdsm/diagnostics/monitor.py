@@ -8,6 +8,7 @@ waited for.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,9 @@ class SpectralMonitor:
             they stay in memory, some 300 bytes each.
         step: forwards counted so far.
 
+    Forwards inside ``torch.func`` (vmap, grad, jvp, ...) are not steps, and layers inside it are not recorded: what these see
+    are wrapped tensors. Forwards of several threads are steps by themselves, numbered as they end, under one lock.
+
     Copies of ``module`` (deepcopy, pickle, torch.save, torch.optim.swa_utils.AveragedModel) are not watched.
 
     ``close()``, or leaving a ``with`` block, removes the hooks and writes what is left; it waits for the device, since ``rows``
@@ -76,8 +80,8 @@ class SpectralMonitor:
         self._every, self._sample = arguments.count_of(every, "every", 1), arguments.count_of(sample, "sample", 1)
         self._thresholds = Thresholds(uniform, identity)
         self._sinks = sinks_of(path, tensorboard)
-        self._kept: dict[str, Tensor] = {}
-        self._recording = False
+        self._forward = _Forward()
+        self._lock = threading.Lock()
         self._training_only = training_only
         self._pending: deque[Pending] = deque()
         self._hooks = [module.register_forward_pre_hook(_Hook(self._begin))]
@@ -90,26 +94,33 @@ class SpectralMonitor:
 
     def record(self, name: str, plan: Tensor, heads: bool = False) -> None:
         """Keep plans (..., n, m) for this step under ``name``; ``heads``: they are (..., H, n, m), to be told apart."""
-        if not self._recording or name in self._kept:
+        if not self._wants(name):
             return
         arguments.check_matrices(plan, name)
         if plan.numel() == 0:
             return
         plans = plan.detach().reshape(-1, plan.shape[-3] if heads else 1, *plan.shape[-2:])
         stride = _stride(len(plans), self._sample, plans[0].numel())
-        self._kept[name] = plans[::stride].to(torch.float32, copy=True)
+        self._forward.kept[name] = plans[::stride].to(torch.float32, copy=True)
 
     def close(self) -> None:
         """Remove the hooks, and write what is left."""
         for hook in self._hooks:
             hook.remove()
-        self._write(wait=True)
-        for sink in self._sinks:
-            sink.close()
-        self._hooks, self._sinks = [], []
+        with self._lock:
+            self._write(wait=True)
+            for sink in self._sinks:
+                sink.close()
+            self._hooks, self._sinks = [], []
 
     def __enter__(self) -> SpectralMonitor:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name not in ("_forward", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _forward=_Forward(), _lock=threading.Lock())
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -121,21 +132,27 @@ class SpectralMonitor:
         draw(self.rows, Path(path))
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        self._kept = {}
-        self._recording = self._counts(module) and self.step % self._every == 0
+        self._forward.kept = {}
+        self._forward.recorded = self._counts(module) and self.step % self._every == 0
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if not self._counts(module):
             return
-        self._recording = False
-        for group in groups_of(self._kept):
-            self._pending.append(Pending.of(self.step, group))
-        self._kept = {}
-        self.step += 1
-        self._write(wait=False)
+        groups = groups_of(self._forward.kept)
+        self._forward.kept, self._forward.recorded = {}, False
+        with self._lock:
+            for group in groups:
+                self._pending.append(Pending.of(self.step, group))
+            self.step += 1
+            self._write(wait=False)
 
     def _counts(self, module: nn.Module) -> bool:
-        return module.training or not self._training_only
+        return (module.training or not self._training_only) and not torch._C._are_functorch_transforms_active()
+
+    def _wants(self, name: str) -> bool:
+        """Whether a plan of this name is to be kept."""
+        forward = self._forward
+        return forward.recorded and name not in forward.kept and not torch._C._are_functorch_transforms_active()
 
     def _of_projection(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, plan: Tensor) -> None:
@@ -145,7 +162,7 @@ class SpectralMonitor:
 
     def _of_attention(self, name: str) -> Callable[..., None]:
         def hook(layer: SinkhornAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            if self._recording and name not in self._kept:
+            if self._wants(name):
                 with torch.no_grad():
                     self.record(name, plan_of_call(self._sample, layer, *args, **kwargs), heads=True)
 
@@ -158,6 +175,14 @@ class SpectralMonitor:
             self.rows += rows
             for sink in self._sinks:
                 sink.write(rows)
+
+
+class _Forward(threading.local):
+    """What a thread has kept of the forward that it is in, if that is recorded."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.recorded = False
 
 
 class _Hook:

@@ -5,6 +5,7 @@ from .implicit import implicit_backward
 from .newton import newton_forward
 from .projection import sinkhorn_backward, sinkhorn_forward
 from .spectrum import sigma2, sigma2_bounds
+from .spectrum_gradient import sigma2_backward
 from .tape import Tape
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "implicit_backward",
     "newton_forward",
     "sigma2",
+    "sigma2_backward",
     "sigma2_bounds",
     "sinkhorn_backward",
     "sinkhorn_forward",

@@ -133,6 +133,26 @@ def test_two_values_close_together() -> None:
     assert_within(fastdsm.sigma2(plan), reference.sigma2(plan.double()), reference.sigma2(plan))
 
 
+@pytest.mark.parametrize(("backend", "method"), [("triton", "auto"), *(("torch", x) for x in ("auto", *METHODS))])
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (5, 5), (8, 8), (6, 40), (40, 40)])
+def test_vectors_of_uniform_plans(size: tuple[int, int], backend: str, method: str) -> None:
+    """Zeros, or unit vectors that have nothing of the trivial pair; the gradient has none of it either way."""
+    if method == "jacobi" and min(size) > 8:
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        plan = torch.full((3, *size), 1 / size[1], dtype=dtype).requires_grad_()
+        value, u, v = fastdsm.sigma2(plan, method=method, backend=backend, return_vectors=True)
+        assert (value < 1e-14).all()
+        for x in (u, v):
+            norm = x.norm(dim=-1)
+            assert (((norm - 1).abs() < 1e-6) | (norm == 0)).all()
+            if dtype != torch.float64:
+                assert (x.sum(-1).abs() < 1e-5).all()
+        (slope,) = torch.autograd.grad(value.sum(), plan)
+        for dim in (-1, -2):
+            torch.testing.assert_close(slope.double().sum(dim), torch.zeros_like(slope.double().sum(dim)), rtol=0, atol=1e-5)
+
+
 def test_uniform_is_zero() -> None:
     for n in (4, 40):
         plan = torch.full((2, n, n), 1 / n, dtype=torch.float64)
@@ -183,6 +203,32 @@ def test_gradient_is_the_outer_product(size: tuple[int, int]) -> None:
     (found,) = torch.autograd.grad(fastdsm.sigma2(plan).sum(), plan)
     (truth,) = torch.autograd.grad(reference.sigma2(plan).sum(), plan)
     torch.testing.assert_close(found, truth, rtol=0, atol=2e-4 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("given", [(), ("row_marginal",), ("col_marginal",), ("row_marginal", "col_marginal")], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_marginals(masked: bool, given: tuple[str, ...]) -> None:
+    """Of plans and of marginals, lines without mass among them, against autograd through the oracle's SVD."""
+    plan = torch.rand(3, 7, 5, dtype=torch.float64)
+    mask = torch.ones(7, 5, dtype=torch.bool)
+    if masked:
+        mask[0], mask[2, 1] = False, False
+    row, col = torch.rand(3, 7, dtype=torch.float64) + 0.3, torch.rand(3, 5, dtype=torch.float64) + 0.3
+    row[1, 1] = 0.0
+    totals = ((x * mask.any(dim)).sum(-1, keepdim=True) for x, dim in ((row, -1), (col, -2)))
+    marginals = {"row_marginal": row, "col_marginal": col * (next(totals) / next(totals))}
+    weights, found = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64), []
+    for call in (fastdsm.sigma2, reference.sigma2):
+        leaves = {"plan": plan, **{name: marginals[name] for name in given}}
+        leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        operands = dict(leaves)
+        if len(given) == 2:  # the columns' total is made the rows' in the call
+            both = operands["row_marginal"], operands["col_marginal"]
+            operands["col_marginal"] = reference._of_one_total(plan, *both, mask)
+        value = call(operands.pop("plan"), mask=mask, **operands)
+        found.append(torch.autograd.grad((value * weights).sum(), list(leaves.values())))
+    for slope, truth in zip(*found, strict=True):
+        torch.testing.assert_close(slope, truth.nan_to_num(0.0), rtol=1e-9, atol=1e-9)
 
 
 def test_a_truncated_plan_may_exceed_one_by_its_leak() -> None:

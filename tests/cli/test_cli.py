@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +274,44 @@ def test_module_runs_and_its_import_is_light():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert "Usage: fastdsm" in found.stdout
+
+
+@pytest.mark.parametrize("start", ["-m", "script", "library"])
+def test_an_interrupt_while_torch_is_imported(start, tmp_path):
+    """Ends the command without a word, and is an exception for who imports the package."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    (tmp_path / "fastdsm").write_text("from fastdsm.__main__ import main\nmain()\n")
+    arguments = {
+        "-m": ["-m", "fastdsm", "info"],
+        "script": [str(tmp_path / "fastdsm"), "info"],
+        "library": ["-c", "import fastdsm"],
+    }
+    package = Path(fastdsm.__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, *arguments[start]],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if start == "library":
+        assert found.returncode == -signal.SIGINT
+        assert "KeyboardInterrupt" in found.stderr
+    else:
+        assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
+def test_an_interrupt_after_the_imports_is_an_exception_again():
+    code = (
+        "import sys; sys.argv = ['fastdsm']\n"
+        "import signal, fastdsm, fastdsm._interrupts\n"
+        "assert fastdsm._interrupts._is_command()\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_version():

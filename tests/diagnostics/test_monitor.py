@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,70 @@ def test_rectangular_and_single_lines() -> None:
     wide, single = monitor.rows
     assert math.isnan(wide.to_identity)
     assert wide.collapse == single.collapse == ""
+
+
+@pytest.mark.parametrize("kind", ["vmap", "grad", "vmap of grad", "jacrev", "jvp", "inside"])
+def test_transforms_are_not_recorded(kind: str) -> None:
+    """Neither as steps nor as layers of one; what comes after them is."""
+    model: nn.Module = nn.Sequential(SinkhornProjection())
+    if kind == "inside":
+        model = _Mapped()
+    x = torch.randn(3, 4, 4)
+
+    def loss(logits: Tensor) -> Tensor:
+        return model(logits).square().sum()
+
+    calls = {
+        "vmap": lambda: torch.vmap(model)(x),
+        "grad": lambda: torch.func.grad(loss)(x),
+        "vmap of grad": lambda: torch.vmap(torch.func.grad(loss))(x),
+        "jacrev": lambda: torch.func.jacrev(model)(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,)),
+        "inside": lambda: model(x),
+    }
+    with SpectralMonitor(model) as monitor:
+        calls[kind]()
+        assert (len(monitor.rows), monitor.step) == (0, kind == "inside")
+        model.mapped = False
+        model(x)
+    assert [row.step for row in monitor.rows] == [int(kind == "inside")]
+
+
+class _Mapped(nn.Sequential):
+    """A projection inside vmap, or plain."""
+
+    def __init__(self) -> None:
+        super().__init__(SinkhornProjection())
+        self.mapped = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self[0])(x) if self.mapped else self[0](x)
+
+
+def test_threads() -> None:
+    """Forwards side by side are steps by themselves: each with its own plans and a number of its own."""
+    model = nn.Sequential(SinkhornProjection(), SinkhornProjection(first="row"))
+    inputs = [float(scale) * torch.eye(4).expand(2, 4, 4) for scale in range(4)]
+    expected = {round(fastdsm.sigma2(fastdsm.sinkhorn(x)).mean().item(), 4) for x in inputs}
+    monitor = SpectralMonitor(model)
+    with ThreadPoolExecutor(4) as threads:
+        for made in [threads.submit(model, x) for _ in range(50) for x in inputs]:
+            made.result()
+    monitor.close()
+    assert monitor.step == 200
+    assert [(row.step, row.layer) for row in monitor.rows] == [(step, layer) for step in range(200) for layer in ("0", "1")]
+    found = [round(row.sigma2, 4) for row in monitor.rows[::2]]
+    assert all(found.count(value) == 50 for value in expected)
+
+
+def test_a_module_that_holds_its_monitor_is_copied() -> None:
+    model: Any = nn.Sequential(SinkhornProjection())
+    model.monitor = SpectralMonitor(model)
+    x = torch.randn(2, 3, 3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(x), fastdsm.sinkhorn(x))
+        other.monitor.close()
+    assert model.monitor.step == 0
 
 
 def test_files(tmp_path: Path) -> None:

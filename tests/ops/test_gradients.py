@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +98,25 @@ def test_of_a_temperature(shape: tuple[int, int, int], std: float, dtype: torch.
         size = gradient_size(truth, cotangent) * (finite.abs().amax((-2, -1)) / tau).amax().item()
         allowed = budget(truth, plain, torch.float64, size=size)
         assert ((found.double() - truth).abs() <= allowed + half_ulp(truth.abs() + allowed, torch.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"solver": "newton"}, {"first": "row", "tol": 1e-3}], ids=str)
+@pytest.mark.parametrize(("backend", "size"), [("torch", 4), ("torch", 40), ("triton", 4), ("triton", 16)])
+def test_of_sigma2_in_16_bits(backend: str, size: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The vectors are those of the plan before it is rounded: the gradient is rounded once."""
+    logits = (torch.randn(4, size, size) * 2).to(dtype)
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.7])
+
+    def gradient_of(call: Callable[..., Any], logits: Tensor, **more: Any) -> Tensor:
+        leaf = logits.clone().requires_grad_()
+        value = call(leaf, **more).sigma2
+        return torch.autograd.grad(value, leaf, weights.to(value.dtype))[0]
+
+    truth, plain = (gradient_of(reference.sinkhorn_sigma2, x, **options) for x in (logits.double(), logits.float()))
+    found = gradient_of(fastdsm.sinkhorn_sigma2, logits, backend=backend, **options)
+    assert found.dtype == dtype
+    assert_within(found, truth, plain, cotangent=truth)
 
 
 @pytest.mark.parametrize("batch", [5, 200])

@@ -216,3 +216,64 @@ def test_a_plan_is_the_same_without_its_information(backend: str, shape: tuple[i
     logits = torch.randn(shape)
     options = {"n_iters": 8, "tol": 1e-4, "grad": "implicit", "first": first, "backend": backend}
     assert torch.equal(fastdsm.sinkhorn(logits, **options), fastdsm.sinkhorn(logits, return_info=True, **options)[0])
+
+
+def curvature(logits: Tensor, cotangent: Tensor, direction: Tensor, **options: Any) -> Tensor:
+    """The derivative of the gradient along ``direction``, by double backward."""
+    leaf = logits.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fastdsm.sinkhorn(leaf, **options), leaf, cotangent, create_graph=True)
+    return torch.autograd.grad(slope, leaf, direction)[0]
+
+
+def central_curvature(logits: Tensor, cotangent: Tensor, direction: Tensor, mask: Tensor | None) -> Tensor:
+    """The same of the fixed point, in float64, by central differences of the gradient."""
+    h, options = 1e-4, {"solver": "newton", "n_iters": 200, "mask": mask}
+    ends = ({"logits": logits.double() + x * direction.double()} for x in (h, -h))
+    up, down = (gradients(fastdsm.sinkhorn, x, cotangent.double(), **options)["logits"] for x in ends)
+    return (up - down) / (2 * h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["row of one", "triangular", "block", "no support"])
+def test_second_derivatives_where_a_mask_forces_zeros(kind: str, dtype: torch.dtype) -> None:
+    """Entries that fall to 0 though no mask takes them out cut the columns into parts, each of which is free by itself."""
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    if kind == "row of one":
+        mask[0, 1:] = False
+    elif kind == "triangular":
+        mask = mask.tril()
+    else:
+        mask[:3, 3 if kind == "block" else 2 :] = False
+    logits, cotangent, direction = torch.randn(3, 20, 6, 6, dtype=dtype)
+    truth = central_curvature(logits, cotangent, direction, mask)
+    for n_iters, allowed in ((20, 1e-5), (3, 2e-2), (1, 2.0)):
+        found = curvature(logits, cotangent, direction, solver="newton", n_iters=n_iters, mask=mask)
+        assert ((found - truth).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("std", [30.0, 100.0])
+@pytest.mark.parametrize("size", [4, 8])
+def test_second_derivatives_of_what_has_not_converged(size: int, std: float) -> None:
+    """Finite, of the size of logits' curvature, in matrices of a batch that know nothing of each other."""
+    logits, cotangent, direction = torch.randn(3, 20, size, size) * torch.tensor([std, 1.0, 1.0])[:, None, None, None]
+    logits[0] = torch.randn(size, size)
+    for options in ({"solver": "newton", "n_iters": 2}, {"grad": "implicit", "n_iters": 1}, {"grad": "implicit"}):
+        found = curvature(logits, cotangent, direction, **options)
+        assert (found.abs() < 20).all()
+        alone = curvature(logits[:1], cotangent[:1], direction[:1], **options)
+        torch.testing.assert_close(found[:1], alone)
+        broken = logits.clone()
+        broken[1] = torch.nan
+        again = curvature(broken, cotangent, direction, **options)
+        assert again[1].isnan().all()
+        torch.testing.assert_close(again[2:], found[2:])
+
+
+def test_second_derivatives_near_the_limit() -> None:
+    """Their error falls with the residual, as that of the gradient does."""
+    logits, cotangent, direction = torch.randn(3, 200, 4, 4, dtype=torch.float64)
+    truth, errors = central_curvature(logits, cotangent, direction, None), []
+    for n_iters in (1, 3, 10, 100):
+        errors.append((curvature(logits, cotangent, direction, grad="implicit", n_iters=n_iters) - truth).abs().max())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-7

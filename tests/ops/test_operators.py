@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
@@ -66,6 +68,26 @@ def test_compiles_without_a_graph_break(name: str, dynamic: bool) -> None:
         gradients.append(torch.autograd.grad((found * weights).sum(), logits)[0])
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"row_marginal": torch.arange(1.0, 5)}], ids=["uniform", "marginal"])
+def test_a_compiled_backward_is_of_operators(options: dict[str, Any]) -> None:
+    """Not of what they are made of: a compiler took 20 seconds for the projections of sigma2's vectors."""
+    torch._dynamo.reset()
+    called: list[str] = []
+
+    def backward(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward)
+    compiled = torch.compile(lambda x: fastdsm.sigma2(fastdsm.sinkhorn(x, **options), **options), backend=backend)
+    compiled(torch.randn(3, 4, 4, requires_grad=True)).sum().backward()
+    assert [name for name in called if "fastdsm" in name] == [
+        "fastdsm.sigma2_backward.default",
+        "fastdsm.sinkhorn_backward.default",
+    ]
+    assert len(called) < 10
 
 
 def test_one_graph_serves_every_batch_and_temperature() -> None:
@@ -181,6 +203,10 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
     opcheck(ops.sinkhorn_backward.default, (x, None, *_projection_inputs(leaf), True))
     opcheck(ops.sigma2.default, (leaf, None, None, None, None, "auto", 1e-4, 0, "torch"))
     opcheck(ops.sigma2_bounds.default, (x, None, None, None, "torch"))
+    cotangent, u, v = (torch.randn(shape) for shape in (x.shape[:1], x.shape[:2], x.shape[::2]))
+    opcheck(ops.sigma2_backward.default, (cotangent.requires_grad_(), u, v, leaf, None, None, None, False))
+    row = torch.ones(x.shape[:2], requires_grad=True)
+    opcheck(ops.sigma2_backward.default, (cotangent, u, v, leaf, row, None, None, True))
 
 
 def test_opcheck_of_the_fixed_point() -> None:

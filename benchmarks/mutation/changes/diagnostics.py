@@ -78,8 +78,8 @@ DIAGNOSTICS = [
     ),
     Change(
         "fastdsm/diagnostics/monitor.py",
-        "self._kept[name] = plans[::stride]",
-        "self._kept[name] = plans[: -(-len(plans) // stride)]",
+        "self._forward.kept[name] = plans[::stride]",
+        "self._forward.kept[name] = plans[: -(-len(plans) // stride)]",
         (f"{_MONITOR}::test_a_sample_is_spread_over_the_batch",),
         "a sample of the first plans",
     ),
@@ -92,8 +92,8 @@ DIAGNOSTICS = [
     ),
     Change(
         "fastdsm/diagnostics/monitor.py",
-        "self._recording = self._counts(module) and self.step % self._every == 0",
-        "self._recording = self._counts(module)",
+        "self._forward.recorded = self._counts(module) and self.step % self._every == 0",
+        "self._forward.recorded = self._counts(module)",
         (f"{_MONITOR}::test_steps_samples_and_modes",),
         "every step is recorded",
     ),
@@ -162,5 +162,19 @@ DIAGNOSTICS = [
         "return worst[1].detach().to(found.dtype)",
         (f"{_PLANS}::test_residual_and_leak_by_hand",),
         "the residual of columns alone",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "return forward.recorded and name not in forward.kept and not torch._C._are_functorch_transforms_active()",
+        "return forward.recorded and name not in forward.kept",
+        (f"{_MONITOR}::test_transforms_are_not_recorded",),
+        "wrapped tensors of a layer inside vmap",
+    ),
+    Change(
+        "fastdsm/diagnostics/monitor.py",
+        "class _Forward(threading.local):",
+        "class _Forward:",
+        (f"{_MONITOR}::test_threads",),
+        "threads that share what one forward keeps",
     ),
 ]

@@ -169,6 +169,13 @@ HARNESS = [
         ("tests/static/test_static.py::test_a_spill_is_a_fault",),
         "spills without a stack go unseen",
     ),
+    Change(
+        "fastdsm/_interrupts.py",
+        "os._exit(128 + signal.SIGINT)",
+        "raise KeyboardInterrupt",
+        (f"{_CLI}::test_an_interrupt_while_torch_is_imported",),
+        "a traceback of what was being imported",
+    ),
 ]
 
 JUDGES = [*VERIFICATION, *HARNESS]
