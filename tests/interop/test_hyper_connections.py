@@ -49,7 +49,7 @@ def test_large_logits() -> None:
     """At a standard deviation of 20 the origin's loop without logarithms underflows; the one with them does not."""
     (logits,) = leaves_of((256, 4, 4), dtype=torch.float32, scale=20.0)
     truth = log_plan(logits, *half_steps(logits, 40, "col")).exp().detach()
-    assert (first_version.sinkhorn_knopps(logits) - truth).abs().max() > 1e-2
+    assert (first_version.sinkhorn_knopps(logits) - truth).abs().max() > 1e-3
     assert_close(first_version.log_domain_sinkhorn_knopps(logits).detach(), truth, 1e-5)
     assert_close(fastdsm.sinkhorn(logits).detach(), truth, 2e-6)
 

@@ -85,6 +85,16 @@ def test_loss(dtype: torch.dtype) -> None:
     assert_same((plan * M).sum(), origin, [a, b, M])
 
 
+@DTYPES
+def test_many_second_masses(dtype: torch.dtype) -> None:
+    """b (m, k) is k problems of one cost, of which ``ot.sinkhorn`` gives the losses."""
+    a, _, M = transport(dtype=dtype)
+    b = torch.randn(9, 4, dtype=dtype).softmax(0).requires_grad_()
+    origin = ot.sinkhorn(a, b, M, 0.2, numItermax=20, stopThr=0.0, warn=False)
+    plans = fastdsm.sinkhorn((-M).expand(4, 12, 9), temperature=0.2, row_marginal=a, col_marginal=b.mT, n_iters=20)
+    assert_same((plans * M).sum((-2, -1)), origin, [a, b, M])
+
+
 def test_solve() -> None:
     """``ot.solve`` is the plan and <P, M> + reg KL(P | a b^T), until ``tol``."""
     a, b, M = transport(dtype=torch.float64)
@@ -119,3 +129,12 @@ def test_batch_with_uniform_masses(dtype: torch.dtype) -> None:
     origin = ot.batch.solve_batch(M, 0.1, max_iter=20, tol=0.0, grad="autodiff").plan
     found = fastdsm.sinkhorn(-M, temperature=0.1, row_marginal=1 / 12, first="row", n_iters=20)
     assert_same(found, origin, [M])
+
+
+def test_values_of_a_batch() -> None:
+    """<P, M> - reg H(P), with the gradient that ``grad="envelope"`` gives it in the cost: the plan itself."""
+    a, b, M = transport(5, dtype=torch.float64)
+    origin = ot.batch.solve_batch(M, 0.1, a, b, max_iter=3000, tol=1e-15, grad="envelope")
+    plan = fastdsm.sinkhorn(-M, temperature=0.1, row_marginal=a, col_marginal=b, solver="newton")
+    value = (plan * M - 0.1 * torch.special.entr(plan)).sum((-2, -1))
+    assert_same(value, origin.value, [M], gradient=1e-9)

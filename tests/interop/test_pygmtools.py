@@ -78,6 +78,19 @@ def test_counts_of_lines(steps: int, dtype: torch.dtype) -> None:
 
 @DTYPES
 @STEPS
+def test_more_rows_in_some(steps: int, dtype: torch.dtype) -> None:
+    """The shorter side of each pair is the origin's rows, and so two calls, one for each order of sides."""
+    (s,) = leaves_of((4, 6, 8), dtype=dtype)
+    n1, n2 = torch.tensor([6, 6, 5, 3]), torch.tensor([8, 4, 2, 3])
+    mask = lines_of(n1, n2, (6, 8))
+    rows_first = fastdsm.sinkhorn(s, half_steps=steps, first="row", mask=mask, **exact(steps))
+    columns_first = fastdsm.sinkhorn(s, half_steps=steps, first="col", mask=mask, **exact(steps + 1))
+    found = torch.where((n1 > n2)[:, None, None], columns_first, rows_first)
+    assert_same(found, origin_of(s, n1=n1.clone(), n2=n2.clone(), max_iter=steps), [s])
+
+
+@DTYPES
+@STEPS
 def test_dummy_rows(steps: int, dtype: torch.dtype) -> None:
     """Rows of logits -100, after the temperature, up to as many as there are columns, which are cut off again.
 

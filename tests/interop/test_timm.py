@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fastdsm
 
 from ..half_steps import half_steps, log_plan
-from .parity import assert_close, assert_same, randomised
+from .parity import DTYPES, assert_same, leaves_of, randomised
 
 pytest.importorskip("PIL", reason="the extra parity")
 if importlib.util.find_spec("timm") is None:
@@ -71,8 +71,9 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, attention: timm.layers.Attention, n_iters: int) -> None:
         super().__init__()
+        dtype = attention.qkv.weight.dtype
         self.attention = fastdsm.nn.SinkhornAttention(
-            attention.qkv.in_features, attention.num_heads, batch_first=True, n_iters=n_iters
+            attention.qkv.in_features, attention.num_heads, batch_first=True, n_iters=n_iters, dtype=dtype
         )
         weights = {"in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias}
         weights |= {f"out_proj.{name}": weight for name, weight in attention.proj.state_dict().items()}
@@ -83,41 +84,47 @@ class MultiheadAttention(nn.Module):
         return out
 
 
-def model_of(attention: type[nn.Module] = timm.layers.Attention) -> Any:
-    """A small vision transformer."""
+def model_of(attention: type[nn.Module], dtype: torch.dtype) -> Any:
+    """A small vision transformer with random weights."""
     make = partial(timm.create_model, "vit_tiny_patch16_224", img_size=64, embed_dim=48, depth=2, num_classes=5)
-    return make(attn_layer=attention)
+    return randomised(make(attn_layer=attention), 0.05).to(dtype)
 
 
-def assert_same_models(swapped: nn.Module, origin: nn.Module) -> None:
-    images = torch.randn(2, 3, 64, 64, requires_grad=True)
+def assert_same_models(swapped: nn.Module, origin: nn.Module, dtype: torch.dtype) -> None:
+    (images,) = leaves_of((2, 3, 64, 64), dtype=dtype)
     leaves = ([images, *model.parameters()] for model in (swapped, origin))
-    assert_same(swapped(images), origin(images), *leaves, value=1e-5)
+    assert_same(swapped(images), origin(images), *leaves)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(WithoutSweeps, timm.layers.Attention), (SinkhornAttention, HalfSteps)])
-def test_layers_class(ours: type[nn.Module], theirs: type[nn.Module]) -> None:
-    origin, swapped = randomised(model_of(theirs), 0.05), model_of(ours)
+ORIGINS = {0: timm.layers.Attention, 3: HalfSteps}
+SWEEPS = pytest.mark.parametrize("n_iters", [0, 3])
+
+
+@DTYPES
+@SWEEPS
+def test_layers_class(n_iters: int, dtype: torch.dtype) -> None:
+    origin, swapped = model_of(ORIGINS[n_iters], dtype), model_of(SinkhornAttention if n_iters else WithoutSweeps, dtype)
     swapped.load_state_dict(origin.state_dict())
-    assert_same_models(swapped, origin)
+    assert_same_models(swapped, origin, dtype)
 
 
-@pytest.mark.parametrize("n_iters", [0, 3])
-def test_modules(n_iters: int) -> None:
-    origin = randomised(model_of(HalfSteps if n_iters else timm.layers.Attention), 0.05)
+@DTYPES
+@SWEEPS
+def test_modules(n_iters: int, dtype: torch.dtype) -> None:
+    origin = model_of(ORIGINS[n_iters], dtype)
     swapped = copy.deepcopy(origin)
     for block in swapped.blocks:
         block.attn = MultiheadAttention(block.attn, n_iters)
-    assert_same_models(swapped, origin)
+    assert_same_models(swapped, origin, dtype)
 
 
-@pytest.mark.parametrize("n_iters", [0, 3])
-def test_below_the_module(n_iters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@DTYPES
+@SWEEPS
+def test_below_the_module(n_iters: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for a whole program; calls in torch's own fast paths do not come by it."""
-    origin = randomised(model_of(HalfSteps if n_iters else timm.layers.Attention), 0.05)
-    swapped = model_of()
+    origin, swapped = (model_of(attention, dtype) for attention in (ORIGINS[n_iters], timm.layers.Attention))
     swapped.load_state_dict(origin.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    right = origin(images).detach()
+    (images,) = leaves_of((2, 3, 64, 64), dtype=dtype)
+    right = origin(images)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", partial(fastdsm.sinkhorn_attention, n_iters=n_iters))
-    assert_close(swapped(images).detach(), right, 1e-5)
+    assert_same(swapped(images), right, *([images, *model.parameters()] for model in (swapped, origin)))
