@@ -21,10 +21,17 @@ setup: .venv/dev.done
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
+# timm without its dependencies: a torchvision made for CUDA does not load beside torch's CPU build, and where it lies
+# transformers does not load either.
+.venv/parity.done: .venv/dev.done
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[parity]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
 demo: .venv/demo.done
 	$(BIN)/fastdsm demo
 
-test: .venv/dev.done
+test: .venv/parity.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile -m "not slow"
 
 slow: .venv/dev.done

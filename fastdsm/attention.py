@@ -110,7 +110,7 @@ def sinkhorn_attention(
         dropout_p: probability in [0, 1) with which an entry of the plan is dropped, as in scaled_dot_product_attention:
             also in evaluation, unless the caller passes 0.
         is_causal: must be False. A lower-triangular doubly-stochastic matrix is the identity.
-        scale: of the logits, default 1 / sqrt(d).
+        scale: of the logits, a float, default 1 / sqrt(d).
         enable_gqa: allow fewer key and value heads than query heads.
         key_padding_mask: (..., M), query_padding_mask: (..., N): bool, True where a line is padding, or floating, which takes
             a line out as attn_mask does an entry, and is added to the logits of the others (a bool one is the faster). What

@@ -70,7 +70,12 @@ class Checked:
         if grad == "implicit" and tol is None:
             raise ValueError('grad="implicit" is right at the fixed point only and needs tol, such as tol=1e-4, got tol=None')
         if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be a float in [0, 1), got {dropout_p}")
+            raise ValueError(f"dropout_p must be a float in [0, 1), got {dropout_p!r}")
+        if isinstance(scale, Tensor):
+            raise TypeError(
+                f"scale must be a float, got a tensor of shape {tuple(scale.shape)}, which would get no gradient; multiply the "
+                "query by it and give scale=1.0"
+            )
         self.backend = arguments.resolve_backend(backend, query)
         batch, (N, d), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
         if 0 in (N, M) and self.backend == "reference":

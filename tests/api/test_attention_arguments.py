@@ -29,6 +29,8 @@ BAD = [
     ({"key_padding_mask": torch.zeros(1, 4, dtype=torch.bool)}, ValueError, r"key_padding_mask must have shape \(..., 5\)"),
     ({"query_padding_mask": torch.zeros(1, 3, dtype=torch.int32)}, TypeError, "query_padding_mask must be a bool tensor"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a float in \[0, 1\)"),
+    ({"dropout_p": torch.tensor(0.5)}, ValueError, r"dropout_p must be a float in \[0, 1\), got tensor\(0.5000\)"),
+    ({"scale": torch.tensor(0.5)}, TypeError, r"scale must be a float, got a tensor of shape \(\).*give scale=1.0"),
     ({"n_iters": -1}, ValueError, "n_iters must be >= 0"),
     ({"first": "both"}, ValueError, "first must be one of"),
     ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
