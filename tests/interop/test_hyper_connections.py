@@ -18,9 +18,9 @@ import fastdsm
 from ..half_steps import half_steps, log_plan
 from .parity import DTYPES, assert_close, assert_same, leaves_of, randomised
 
-hyper_connections = pytest.importorskip("hyper_connections", reason="the extra parity")
-from hyper_connections import manifold_constrained_hyper_connections as first_version  # noqa: E402
-from hyper_connections import mHCv2 as second_version  # noqa: E402, N813
+pytest.importorskip("hyper_connections", reason="the extra parity")
+from hyper_connections import manifold_constrained_hyper_connections as first_version
+from hyper_connections import mHCv2 as second_version  # noqa: N813
 
 VERSIONS = pytest.mark.parametrize("version", [first_version, second_version], ids=["mHC", "mHCv2"])
 

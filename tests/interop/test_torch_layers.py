@@ -39,6 +39,7 @@ def test_encoder_layer(norm_first: bool, padded: bool, training: bool, dtype: to
     assert_same(found[~padding], theirs[~padding], [x, *swapped.parameters()], [x, *origin.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_encoder_without_gradient(padded: bool) -> None:
     """The original's fast path, with nested tensors, and ours, which has neither."""
