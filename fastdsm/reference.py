@@ -143,7 +143,7 @@ def log_sinkhorn(logits: Tensor, *, temperature: float | Tensor = 1.0, **options
 
 _NEWTON_STEPS = 500
 _GROUND, _RIDGE = 4.0, 16.0  # units of rounding: of a column sum, and per column of a Laplacian of unit diagonal
-_SOFT = 2 / 3  # power of the rounding below which the chord method leaves an eigenvalue: parts of 1e-14 made 1e-5 of rounding
+_SOFT = 2 / 3  # the chord method's ridge is this power of rounding: between parts all but cut off steps stay small
 
 
 class _Equations:

@@ -125,8 +125,8 @@ def _oracle_fixed_point_potentials_backward(
 ) -> tuple[Tensor, ...]:
     """What ``fixed_point_potentials_backward`` returns, from the oracle in float64: forced zeros make potentials large."""
     given, *vectors, mask, scale, _, columns_first, _, _, lines = inputs
-    logits, temperature, _, row, col = (x if x is None else x.double() for x in (given, *vectors))
-    assert logits is not None
+    temperature, _, row, col = (x if x is None else x.double() for x in vectors)
+    logits = given.double()
     first = "col" if columns_first else "row"
     r, c = marginals_of(logits, row, col, mask)
 

@@ -4,9 +4,9 @@ sigma2 = u^T M v = a^T P b, where the projections and the scaling of M are taken
 
     a = diag(r)^-1/2 (u - q q^T u) = diag(r)^-1/2 u - (sqrt(r)^T u / R) 1,   q = sqrt(r / R),   R = sum r,
 
-and b likewise of v and c. So dP = a b^T. With w = P b,
+and b likewise of v and c. So dP = a b^T. With w = P b, and as sqrt(r)^T u is 0 but for rounding,
 
-    d log r_i = r_i dsigma2 / dr_i = -1/2 (r_i^-1/2 u_i w_i + r_i^1/2 u_i W / R) + r_i U W / R^2,   U = sqrt(r)^T u, W = 1^T w,
+    d log r_i = r_i dsigma2 / dr_i = -1/2 u_i (r_i^-1/2 w_i + r_i^1/2 W / R),   W = 1^T w,
 
 and d log c likewise with P^T a.
 """
@@ -49,21 +49,18 @@ def sigma2_backward(
 
 def _of_plan(x: Tensor, marginal: Tensor) -> Tensor:
     """a of u and r, b of v and c."""
-    root, total, shared = _roots(x, marginal)
+    root, total = _roots(marginal)
+    shared = (marginal.sqrt() * x).sum(-1, keepdim=True)
     return (x / root - shared / total).masked_fill(marginal == 0, 0.0)
 
 
 def _of_marginal(x: Tensor, marginal: Tensor, image: Tensor) -> Tensor:
     """d log r of u, r and w, d log c of v, c and P^T a."""
-    root, total, shared = _roots(x, marginal)
-    images = image.sum(-1, keepdim=True) / total
-    slope = marginal * (shared / total) * images - 0.5 * x * (image / root + root * images)
-    return slope.masked_fill(marginal == 0, 0.0)
+    root, total = _roots(marginal)
+    return (-0.5 * x * (image / root + root * image.sum(-1, keepdim=True) / total)).masked_fill(marginal == 0, 0.0)
 
 
-def _roots(x: Tensor, marginal: Tensor) -> Slopes:
-    """sqrt(r), 1 where r is 0; R, likewise; and U."""
-    spare = marginal == 0
+def _roots(marginal: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(r), 1 where r is 0, and R, likewise."""
     total = marginal.sum(-1, keepdim=True)
-    shared = (marginal.sqrt() * x).sum(-1, keepdim=True)
-    return marginal.masked_fill(spare, 1.0).sqrt(), total.masked_fill(total == 0, 1.0), shared
+    return marginal.masked_fill(marginal == 0, 1.0).sqrt(), total.masked_fill(total == 0, 1.0)
