@@ -261,8 +261,13 @@ def equalised(row: Tensor | None, col: Tensor | None, mask: Tensor | None, toler
 
     Totals further apart are an error where they can be read, else NaN.
     """
-    check_marginals(row, col)
-    if row is None or col is None or 0 in (row.numel(), col.numel()):
+    if row is None or col is None:
+        check_marginals(row, col)
+        return col
+    readable = may_read(row)
+    if readable and not (_least(row) >= 0 and _least(col) >= 0):
+        check_marginals(row, col)
+    if not (row.numel() and col.numel()):
         return col
     rows, cols = row, col
     if mask is not None:
@@ -272,12 +277,12 @@ def equalised(row: Tensor | None, col: Tensor | None, mask: Tensor | None, toler
         rows, cols = rows.where(row != 0, 0.0), cols.where(col != 0, 0.0)  # a line that is excluded has no gradient
     total, other = rows.sum(-1, keepdim=True), cols.sum(-1, keepdim=True)
     ratio = total / other
-    if may_read(row):
-        least, most = (float(x) for x in _values_of(ratio).aminmax())
-        if abs(least - 1.0) <= tolerance and abs(most - 1.0) <= tolerance:
+    if readable:
+        least, most = _values_of(ratio).aminmax()
+        if abs(float(least) - 1.0) <= tolerance and abs(float(most) - 1.0) <= tolerance:
             return col * ratio
     close = (total - other).abs() <= tolerance * other
-    if may_read(row) and not bool(close.all()):
+    if readable and not bool(close.all()):
         message = f"row_marginal and col_marginal must have equal totals (to {tolerance:g} relative); scale one of them"
         raise _bad(close.squeeze(-1), (total - other).squeeze(-1), message, "the difference is")
     tiny = torch.finfo(other.dtype).tiny  # marginals of nothing are nothing

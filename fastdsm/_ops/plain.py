@@ -121,16 +121,18 @@ class Kept(dict[Any, Any]):
         return decision
 
 
-class KeptCalls(Kept):
+class KeptCalls:
     """Public calls, whose arguments are looked at once for each form of their tensors and each set of options.
+
+    No dictionary itself: torch.compile, which has nothing kept, would look at all that is in one.
 
     look: of (tensors, *options), whose errors are the call's; to be called with tensors of that form, and whether they and the
     thread are plain.
     """
 
     def __init__(self, look: Callable[..., Callable[[tuple[Any, ...], bool], Any]]) -> None:
-        super().__init__()
         self.look = look
+        self.kept = Kept()
 
     def __call__(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
         """The call's results."""
@@ -138,13 +140,13 @@ class KeptCalls(Kept):
         if key is None:
             return self.look(tensors, *options)(tensors, False)
         try:
-            call = self.get(key)
+            call = self.kept.get(key)
         except TypeError:  # an option that nothing can be kept under; what is wrong with it ``look`` says
             call = None
         if call is None:
             call = self.look(tensors, *options)
             if _SIMPLE.issuperset(key[2]):
-                self.keep(key, call)
+                self.kept.keep(key, call)
         return call(tensors, True)
 
 

@@ -24,7 +24,7 @@ BACKENDS = ("torch", "triton")
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
-    projection._calls.clear()
+    projection._calls.kept.clear()
     runs._runs.clear()
 
 
@@ -326,7 +326,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain.Kept, "LIMIT", 5)
     for batch in range(1, 12):
         check(torch.randn(batch, 3, 3), "triton")
-    assert len(projection._calls) <= 5
+    assert len(projection._calls.kept) <= 5
     assert len(runs._runs) <= 5
 
 
@@ -351,3 +351,14 @@ def test_without_torchs_private_calls_every_call_goes_by_its_operator(monkeypatc
     found = fastdsm.sinkhorn(x)
     torch.testing.assert_close(found, expected)
     assert "sinkhorn" in str(found.grad_fn)
+
+
+def test_a_compiled_call_looks_at_nothing_that_is_kept() -> None:
+    """A dictionary of forms, as a variable of the graph, was guarded entry by entry: seconds, where a program had had many."""
+    guards = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        guards.append(len(torch._dynamo.explain(lambda x: fastdsm.sinkhorn(x))(torch.randn(3, 4, 4)).out_guards))
+        for n in range(2, 60):
+            fastdsm.sinkhorn(torch.randn(1, n, 2))
+    assert guards[0] == guards[1]

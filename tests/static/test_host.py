@@ -43,7 +43,7 @@ def left_by_stubs() -> dict[str, Any]:
     """In a process without the interpreter: what differs after the context, and after one that an error ends."""
     x = torch.randn(3, 4, 4)
     plan = fastdsm.sinkhorn(x)
-    before = Configuration.compile, arguments.resolve_backend, dict(projection._calls), dict(runs._runs)
+    before = Configuration.compile, arguments.resolve_backend, dict(projection._calls.kept), dict(runs._runs)
     (configuration, *_) = kernels.configurations()
     configuration.compiled[0] = "a kernel"
     names: list[str] = []
@@ -56,7 +56,7 @@ def left_by_stubs() -> dict[str, Any]:
             raise KeyError("of the block")
     except KeyError:
         pass
-    after = Configuration.compile, arguments.resolve_backend, dict(projection._calls), dict(runs._runs)
+    after = Configuration.compile, arguments.resolve_backend, dict(projection._calls.kept), dict(runs._runs)
     found = [compiled for x in kernels.configurations() for compiled in x.compiled.values()]
     return {
         "same": before == after,

@@ -319,8 +319,8 @@ MODULES = [
     ),
     Change(
         "fastdsm/_ops/arguments.py",
-        "if abs(least - 1.0) <= tolerance and abs(most - 1.0) <= tolerance:",
-        "if abs(most - 1.0) <= tolerance:",
+        "if abs(float(least) - 1.0) <= tolerance and abs(float(most) - 1.0) <= tolerance:",
+        "if abs(float(most) - 1.0) <= tolerance:",
         (f"{_ARGUMENTS}::test_totals_agree_to_a_ten_thousandth", f"{_ARGUMENTS}::test_errors"),
         "columns that weigh more than rows",
     ),
