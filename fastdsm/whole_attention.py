@@ -47,18 +47,17 @@ def attention(call: Checked, tol: float | None, return_info: bool) -> tuple[Tens
         (x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)).to(dtype)
         for x, padding in ((query, paddings[0]), (key, paddings[1]), (value, paddings[1]))
     )
+    query = query * scale
     logits = _by_group(query, G) @ key.unsqueeze(2).mT if G < H else query @ key.mT
     logits = logits.reshape(B, H, N, M)
-    tau = number if temperature is None else temperature
-    if bias is None and scale > 0:
-        tau = tau / scale
-    else:
-        logits = logits * scale if bias is None else torch.add(bias.to(dtype), logits, alpha=scale)
+    if bias is not None:
+        logits = logits + bias.to(dtype)
     for padding, at in zip(paddings, (-1, -2), strict=True):
         if padding is not None:
             taking_part = ~padding.unsqueeze(1).unsqueeze(at)
             mask = taking_part if mask is None else mask & taking_part
     options: dict[str, Any] = {"n_iters": n_iters, "first": "col" if columns_first else "row", "tol": tol, "mask": mask}
+    tau = number if temperature is None else temperature
     found = sinkhorn(logits, temperature=tau, return_info=return_info, backend="torch", **options)
     plan, info = found if isinstance(found, tuple) else (found, None)
     out = _by_group(plan, G) @ value.unsqueeze(2) if G < H else plan @ value
