@@ -141,6 +141,14 @@ class _Contender:
             self.device_seconds.append(1e-3 * begin.elapsed_time(end))
 
 
+def seconds_of(job: Callable[[], object], count: int) -> float:
+    """Of one call on a CPU, from so many."""
+    begin = perf_counter()
+    for _ in range(count):
+        job()
+    return (perf_counter() - begin) / count
+
+
 def measure(benchmark: BenchmarkFixture, case: Case, implementations: Sequence[Implementation]) -> None:
     """Measure a case and leave its rows, as dicts, in ``benchmark.extra_info["rows"]``.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastdsm
 
+from .harness import seconds_of
 from .rows import BACKWARD, FORWARD, RESULTS, Run, current_run, write_rows
 
 _ROUNDS, _SLICE, _SECONDS = 30, 5e-3, 3.0  # of a case, seconds of one call in a round and of a case at the most
@@ -140,25 +141,17 @@ def measured(case: Case) -> OriginRow:
     apart = (ours - loop).abs().max() / loop.abs().max()
     assert apart <= case.tolerance, f"{case.origin} {case.shape}, {case.direction}: {apart:.1e} apart"
     jobs = (case.ours, case.loop)
-    counts = [max(int(_SLICE / _seconds(job, 1)), 1) for job in jobs]
+    counts = [max(int(_SLICE / seconds_of(job, 1)), 1) for job in jobs]
     times: list[list[float]] = [[], []]
     end = perf_counter() + _SECONDS
     while len(times[0]) < _ROUNDS and (len(times[0]) < 3 or perf_counter() < end):
         for k in (0, 1) if len(times[0]) % 2 else (1, 0):
-            times[k].append(1e3 * _seconds(jobs[k], counts[k]))
+            times[k].append(1e3 * seconds_of(jobs[k], counts[k]))
     ratio = median(theirs / own for own, theirs in zip(*times, strict=True))
     own, theirs = (median(x) for x in times)
     return OriginRow(
         case.origin, case.shape, case.sweeps, case.direction, len(times[0]), own, theirs, ratio, current_run("cpu")
     )
-
-
-def _seconds(job: Callable[[], Tensor], count: int) -> float:
-    """Of one call, from so many."""
-    begin = perf_counter()
-    for _ in range(count):
-        job()
-    return (perf_counter() - begin) / count
 
 
 def main() -> None:

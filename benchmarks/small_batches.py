@@ -20,7 +20,7 @@ from torch import Tensor
 import fastdsm
 
 from .baselines import COLUMNS_THEN_ROWS, log_softmax_loop, sinkhorn_loop
-from .harness import GRADIENT_TOLERANCE, SWEEPS, VALUE_TOLERANCE
+from .harness import GRADIENT_TOLERANCE, SWEEPS, VALUE_TOLERANCE, seconds_of
 from .rows import BACKWARD, FORWARD, RESULTS, Run, current_run, write_rows
 
 BATCHES = {
@@ -63,13 +63,13 @@ def measured(batch: int, n: int, direction: str) -> SmallBatchRow:
     for call, job in zip(CALLS, jobs, strict=True):
         error = (job().double() - truth).abs().max() / truth.abs().max()
         assert error <= tolerance, f"{call.__name__}, {direction}, {batch} of {n}x{n}: off by {error:.1e}"
-    counts = [max(int(_SLICE / _seconds(job, 3)), 1) for job in jobs]
+    counts = [max(int(_SLICE / seconds_of(job, 3)), 1) for job in jobs]
     times: list[list[float]] = [[] for _ in jobs]
     end = perf_counter() + _SECONDS
     while len(times[0]) < _ROUNDS and (len(times[0]) < _ROUNDS // 10 or perf_counter() < end):
         for k in (0, 1, 2) if len(times[0]) % 2 else (2, 1, 0):
             jobs[k]()
-            times[k].append(1e6 * _seconds(jobs[k], counts[k]))
+            times[k].append(1e6 * seconds_of(jobs[k], counts[k]))
     ratios = [min(others) / ours for ours, *others in zip(*times, strict=True)]
     ours, *others = (min(x) for x in times)
     own, by_logsumexp, by_log_softmax = (median(x) for x in times)
@@ -92,14 +92,6 @@ def _job(call: Callable[[Tensor], Tensor], logits: Tensor, cotangent: Tensor, di
         return lambda: call(logits)
     leaf = logits.clone().requires_grad_()
     return lambda: torch.autograd.grad(call(leaf), leaf, cotangent)[0]
-
-
-def _seconds(job: Callable[[], Tensor], count: int) -> float:
-    """Of one call, from so many."""
-    begin = perf_counter()
-    for _ in range(count):
-        job()
-    return (perf_counter() - begin) / count
 
 
 def main() -> None:

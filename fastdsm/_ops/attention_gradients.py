@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import composed
 from .attention_operators import TENSORS
-from .gradients import Calls, Gradients, padded, pulled, save, saved, through
+from .gradients import Calls, Gradients, padded, pulled, save, saved, second, through
 from .problem import compute_dtype
 
 _ENTRIES = 1 << 24  # of the logits' gradient, stored at once for the temperature's
@@ -155,11 +155,6 @@ def _backward_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None
     save(ctx, inputs)
 
 
-def _backward_gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
-    inputs, _ = saved(ctx)
-    return through(_oracle_backward, inputs, ctx.needs_input_grad[: len(inputs)], cotangents)
-
-
 def _sigma2_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     _, u, v, upper = output
     ctx.set_materialize_grads(False)
@@ -191,6 +186,6 @@ def _sigma2_gradient(calls: Calls, ctx: Any, grad: Tensor | None, *_: Tensor | N
 
 AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "sinkhorn_attention": (_context, _gradient, composed.sinkhorn_attention),
-    "sinkhorn_attention_backward": (_backward_context, _backward_gradient, _oracle_backward),
+    "sinkhorn_attention_backward": (_backward_context, second(_oracle_backward), _oracle_backward),
     "sinkhorn_attention_sigma2": (_sigma2_context, _sigma2_gradient, composed.sinkhorn_attention_sigma2),
 }

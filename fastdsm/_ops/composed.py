@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..results import SinkhornInfo
 from . import masks
 from .marginals import lines_taking_part
 from .problem import compute_dtype
@@ -34,7 +33,7 @@ def sinkhorn_info(logits: Tensor, *inputs: Any) -> Results:
     """Plan, residual, sweeps, f, g and sigma2 of the sweeps."""
     *tensors, mask, scale, n_iters, columns_first, tol, _, with_sigma2 = inputs
     temperature, f0, row, col = map(_wide, tensors)
-    plan, info = reference.sinkhorn(
+    plan, info = reference.swept(
         _wide(logits),
         temperature=scale if temperature is None else temperature,
         n_iters=n_iters,
@@ -44,9 +43,7 @@ def sinkhorn_info(logits: Tensor, *inputs: Any) -> Results:
         row_marginal=row,
         col_marginal=col,
         mask=mask,
-        return_info=True,
     )
-    assert isinstance(info, SinkhornInfo)
     value = _sigma2_of(plan, logits, row, col, mask) if with_sigma2 else None
     dtype = compute_dtype(logits.dtype)
     residual, f, g, value = (x if x is None else x.to(dtype) for x in (info.residual, info.f, info.g, value))

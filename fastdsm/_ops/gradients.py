@@ -170,7 +170,7 @@ def _backward_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...
     save(ctx, inputs)
 
 
-def _second(oracle: Callable[..., Any]) -> Callable[..., Gradients]:
+def second(oracle: Callable[..., Any]) -> Callable[..., Gradients]:
     """The gradient of a backward that is ``oracle``'s."""
 
     def gradient(calls: Calls, ctx: Any, *cotangents: Tensor) -> Gradients:
@@ -373,7 +373,7 @@ AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
     "sinkhorn_info": (_info_context, _info_gradient, composed.sinkhorn_info),
     "fixed_point": (_fixed_point_context, _fixed_point_gradient, composed.fixed_point),
     "sigma2": (_sigma2_context, _sigma2_gradient, composed.sigma2),
-    **{name: (_backward_context, _second(oracle), oracle) for name, oracle in _SECOND.items()},
-    "sigma2_backward": (_backward_context, _second(_oracle_sigma2_backward), _composed_sigma2_backward),
+    **{name: (_backward_context, second(oracle), oracle) for name, oracle in _SECOND.items()},
+    "sigma2_backward": (_backward_context, second(_oracle_sigma2_backward), _composed_sigma2_backward),
 }
 """Context, gradient, and the operator as a composition (``composed.py``)."""

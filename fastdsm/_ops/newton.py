@@ -32,11 +32,9 @@ def newton_forward(problem: Problem, outputs: Outputs, sweep: Callable[[Problem,
     if len(left) == len(f):
         pytorch.newton_forward(replace(problem, f0=f), outputs)
     elif len(left):
-        rest = outputs.map_tensors(lambda x: x.new_empty(len(left), *x.shape[1:]))
+        rest = outputs.room_for(len(left))
         pytorch.newton_forward(replace(problem.part(left), f0=f[left]), rest)
-        for name, x in vars(rest).items():
-            if x is not None:
-                getattr(outputs, name)[left] = x
+        outputs.put(left, rest)
 
 
 def _sweep(problem: Problem, outputs: Outputs, sweep: Callable[[Problem, Outputs], None]) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,16 @@ class Outputs:
         changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if x is not None}
         return replace(self, **changed)
 
+    def room_for(self, count: int) -> Outputs:
+        """The same outputs of so many matrices, to be written by themselves."""
+        return self.map_tensors(lambda x: x.new_empty(count, *x.shape[1:]))
+
+    def put(self, where: Tensor, some: Outputs) -> None:
+        """Write those of the matrices at an index."""
+        for name, x in vars(some).items():
+            if x is not None:
+                getattr(self, name)[where] = x
+
 
 @dataclass(frozen=True)
 class Gradients:

@@ -128,6 +128,9 @@ def parts(problem: Problem, backward: bool, target: Tensor | None = None) -> Ite
             if S.dtype == torch.float32:
                 huge = beyond_single(S, dims, largest, least) & ~(tame & may_be_tame)
                 huge = huge if bool(huge.any()) else None
+            if huge is not None and bool(huge.all()):
+                yield _in_float64(problem, torch.arange(where.start, where.stop), backward)
+                continue
             if huge is not None:
                 S = S.masked_fill(layout.whole(huge), 0.0)
                 largest, tame = largest.masked_fill(huge, 0.0), tame | huge

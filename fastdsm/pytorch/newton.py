@@ -34,7 +34,6 @@ of the damped step and uncut steps, n = 4: std 4: 5 / 11 / 15; std 8: 7 / 21 / m
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,16 +65,9 @@ def newton_forward(problem: Problem, outputs: Outputs) -> None:
         return
     for index in (~wide, wide):
         where = index.nonzero().squeeze(1)
-        some, part = outputs.map_tensors(partial(_like, len(where))), problem.part(where)
+        some, part = outputs.room_for(len(where)), problem.part(where)
         _forward(part.map_tensors(doubled) if index is wide else part, some)
-        for name, x in vars(some).items():
-            if x is not None:
-                getattr(outputs, name)[where] = x
-
-
-def _like(count: int, x: Tensor) -> Tensor:
-    """Room for the results of so many matrices."""
-    return x.new_empty(count, *x.shape[1:])
+        outputs.put(where, some)
 
 
 def wide_matrices(problem: Problem) -> Tensor | None:
