@@ -1,0 +1,41 @@
+"""Logits of any size near 0, without a rounding of their own size: what the sweeps of every family begin with.
+
+Potentials of large logits are large, and k x + f + g, formed one sum after the other, errs by the rounding of the largest, for
+each entry its own. So each potential has a base, and bases lie on a common grid so coarse that the sum of two is exact:
+
+    y_ij = fma(k x_ij, G_j + F_i),   |y_ij| small wherever it matters, rounded once at its own size.
+
+With h the largest of the maxima that bases are to take out, q = max(1, h 2^-23 rounded down to a power of two): multiples of q
+up to 2^24 q are exact, which G_j + F_i is where y_ij is near 0, and elsewhere 2^y is 0 anyhow. What a maximum differs from its
+base by, q / 2 at most, goes into the fine part of the potential, which is as exact as ever. h below 2^24 has integers.
+
+Bases and maxima are in units of 2^16, so that k x may reach 2^142 before it overflows: logits to the end of float32 at
+any temperature above 1e-4.
+"""
+
+import triton
+import triton.language as tl
+
+UNIT = tl.constexpr(2.0**16)
+
+
+@triton.jit
+def spacing(largest):
+    """q in units of UNIT, of the largest absolute value (in these units) that bases are to take out."""
+    if largest.dtype == tl.float64:
+        exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        q = tl.maximum(exponent - (52 << 52), (1023 - 16) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        q = tl.maximum(exponent - (23 << 23), (127 - 16) << 23).to(tl.float32, bitcast=True)
+    return q
+
+
+@triton.jit
+def on_grid(x, q):
+    """The multiple of q, a power of two, nearest to x."""
+    if q.dtype == tl.float64:
+        inverse = ((2046 << 52) - q.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
+    else:
+        inverse = ((254 << 23) - q.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.floor(x * inverse + 0.5) * q
