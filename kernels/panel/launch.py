@@ -30,8 +30,11 @@ ROWS = {
     (_sinkhorn_panel_fwd_kernel, torch.float64): {64: 16, 128: 8, 256: 4},
     (_sinkhorn_panel_bwd_kernel, torch.float64): {64: 8, 128: 4, 256: 4},
 }
-# The one exception: kernel, dtype of the logits, columns, aligned.
-ROWS_EXCEPTION = {(_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16}
+# But for: kernel, dtype of the logits, columns, aligned.
+ROWS_EXCEPTION = {
+    (_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16,
+    (_sinkhorn_panel_bwd_kernel, torch.float64, 256, False): 2,
+}
 # Registers of a thread, by kernel, compute dtype and WITH_SIGMA2. By itself ptxas stops at 80 or 128 to fit one more program
 # onto an SM, and spills for it. Not for the float64 backward, which spills when told.
 MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {

@@ -19,6 +19,8 @@ from ..common.configuration import finite_jit
 from ..common.line_sweeps import lifting
 from .lines import entries, finished, load_logits, load_vector, near, row_masses, store_vector
 
+CHUNK_BITS = tl.constexpr(8192)  # of a row that the first sweep's maxima are taken from at once
+
 
 @finite_jit
 def _sinkhorn_stream_sweep_fwd_kernel(
@@ -75,7 +77,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
         tl.load(masses_ptr + 3 * b),
         m,
     )
-    q = tl.load(masses_ptr + 3 * b + 2)
+    q_at = masses_ptr + 3 * b + 2
     base_at, fine_at = col_base_ptr + b * width, col_fine_ptr + ((t % slots) * batch + b) * width
     row_base_at = row_base_ptr + b * n
     old = (((t - 1) % slots) * batch + b) * n
@@ -90,28 +92,16 @@ def _sinkhorn_stream_sweep_fwd_kernel(
         rows = start + tl.arange(0, ROWS)
         r = row_masses(matrix, rows, end)
         base, fine = row_state(row_base_at, row_fine_ptr + old, row_factor_ptr + old, rows, end, t)
+        if t == 1:
+            FIRST: tl.constexpr = min(BLOCK_M, CHUNK_BITS // logits_ptr.dtype.element_ty.primitive_bitwidth)
+            base, fine = first_state(matrix, k, rows, end, r, base_at, fine_at, width, q_at, FIRST, ALIGNED)
         if WIDE:
-            if t == 1:
-                top = tl.full([ROWS], -float("inf"), tl.float32)
-                for first_col in range(0, m, BLOCK_M):
-                    x, col_base, _ = load_chunk(matrix, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
-                    top = tl.maximum(top, row_top(x, k, col_base))
-                base = row_bases(top, q)
-                top = tl.full([ROWS], -float("inf"), tl.float32)
-                for first_col in range(0, m, BLOCK_M):
-                    x, col_base, col_fine = load_chunk(matrix, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
-                    top = tl.maximum(top, near_top(x, k, col_base, col_fine, base))
-                fine = tl.where(top == -float("inf"), 0.0, -top)
             total = tl.zeros([ROWS], tl.float32)
             for first_col in range(0, m, BLOCK_M):
                 x, col_base, col_fine = load_chunk(matrix, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
                 total += tl.sum(entries(x, k, col_base, col_fine, base, fine), axis=1)
         else:
             x = load_logits(matrix, rows, cols, end, r, col_base != -float("inf"), ALIGNED)
-            if t == 1:
-                base = row_bases(row_top(x, k, col_base), q)
-                top = near_top(x, k, col_base, col_fine, base)
-                fine = tl.where(top == -float("inf"), 0.0, -top)
             e = entries(x, k, col_base, col_fine, base, fine)
             total = tl.sum(e, axis=1)
         u = tl.where(total == 0, 1.0, r / total)
@@ -143,21 +133,21 @@ def row_state(base_ptr, fine_ptr, factor_ptr, rows, end, t):
 
 
 @triton.jit
-def row_top(x, k, col_base):
-    """max_j (k x + G)."""
-    return tl.max(fused(x, k, col_base[None, :]), axis=1)
-
-
-@triton.jit
-def row_bases(top, q):
-    """F of the first sweep."""
-    return tl.where(top == -float("inf"), 0.0, -on_grid(top, q))
-
-
-@triton.jit
-def near_top(x, k, col_base, col_fine, row_base):
-    """max_j of y but for phi."""
-    return tl.max(near(x, k, col_base[None, :], col_fine[None, :], row_base[:, None]), axis=1)
+def first_state(matrix, k, rows, end, r, base_ptr, fine_ptr, width, q_ptr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr):
+    """F and phi of the first sweep, the row maxima taken out: rows in chunks, as there are no registers to keep them in."""
+    m = matrix[6]
+    cols = tl.arange(0, BLOCK_M)
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    for first_col in range(0, m, BLOCK_M):
+        x, col_base, _ = load_chunk(matrix, rows, first_col + cols, end, r, base_ptr, fine_ptr, width, ALIGNED)
+        top = tl.maximum(top, tl.max(fused(x, k, col_base[None, :]), axis=1))
+    base = tl.where(top == -float("inf"), 0.0, -on_grid(top, tl.load(q_ptr)))
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    for first_col in range(0, m, BLOCK_M):
+        x, col_base, col_fine = load_chunk(matrix, rows, first_col + cols, end, r, base_ptr, fine_ptr, width, ALIGNED)
+        y = near(x, k, col_base[None, :], col_fine[None, :], base[:, None])
+        top = tl.maximum(top, tl.max(y, axis=1))
+    return base, tl.where(top == -float("inf"), 0.0, -top)
 
 
 @triton.jit
