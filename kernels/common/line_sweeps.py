@@ -4,7 +4,11 @@ One program owns one matrix, n rows and m columns, m padded to BLOCK_M in code. 
 it is re-read (from L1 or L2) in panels of BLOCK_N rows. Vectors over columns live in registers, vectors over rows
 in memory. A panel is a (BLOCK_M / CHUNK, BLOCK_N, CHUNK) tile and a column vector a (BLOCK_M / CHUNK, CHUNK) one, a CHUNK
 being what one warp loads at once: whole rows then belong to one warp, and row sums need no shared memory.
-Everything is in base 2: x = logits entry, k = log2(e) / temperature, f and g the potentials times log2(e).
+Everything is in base 2: x = logits entry, lifted, k = BITS, f and g the potentials times log2(e), less the bases.
+
+Logits are lifted first (``bases.py``): with k' = 1 / temperature in UNIT, two passes find t_j = max_i (k' x_ij + f0_i) and
+T_i = max_j (k' x_ij - t_j), -G and -F are these on the grid, and x is k' x_ij + (G_j + F_i) from then on, rounded once. f starts
+at f0 - F.
 
     K_ij = 2^(k x_ij + f_i + g_j),      P_ij = u_i K_ij v_j.
 
@@ -30,19 +34,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LOG2_E, exp2, log2, narrow, quotient
+from .arithmetic import exp2, log2, narrow, quotient
+from .bases import BITS, UNIT, fused, on_grid, spacing
 from .memory import load_entries, store_entries
 
 MAX_ROWS = tl.constexpr(256)
 
 
 @triton.jit
-def log2_scale(temperature_ptr, has_temperature, scale, dtype: tl.constexpr):
-    """k as (1,) in ``dtype``: ``scale``, or log2(e) / temperature."""
-    k = tl.full([1], scale, tl.float64).to(dtype)
+def lifting(temperature_ptr, has_temperature, inverse_temperature, dtype: tl.constexpr):
+    """1 / temperature as (1,) in ``dtype``, in UNIT: of the one in memory, or the one given."""
+    k = tl.full([1], inverse_temperature, tl.float64).to(dtype)
     if has_temperature != 0:
-        k = quotient(tl.full([1], LOG2_E, dtype), tl.load(temperature_ptr + tl.arange(0, 1)))
-    return k
+        k = quotient(tl.full([1], 1.0, dtype), tl.load(temperature_ptr + tl.arange(0, 1)))
+    return k * (1.0 / UNIT)
 
 
 @triton.jit
@@ -105,9 +110,10 @@ def store_tile(ptr, rows, cols, n, m, stride_n, stride_m, values, ALIGNED: tl.co
 
 
 @triton.jit
-def load_panel(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
-    """x of a panel in the dtype of k, -inf where excluded, and the given row marginal, 1 where none is given."""
-    x_ptr, stride_n, stride_m, mask_ptr, mask_stride_n, mask_stride_m, has_mask, row_ptr, stride_row, has_row, n, m, k = matrix
+def load_logits(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
+    """Logits of a panel in the dtype of k, -inf where excluded, and the given row marginal, 1 where none is given."""
+    x_ptr, stride_n, stride_m, mask_ptr, mask_stride_n, mask_stride_m, has_mask, row_ptr, stride_row = matrix[0:9]
+    has_row, n, m, k = matrix[9:13]
     x = load_tile(x_ptr, rows, cols, n, m, stride_n, stride_m, -float("inf"), ALIGNED)
     r = tl.load(row_ptr + rows.to(tl.int64) * stride_row, mask=(rows < n) & (has_row != 0), other=1.0)
     used = (r != 0)[None, :, None] & col_used[:, None, :]
@@ -115,6 +121,47 @@ def load_panel(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
         kept = load_tile(mask_ptr, rows, cols, n, m, mask_stride_n, mask_stride_m, 0, False)
         used = used & (kept != 0)
     return tl.where(used, x.to(k.dtype), -float("inf")), r
+
+
+@triton.jit
+def load_panel(matrix, rows, cols, col_used, ALIGNED: tl.constexpr):
+    """x of a panel, lifted, -inf where excluded, and the given row marginal, 1 where none is given."""
+    logits, r = load_logits(matrix, rows, cols, col_used, ALIGNED)
+    n, scale, col_base, base_ptr = matrix[10], matrix[13], matrix[14], matrix[15]
+    row_base = tl.load(base_ptr + rows, mask=rows < n, other=0.0)
+    return fused(logits, scale, col_base[:, None, :] + row_base[None, :, None]), r
+
+
+@triton.jit
+def lifted(matrix, scale, cols, col_used, n_iters, f_ptr, base_ptr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """``matrix`` with the bases that its logits are lifted by: writes those of rows, and takes them from f."""
+    n, k = matrix[10], matrix[12]
+    top = tl.full([cols.shape[0], BLOCK_N, cols.shape[1]], -float("inf"), k.dtype)
+    size = tl.zeros_like(top)
+    for start in range(0, n, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        x, _ = load_logits(matrix, rows, cols, col_used, ALIGNED)
+        size = tl.maximum(size, tl.where(x == -float("inf"), 0.0, tl.abs(x)))
+        f = tl.load(f_ptr + rows, mask=rows < n, other=0.0) * (1.0 / BITS)
+        top = tl.maximum(top, fused(x, scale, f[None, :, None]))
+    col_top = tl.max(top, axis=1)
+    col_top = tl.where((col_top == -float("inf")) | (n_iters == 0), 0.0, col_top)
+    for start in range(0, n, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        x, _ = load_logits(matrix, rows, cols, col_used, ALIGNED)
+        row_top = row_max(fused(x, scale, -col_top[:, None, :]))
+        row_top = tl.where(row_top == -float("inf"), 0.0, row_top)
+        tl.store(base_ptr + rows, row_top, mask=rows < n)
+    tl.debug_barrier()
+    q = spacing(tl.max(tl.max(tl.max(size, axis=2), axis=1), axis=0) * tl.max(scale))
+    lines = tl.arange(0, MAX_ROWS)
+    row_base = -on_grid(tl.load(base_ptr + lines, mask=lines < n, other=0.0), q)
+    f = tl.load(f_ptr + lines, mask=lines < n, other=0.0)
+    tl.debug_barrier()
+    tl.store(base_ptr + lines, row_base, mask=lines < n)
+    tl.store(f_ptr + lines, f - row_base * BITS, mask=lines < n)
+    tl.debug_barrier()
+    return matrix + (scale, -on_grid(col_top, q), base_ptr)
 
 
 @triton.jit
@@ -149,7 +196,8 @@ def log_columns(matrix, cols, col_used, f_ptr, u_ptr, BLOCK_N: tl.constexpr, ALI
         used = x != -float("inf")
         exponent = tl.where(used, tl.fma(x, k, tl.broadcast_to(f[None, :, None], x.shape)), -float("inf"))
         new_top = tl.maximum(top, exponent)
-        term = tl.where(used, exp2(tl.fma(x, k, f[None, :, None] - new_top)), 0.0)
+        below = tl.fma(x, k, f[None, :, None] - new_top)  # large f may round above 0 what is far below other rows
+        term = tl.where(used, exp2(tl.where(below > 0, 0.0, below)), 0.0)
         total = total * exp2(top - new_top) + term
         top = new_top
         row_used = row_max(used.to(tl.int32))

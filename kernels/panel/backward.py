@@ -17,6 +17,7 @@ Each reverse sweep is one pass, one read and one exponential per entry: df_(t-1)
 share of K^T (u e) is added. A final pass sums W from the stored vectors, segment by segment, in registers.
 
 A fixed number of programs share the matrices; each keeps the history of its current one in its slot of ``work_ptr``:
+    F (n)   the bases of rows
     f (segments + 1, n)   before the first sweep, then of each segment        g (segments, m)   of each segment
     u (L + 1, n), v (L + 1, m)   u_t and v_t in the units of sweep t + 1      e (L + 1, n)      e_t
     b (L + 1, m)   v_t / c going forward, b_t coming back                     L = max(T, 1)
@@ -26,14 +27,16 @@ What one pass wrote the next may read: every pass, and the end of a matrix, has 
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, exp2
+from ..common.bases import BITS, UNIT
 from ..common.configuration import finite_jit
 from ..common.line_sweeps import (
     MAX_ROWS,
     column_indices,
+    lifted,
     load_col_marginal,
     load_panel,
     load_tile,
-    log2_scale,
+    lifting,
     log_sweep,
     row_sum,
     scaled_kernel,
@@ -91,7 +94,7 @@ def _sinkhorn_panel_bwd_kernel(
     unit_rows: tl.int32,
     has_sweeps: tl.int32,
     has_vectors: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -99,7 +102,8 @@ def _sinkhorn_panel_bwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     length = tl.maximum(n_iters, 1) + 1
-    hist_f_ptr = work_ptr + program * slot
+    base_ptr = work_ptr + program * slot
+    hist_f_ptr = base_ptr + n
     hist_g_ptr = hist_f_ptr + (segments + 1) * n
     hist_u_ptr = hist_g_ptr + segments * m
     hist_e_ptr = hist_u_ptr + length * n
@@ -109,7 +113,8 @@ def _sinkhorn_panel_bwd_kernel(
     in_cols = cols < m
     lines = tl.arange(0, MAX_ROWS)
     for b in range(program, batch, tl.num_programs(0)):
-        k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, work_ptr.dtype.element_ty)
+        scale = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, work_ptr.dtype.element_ty)
+        k = tl.zeros_like(scale) + BITS
         matrix = (
             logits_ptr + b * stride_b,
             stride_n,
@@ -134,6 +139,7 @@ def _sinkhorn_panel_bwd_kernel(
         tl.store(hist_f_ptr + lines, f0 / LN_2, mask=lines < n)
         tl.store(hist_u_ptr + lines, tl.full([MAX_ROWS], 1.0, k.dtype), mask=lines < n)
         tl.debug_barrier()
+        matrix = lifted(matrix, scale, cols, col_used, sweeps, hist_f_ptr, base_ptr, BLOCK_N, ALIGNED)
 
         g = tl.zeros([BLOCK_M // CHUNK, CHUNK], k.dtype)
         v = tl.zeros([BLOCK_M // CHUNK, CHUNK], k.dtype)
@@ -251,7 +257,7 @@ def _sinkhorn_panel_bwd_kernel(
                 f = tl.load(hist_f_ptr + (first // period + 1) * n + rows, mask=rows < n, other=0.0)
                 g = tl.load(hist_g_ptr + (first // period) * m + cols, mask=in_cols, other=0.0)
                 grad -= scaled_kernel(x, k, f, g) * weight
-            grad *= k * LN_2
+            grad *= scale * UNIT
             store_tile(grad_logits_ptr + b * grad_stride_b, rows, cols, n, m, grad_stride_n, grad_stride_m, grad, ALIGNED)
             tl.store(grad_row_ptr + b * n + rows, r * dlog_r, mask=(rows < n) & (has_vectors != 0))
             e = tl.load(hist_e_ptr + rows, mask=(rows < n) & (sweeps > 0), other=0.0)

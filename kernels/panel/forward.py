@@ -3,20 +3,22 @@
     residual = max_j |v_j s_j / c_j - 1|    from the column sums s that the last sweep left,
     P_ij = u_i K_ij v_j,    f + log2 u,    g + log2 v    in a final pass.
 
-work_ptr holds f and u of each matrix, 2 n values. With WITH_SIGMA2 the final pass leaves there f + log u and r, in
-natural units, from which ``lanczos`` recomputes the plan's entries.
+work_ptr holds f, u and the bases of rows of each matrix, 3 n values. With WITH_SIGMA2 the final pass leaves f + log2 u and r in
+the first two, from which ``lanczos`` recomputes the plan's entries.
 """
 
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, log2
+from ..common.bases import BITS, UNIT
 from ..common.configuration import finite_jit
 from ..common.line_sweeps import (
     MAX_ROWS,
     column_indices,
+    lifted,
     load_col_marginal,
     load_panel,
-    log2_scale,
+    lifting,
     log_sweep,
     row_sum,
     scaled_kernel,
@@ -68,7 +70,7 @@ def _sinkhorn_panel_fwd_kernel(
     has_temperature: tl.int32,
     unit_rows: tl.int32,
     has_info: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     tol: tl.float64,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -78,7 +80,8 @@ def _sinkhorn_panel_fwd_kernel(
     LANCZOS_N: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, work_ptr.dtype.element_ty)
+    scale = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, work_ptr.dtype.element_ty)
+    k = tl.zeros_like(scale) + BITS
     matrix = (
         logits_ptr + b * stride_b,
         stride_n,
@@ -96,13 +99,16 @@ def _sinkhorn_panel_fwd_kernel(
     )
     cols = column_indices(BLOCK_M, CHUNK)
     given_c, col_used = load_col_marginal(col_ptr + b * col_stride_b, col_stride_m, has_col, m, cols)
-    base_ptr = work_ptr + b * 2 * n
-    u_ptr = base_ptr + n
+    f_at = work_ptr + b * 3 * n
+    u_ptr = f_at + n
+    base_ptr = f_at + 2 * n
     lines = tl.arange(0, MAX_ROWS)
     f0 = tl.load(f0_ptr + b * f0_stride_b + lines * f0_stride_n, mask=(lines < n) & (has_f0 != 0), other=0.0)
-    tl.store(base_ptr + lines, f0 / LN_2, mask=lines < n)
+    tl.store(f_at + lines, f0 / LN_2, mask=lines < n)
     tl.store(u_ptr + lines, tl.full([MAX_ROWS], 1.0, k.dtype), mask=lines < n)
     tl.debug_barrier()
+    matrix = lifted(matrix, scale, cols, col_used, n_iters, f_at, base_ptr, BLOCK_N, ALIGNED)
+    col_base = matrix[14]
 
     g = tl.zeros([BLOCK_M // CHUNK, CHUNK], k.dtype)
     v = tl.full([BLOCK_M // CHUNK, CHUNK], 1.0, k.dtype)
@@ -124,9 +130,9 @@ def _sinkhorn_panel_fwd_kernel(
                 unit_rows,
                 uniform_period,
                 n_iters,
-                base_ptr,
+                f_at,
                 u_ptr,
-                base_ptr,
+                f_at,
                 u_ptr,
                 BLOCK_N,
                 ALIGNED,
@@ -134,7 +140,7 @@ def _sinkhorn_panel_fwd_kernel(
             )
             v = tl.full([BLOCK_M // CHUNK, CHUNK], 1.0, k.dtype)
         else:
-            v, s = scaling_sweep(matrix, cols, col_used, g, s, c, r_uniform, base_ptr, u_ptr, BLOCK_N, ALIGNED)
+            v, s = scaling_sweep(matrix, cols, col_used, g, s, c, r_uniform, f_at, u_ptr, BLOCK_N, ALIGNED)
         error = tl.where(c == 0, 0.0, tl.abs(v * s / c - 1.0))
         broken = tl.max((s != s).to(tl.int32))
         residual = tl.where(broken != 0, float("nan"), tl.max(error))
@@ -145,22 +151,24 @@ def _sinkhorn_panel_fwd_kernel(
     for start in range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         x, r = load_panel(matrix, rows, cols, col_used, ALIGNED)
-        f = tl.load(base_ptr + rows, mask=rows < n, other=0.0)
+        f = tl.load(f_at + rows, mask=rows < n, other=0.0)
         u = tl.load(u_ptr + rows, mask=rows < n, other=1.0)
         plan = scaled_kernel(x, k, f, g) * u[None, :, None] * v[:, None, :] + poison
         store_tile(plan_ptr + b * plan_stride_b, rows, cols, n, m, plan_stride_n, plan_stride_m, plan, ALIGNED)
-        potential = (f + log2(u)) * LN_2
-        tl.store(f_ptr + b * n + rows, potential, mask=(rows < n) & (has_info != 0))
+        f += log2(u)
+        row_base = tl.load(base_ptr + rows, mask=rows < n, other=0.0)
+        tl.store(f_ptr + b * n + rows, row_base * UNIT + f * LN_2, mask=(rows < n) & (has_info != 0))
         if WITH_SIGMA2:
             r = tl.where(row_sum(plan) > 0, tl.where(has_row != 0, r, r_uniform), 0.0)
             tl.debug_barrier()
-            tl.store(base_ptr + rows, potential, mask=rows < n)
+            tl.store(f_at + rows, f, mask=rows < n)
             tl.store(u_ptr + rows, r, mask=rows < n)
-    tl.store(g_ptr + b * m + cols, (g + log2(v)) * LN_2, mask=(cols < m) & (has_info != 0))
+    g += log2(v)
+    tl.store(g_ptr + b * m + cols, col_base * UNIT + g * LN_2, mask=(cols < m) & (has_info != 0))
     if WITH_SIGMA2:
         tl.debug_barrier()
         c_line = tl.reshape(c, [BLOCK_M])
-        g_line = tl.where(c_line == 0, 0.0, tl.reshape(g + log2(v), [BLOCK_M]) * LN_2)
+        g_line = tl.where(c_line == 0, 0.0, tl.reshape(g, [BLOCK_M]))
         small = tl.maximum(n, m) <= 8  # where full accuracy costs next to nothing
         sigma2 = lanczos_sigma2(
             logits_ptr + b * stride_b,
@@ -171,9 +179,7 @@ def _sinkhorn_panel_fwd_kernel(
             mask_stride_m,
             has_mask,
             u_ptr,
-            base_ptr,
-            g_line,
-            k,
+            (f_at, base_ptr, g_line, tl.reshape(col_base, [BLOCK_M]), scale),
             c_line,
             n,
             m,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration, history_programs
-from ..common.operands import scale_of, strides_of
+from ..common.operands import inverse_of, strides_of
 from .backward import _sinkhorn_panel_bwd_kernel
 from .forward import _sinkhorn_panel_fwd_kernel
 
@@ -30,8 +30,11 @@ ROWS = {
     (_sinkhorn_panel_fwd_kernel, torch.float64): {64: 16, 128: 8, 256: 4},
     (_sinkhorn_panel_bwd_kernel, torch.float64): {64: 8, 128: 4, 256: 4},
 }
-# The one exception: kernel, dtype of the logits, columns, aligned.
-ROWS_EXCEPTION = {(_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16}
+# But for: kernel, dtype of the logits, columns, aligned.
+ROWS_EXCEPTION = {
+    (_sinkhorn_panel_fwd_kernel, torch.float32, 64, True): 16,
+    (_sinkhorn_panel_bwd_kernel, torch.float64, 256, False): 2,
+}
 # Registers of a thread, by kernel, compute dtype and WITH_SIGMA2. By itself ptxas stops at 80 or 128 to fit one more program
 # onto an SM, and spills for it. Not for the float64 backward, which spills when told.
 MAX_REGISTERS: dict[tuple[Any, torch.dtype, bool], int] = {
@@ -151,7 +154,7 @@ def _inputs(problem: Problem) -> dict[str, Any]:
         "has_f0": int(f0 is not None),
         "has_temperature": int(per_matrix is not None),
         "unit_rows": int(problem.unit_rows),
-        "scale": scale_of(temperature),
+        "inverse_temperature": inverse_of(temperature),
     }
 
 
@@ -159,7 +162,7 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write what ``outputs`` asks for."""
     logits, plan = problem.logits, outputs.plan
     batch, n, _ = logits.shape
-    work = torch.empty(batch * 2 * n, dtype=problem.compute_dtype, device=logits.device)
+    work = torch.empty(batch * 3 * n, dtype=problem.compute_dtype, device=logits.device)
     kind = _kind(logits, plan)
     (_FORWARD[kind] if outputs.sigma2 is None else _SIGMA2[kind[:2]]).launch(
         batch,
@@ -187,7 +190,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     uniform = problem.row_marginal is None and problem.col_marginal is None
     length = max(problem.n_iters, 1) + 1
     segments = -(-(length - 1) // _uniform_period(n, m)) if uniform else length - 1
-    slot = (segments + 1) * n + segments * m + 2 * length * (n + m)
+    slot = (segments + 2) * n + segments * m + 2 * length * (n + m)
     programs = history_programs(batch, PROGRAMS_PER_SM, slot * dtype.itemsize, device)
     work = torch.empty(programs * slot, dtype=dtype, device=device)
     _BACKWARD[_kind(logits, grad_plan, grad)].launch(

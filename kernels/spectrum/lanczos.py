@@ -28,6 +28,7 @@ Sharper tests that divide by a gap of Ritz values stop early, 1.6e-3 off, on clu
 import triton
 import triton.language as tl
 
+from ..common.bases import BITS, fused
 from ..common.memory import load_entries
 from .squaring import exponent_of, inverse_or_zero, power_of_two
 
@@ -45,11 +46,11 @@ def panel(source, c, start, n, m, BLOCK_N: tl.constexpr, FROM_LOGITS: tl.constex
     entry = entry & (bits != 0)
     at = matrix_ptr + i * stride_n + j * stride_m
     if FROM_LOGITS:
-        log2e: tl.constexpr = 1.4426950408889634
-        f_ptr, g, scale = source[8], source[9], source[10]
+        f_ptr, row_base_ptr, g, col_base, scale = source[8]
         f = tl.load(f_ptr + i, mask=i < n, other=0.0)
+        row_base = tl.load(row_base_ptr + i, mask=i < n, other=0.0)
         logits = load_entries(at, entry, float("-inf")).to(c.dtype)
-        plan = tl.exp2(tl.fma(logits, tl.zeros_like(logits) + scale, f * log2e) + g[None, :] * log2e)
+        plan = tl.exp2(fused(fused(logits, scale, row_base + col_base[None, :]), BITS, g[None, :]) + f)
     else:
         plan = load_entries(at, entry, 0.0).to(c.dtype)
     return plan, tl.sum(r, axis=1)
@@ -208,9 +209,7 @@ def lanczos_sigma2(
     mask_stride_m,
     has_mask,
     row_ptr,
-    f_ptr,
-    g,
-    scale,
+    potentials,
     c,
     n,
     m,
@@ -223,8 +222,8 @@ def lanczos_sigma2(
 
     matrix: the plan (n, m), or its logits if FROM_LOGITS, with element strides. mask: uint8, read where has_mask != 0.
     row: marginal (n,), contiguous, compute dtype, 0 on excluded lines; c (COLS,): that of the columns, 0 on excluded
-    lines and beyond m. Only with FROM_LOGITS: the plan is exp2(scale * logits + log2(e) * (f + g)) with f (n,),
-    contiguous, and g (COLS,) in natural units and scale = log2(e) / temperature. What this program itself has stored
+    lines and beyond m. Only with FROM_LOGITS: the plan is 2^(BITS (k logits + (F + G)) + f + g), potentials = (f (n,), F (n,),
+    g (COLS,), G (COLS,), k), lines of rows in memory and contiguous (``common/bases.py``). What this program itself has stored
     to row or f needs a ``tl.debug_barrier()`` before this call. COLS = c.shape[0] is a power of two >= m; there are
     BLOCK_N * COLS elements in registers at once. tol and max_steps as in ``spectrum.sigma2``.
     """
@@ -237,9 +236,7 @@ def lanczos_sigma2(
         mask_stride_m,
         has_mask,
         row_ptr,
-        f_ptr,
-        g,
-        scale,
+        potentials,
     )
     v, w, rest, weight, exponent = right_vector(source, c, n, m, tol, max_steps, BLOCK_N, FROM_LOGITS)
     _, energy = apply_gram(source, c, w, rest, weight * v, row_ptr, 0, n, m, BLOCK_N, FROM_LOGITS)

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from ..common.arithmetic import exp2
 from ..common.configuration import finite_jit
-from ..common.line_sweeps import log2_scale
-from .lines import entries, lifted, load_block, load_logits, load_vector, row_masses, store_vector
+from ..common.line_sweeps import lifting
+from .lines import entries, load_block, load_logits, load_vector, parted, row_masses, store_vector
 from .sweep import column_masses, column_sums
 
 
@@ -55,7 +55,7 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
     t: tl.int32,
     has_row: tl.int32,
     has_temperature: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     COTANGENT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,16 +71,17 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
     col_slot = tl.where(t == 0, tl.maximum(done, 1), t)
     row_slot = tl.where(t == 0, col_slot, t - 1)
     end = tl.minimum(first + lines, n)
-    k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, tl.float32)
+    k = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, tl.float32)
     matrix = (
         logits_ptr + b * stride_b,
         stride_n,
         row_ptr + b * row_stride_b,
         row_stride_n,
         has_row,
-        tl.load(masses_ptr + 2 * b),
+        tl.load(masses_ptr + 3 * b),
         m,
     )
+    q = tl.load(masses_ptr + 3 * b + 2)
     cotangent = (grad_plan_ptr + b * grad_plan_stride_b, grad_plan_stride_n, m)
     col_at = (col_slot * batch + b) * width
     columns = (col_base_ptr + b * width, col_fine_ptr + col_at, beta_ptr + col_at, width)
@@ -95,7 +96,8 @@ def _sinkhorn_stream_adjoint_bwd_kernel(
         inside = rows < end
         r = row_masses(matrix, rows, end)
         base = tl.load(tl.where(row_slot == 0, start_ptr, row_base_ptr) + b * n + rows, mask=inside, other=0.0)
-        fine = tl.load(row_fine_ptr + row_at + rows, mask=inside & (row_slot > 0), other=0.0)
+        base, fine = parted(base, q)
+        fine += tl.load(row_fine_ptr + row_at + rows, mask=inside & (row_slot > 0), other=0.0)
         u = tl.load(row_factor_ptr + row_at + rows, mask=inside & (row_slot > 0), other=1.0)
         if WIDE:
             total = tl.zeros([ROWS], tl.float32)
@@ -160,7 +162,7 @@ def products(
 ):
     """2^y of some rows, and the same times D or beta."""
     x = load_logits(matrix, rows, cols, end, r, col_base != -float("inf"), ALIGNED)
-    p = entries(lifted(x, k, col_base), col_fine, base, fine)
+    p = entries(x, k, col_base, col_fine, base, fine)
     if COTANGENT:
         grad_ptr, stride_n, m = cotangent
         grad = load_block(grad_ptr, stride_n, rows, cols, end, m, 0.0, ALIGNED).to(tl.float32)
@@ -213,5 +215,5 @@ def _sinkhorn_stream_reduce_bwd_kernel(
         after = tl.load(col_fine_ptr + (t * batch + b) * width + cols, mask=inside, other=0.0)
         sums *= -exp2(before - after)
     base = tl.load(col_base_ptr + b * width + cols, mask=inside, other=-float("inf"))
-    c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 2 * b, base, cols, width)
+    c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 3 * b, base, cols, width)
     tl.store(beta_ptr + (slot * batch + b) * width + cols, tl.where(c == 0, 0.0, sums / c), mask=inside)

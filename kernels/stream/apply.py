@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, exp2, log2, narrow
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
-from ..common.line_sweeps import log2_scale
+from ..common.line_sweeps import lifting
 from ..common.memory import load_entries, store_entries
-from .lines import largest
+from .lines import largest, near
 
 
 @triton.jit
@@ -88,9 +89,9 @@ def load_used(ptr, rows, cols, r, col_base, n, m, stride_n, stride_m, ALIGNED: t
 
 @triton.jit
 def tile_entries(x, k, col_base, col_fine, row_base, row_fine, TRANSPOSED: tl.constexpr):
-    """2^y of a tile, y formed in the order of ``stream_lines``."""
-    y = tl.fma(x, k, tl.broadcast_to(across(col_base, TRANSPOSED), x.shape)) + down(row_base, TRANSPOSED)
-    return exp2(y + (down(row_fine, TRANSPOSED) + across(col_fine, TRANSPOSED)))
+    """2^y of a tile."""
+    y = near(x, k, across(col_base, TRANSPOSED), across(col_fine, TRANSPOSED), down(row_base, TRANSPOSED))
+    return exp2(y + down(row_fine, TRANSPOSED))
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def _sinkhorn_stream_plan_fwd_kernel(
     has_row: tl.int32,
     has_temperature: tl.int32,
     has_info: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     BLOCK_0: tl.constexpr,
     BLOCK_1: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -154,7 +155,7 @@ def _sinkhorn_stream_plan_fwd_kernel(
     cols = first_col + tl.arange(0, BLOCK_0 if TRANSPOSED else BLOCK_1)
     in_rows, in_cols = rows < n, cols < m
     slot = (tl.maximum(tl.load(done_ptr + b), 1) % slots) * batch + b
-    k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, tl.float32)
+    k = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, tl.float32)
     r_at = row_ptr + b * row_stride_b + rows.to(tl.int64) * row_stride_n
     r = tl.load(r_at, mask=in_rows & (has_row != 0), other=1.0)
     col_base = tl.load(col_base_ptr + b * width + cols, mask=in_cols, other=-float("inf"))
@@ -169,8 +170,8 @@ def _sinkhorn_stream_plan_fwd_kernel(
     plan = tile_entries(x, k, col_base, col_fine, row_base, row_fine, TRANSPOSED) * down(u, TRANSPOSED) + poison
     plan_at = plan_ptr + b * plan_stride_b
     store_tile(plan_at, rows, cols, n, m, plan_stride_n, plan_stride_m, plan, ALIGNED, TRANSPOSED)
-    f = (row_base.to(tl.float64) + (row_fine + log2(u))) * LN_2 + poison
-    g = tl.where(col_base == -float("inf"), 0.0, (col_base.to(tl.float64) + col_fine) * LN_2) + poison
+    f = row_base.to(tl.float64) * UNIT + (row_fine + log2(u)).to(tl.float64) * LN_2 + poison
+    g = tl.where(col_base == -float("inf"), 0.0, col_base.to(tl.float64) * UNIT + col_fine.to(tl.float64) * LN_2) + poison
     tl.store(f_ptr + b * n + rows, f, mask=in_rows & (has_info != 0) & (first_col == 0))
     tl.store(g_ptr + b * m + cols, g, mask=in_cols & (has_info != 0) & (first_row == 0))
     tl.store(residual_ptr + b, residual, mask=(has_info != 0) & (first_row == 0) & (first_col == 0))

@@ -16,10 +16,11 @@ b = max(n, m), for uniform marginals, and 1 otherwise. Then dlogits = dS / tempe
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, exp2
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
-from ..common.line_sweeps import log2_scale
+from ..common.line_sweeps import lifting
 from .apply import across, down, load_tile, load_used, place, store_tile, tile_entries
-from .lines import largest
+from .lines import largest, parted
 from .sweep import column_masses
 
 
@@ -70,7 +71,7 @@ def _sinkhorn_stream_gradient_bwd_kernel(
     has_col: tl.int32,
     has_temperature: tl.int32,
     has_vectors: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     BLOCK_0: tl.constexpr,
     BLOCK_1: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -82,10 +83,10 @@ def _sinkhorn_stream_gradient_bwd_kernel(
     in_rows, in_cols = rows < n, cols < m
     sweeps = tl.load(done_ptr + b)
     last = tl.maximum(sweeps, 1)
-    k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, tl.float32)
+    k = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, tl.float32)
     r_at = row_ptr + b * row_stride_b + rows.to(tl.int64) * row_stride_n
     given = tl.load(r_at, mask=in_rows & (has_row != 0), other=0.0)
-    r = tl.where(has_row != 0, given, tl.load(masses_ptr + 2 * b))
+    r = tl.where(has_row != 0, given, tl.load(masses_ptr + 3 * b))
     col_base = tl.load(col_base_ptr + b * width + cols, mask=in_cols, other=-float("inf"))
     row_base = tl.load(row_base_ptr + b * n + rows, mask=in_rows, other=0.0)
     residual = largest(residuals_ptr + ((steps % 2) * batch + b) * chunks, chunks)
@@ -108,8 +109,8 @@ def _sinkhorn_stream_gradient_bwd_kernel(
     if sweeps > 0:
         col_fine = tl.load(col_fine_ptr + step_m + of_cols, mask=in_cols, other=0.0)
         beta = tl.load(beta_ptr + step_m + of_cols, mask=in_cols, other=0.0)
-        base = tl.load(start_ptr + of_rows, mask=in_rows, other=0.0)
-        grad -= tile_entries(x, k, col_base, col_fine, base, tl.zeros_like(base), TRANSPOSED) * across(beta, TRANSPOSED)
+        base, fine = parted(tl.load(start_ptr + of_rows, mask=in_rows, other=0.0), tl.load(masses_ptr + 3 * b + 2))
+        grad -= tile_entries(x, k, col_base, col_fine, base, fine, TRANSPOSED) * across(beta, TRANSPOSED)
     for s in range(1, sweeps, reach):
         # phi_t is what sweep t + 1 started from.
         row_fine = tl.load(row_fine_ptr + (s + 1) * step_n + of_rows, mask=in_rows, other=0.0)
@@ -125,7 +126,7 @@ def _sinkhorn_stream_gradient_bwd_kernel(
             weight += down(p, TRANSPOSED) * terms
             q = next_q
         grad -= tile_entries(x, k, col_base, col_fine, row_base, row_fine, TRANSPOSED) * weight
-    grad = grad * (k * LN_2) + poison
+    grad = grad * (k * UNIT) + poison
     target_at = grad_logits_ptr + b * grad_logits_stride_b
     store_tile(target_at, rows, cols, n, m, grad_logits_stride_n, grad_logits_stride_m, grad, ALIGNED, TRANSPOSED)
     if has_vectors != 0:
@@ -140,5 +141,5 @@ def _sinkhorn_stream_gradient_bwd_kernel(
             total = tl.zeros_like(col_base)
             for t in range(1, sweeps + 1):
                 total += tl.load(beta_ptr + t * step_m + of_cols, mask=in_cols, other=0.0)
-            c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 2 * b, col_base, cols, width)
+            c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 3 * b, col_base, cols, width)
             tl.store(grad_col_ptr + b * m + cols, c * total + poison, mask=in_cols)

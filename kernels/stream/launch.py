@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdsm._ops.problem import Gradients, Outputs, Problem
 
 from ..common.configuration import Configuration, multiprocessors
+from ..common.operands import inverse_of
 from .table import (
     ADJOINT,
     CHUNK,
@@ -132,7 +133,7 @@ def prepare(problem: Problem, keep: bool) -> Work:
         "col_ptr": col,
         "f0_ptr": f0,
         "temperature_ptr": temperature,
-        "masses_ptr": new(batch, 2),
+        "masses_ptr": new(batch, 3),
         "col_base_ptr": new(batch, width),
         "col_fine_ptr": new(slots, batch, width),
         "row_base_ptr": new(batch, n),
@@ -166,7 +167,7 @@ def prepare(problem: Problem, keep: bool) -> Work:
         "has_f0": int(problem.f0 is not None),
         "has_temperature": int(per_matrix is not None),
         "unit_rows": int(problem.unit_rows),
-        "scale": 1.0 if per_matrix is not None else math.log2(math.e) / float(problem.temperature),
+        "inverse_temperature": inverse_of(problem.temperature),
     }
     return Work(problem, logits, block_m, blocks, chunks, arguments)
 
@@ -176,8 +177,9 @@ def sweep(work: Work, tol: float, sweeps: Tensor | None) -> None:
     logits, partial, shared = work.logits, work.arguments["partial_ptr"], work.arguments
     first = {
         "top_ptr": torch.empty_like(partial),
+        "rest_ptr": torch.empty_like(partial),
         "total_ptr": partial,
-        "row_counts_ptr": partial.new_empty((len(logits), work.blocks, 2)),
+        "row_counts_ptr": partial.new_empty((len(logits), work.blocks, 3)),
         "col_counts_ptr": partial.new_empty((len(logits), work.chunks, 2)),
         "col_fine_ptr": shared["col_fine_ptr"][1],
     }

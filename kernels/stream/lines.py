@@ -1,12 +1,13 @@
 """Blocks of whole rows streamed past the column potentials: what every pass of the stream family shares.
 
-Matrices beyond 256, rows contiguous in memory. Everything is in base 2, x a logit, k = log2(e) / temperature, and each
+Matrices beyond 256, rows contiguous in memory. Everything is in base 2, x a logit, k = 1 / temperature, and each
 potential a base, that of the first sweep, and what has been added to it since, its fine part:
 
-    y_ij = (k x_ij + G_j + F_i) + (phi_i + gamma_j),   formed in this order everywhere,   P_ij = u_i 2^y_ij.
+    y_ij = (k x_ij + (G_j + F_i)) + gamma_j + phi_i,   formed in this order everywhere,   P_ij = u_i 2^y_ij.
 
-What large logits and bases are rounded by is thus one and the same in all passes, a change of the logits; u, a row's factor
-of the last sweep, takes the rounding of phi out of its sum. A sweep is one pass and one read of the matrix:
+Bases lie on a grid, so that G_j + F_i is exact and logits of any size are rounded once, near 0 (``common/bases.py``; bases and
+k are in its units). What remains is one and the same in all passes, a change of the logits; u, a row's factor of the last
+sweep, takes the rounding of phi out of its sum. A sweep is one pass and one read of the matrix:
 
     u_i = r_i / sum_j 2^y_ij,    s_j = sum_i u_i 2^y_ij,    then phi_i += log2 u_i,  gamma_j += log2 (c_j / s_j).
 
@@ -14,13 +15,14 @@ A program holds a few rows in registers, so that the row sum is complete before 
 sums; it walks ``lines`` rows, adds up in registers and leaves one partial sum per column. Another kernel adds the partial
 sums of all programs, in one order: no atomics, the same bits in every run.
 
-The first sweep is of the log domain: G_j = -floor max_i (k x_ij + f0_i) and F_i = -floor max_j (k x_ij + G_j), gamma being
-within log2 n + 1 of log2 c. Bases are integers, which no rounding touches. From then on rows are exact before a
-column step and columns before a row step, so that a sum lies within [1/b, 1] of its line's mass, b = total / min c or
-total / min r: 2^y can neither overflow nor, unless (min r)(min c) < 2^-126 total^2, vanish, and no maximum is needed.
+The first sweep is of the log domain: -G_j is max_i (k x_ij + f0_i) and -F_i is max_j (k x_ij + G_j) on the grid, and what they
+differ by is in gamma and phi. From then on rows are exact before a column step and columns before a row step, so that a sum
+lies within [1/b, 1] of its line's mass, b = total / min c or total / min r: 2^y can neither overflow nor, unless
+(min r)(min c) < 2^-126 total^2, vanish, and no maximum is needed.
 
 Excluded entries (-inf, as masked ones have become, or on a line of zero mass) have x = -inf, hence 2^y = 0. G is -inf on a
-column without entries; a row without has F = phi = 0 and u = 1. A NaN or +inf in a used entry makes u NaN, and with it every
+column without entries; a row without has F = phi = 0 and u = 1. Of each matrix ``masses`` holds r and c where they are uniform and
+the spacing of its grid. A NaN or +inf in a used entry makes u NaN, and with it every
 column sum.
 """
 
@@ -30,6 +32,7 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import exp2
+from ..common.bases import BITS, fused, on_grid
 
 MAX_PARTS = tl.constexpr(256)
 
@@ -83,15 +86,22 @@ def load_logits(matrix, rows, cols, end, r, col_used, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def lifted(x, k, col_base):
-    """The first terms of y, k x + G."""
-    return tl.fma(x, k, tl.broadcast_to(col_base[None, :], x.shape))
+def near(x, k, col_base, col_fine, row_base):
+    """y but for phi; potentials spread over x."""
+    return fused(fused(x, k, col_base + row_base), BITS, col_fine)
 
 
 @triton.jit
-def entries(a, col_fine, row_base, row_fine):
-    """2^y from what :func:`lifted` gives."""
-    return exp2((a + row_base[:, None]) + (row_fine[:, None] + col_fine[None, :]))
+def entries(x, k, col_base, col_fine, row_base, row_fine):
+    """2^y of whole rows."""
+    return exp2(near(x, k, col_base[None, :], col_fine[None, :], row_base[:, None]) + row_fine[:, None])
+
+
+@triton.jit
+def parted(potential, q):
+    """A base on the grid, and the rest."""
+    base = on_grid(potential, q)
+    return base, (potential - base) * BITS
 
 
 @triton.jit

@@ -14,9 +14,12 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import log2
+from ..common.bases import fused, on_grid
 from ..common.configuration import finite_jit
-from ..common.line_sweeps import log2_scale
-from .lines import entries, finished, lifted, load_logits, load_vector, row_masses, store_vector
+from ..common.line_sweeps import lifting
+from .lines import entries, finished, load_logits, load_vector, near, row_masses, store_vector
+
+CHUNK_BITS = tl.constexpr(8192)  # of a row that the first sweep's maxima are taken from at once
 
 
 @finite_jit
@@ -51,7 +54,7 @@ def _sinkhorn_stream_sweep_fwd_kernel(
     has_temperature: tl.int32,
     has_sweeps: tl.int32,
     has_tol: tl.int32,
-    scale: tl.float64,
+    inverse_temperature: tl.float64,
     tol: tl.float64,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,16 +67,17 @@ def _sinkhorn_stream_sweep_fwd_kernel(
     if finished(residuals_ptr, b, t, chunks, tol, has_tol, batch, sweeps_ptr, has_sweeps):
         return
     end = tl.minimum(first + lines, n)
-    k = log2_scale(temperature_ptr + b * temperature_stride, has_temperature, scale, tl.float32)
+    k = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, tl.float32)
     matrix = (
         logits_ptr + b * stride_b,
         stride_n,
         row_ptr + b * row_stride_b,
         row_stride_n,
         has_row,
-        tl.load(masses_ptr + 2 * b),
+        tl.load(masses_ptr + 3 * b),
         m,
     )
+    q_at = masses_ptr + 3 * b + 2
     base_at, fine_at = col_base_ptr + b * width, col_fine_ptr + ((t % slots) * batch + b) * width
     row_base_at = row_base_ptr + b * n
     old = (((t - 1) % slots) * batch + b) * n
@@ -88,31 +92,24 @@ def _sinkhorn_stream_sweep_fwd_kernel(
         rows = start + tl.arange(0, ROWS)
         r = row_masses(matrix, rows, end)
         base, fine = row_state(row_base_at, row_fine_ptr + old, row_factor_ptr + old, rows, end, t)
+        if t == 1:
+            FIRST: tl.constexpr = min(BLOCK_M, CHUNK_BITS // logits_ptr.dtype.element_ty.primitive_bitwidth)
+            base, fine = first_state(matrix, k, rows, end, r, base_at, fine_at, width, q_at, FIRST, ALIGNED)
         if WIDE:
-            if t == 1:
-                top = tl.full([ROWS], -float("inf"), tl.float32)
-                for first_col in range(0, m, BLOCK_M):
-                    a, _ = load_chunk(matrix, k, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
-                    top = tl.maximum(top, tl.max(a, axis=1))
-                base = tl.where(top == -float("inf"), 0.0, -tl.floor(top))
             total = tl.zeros([ROWS], tl.float32)
             for first_col in range(0, m, BLOCK_M):
-                a, col_fine = load_chunk(matrix, k, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
-                total += tl.sum(entries(a, col_fine, base, fine), axis=1)
+                x, col_base, col_fine = load_chunk(matrix, rows, first_col + cols, end, r, base_at, fine_at, width, ALIGNED)
+                total += tl.sum(entries(x, k, col_base, col_fine, base, fine), axis=1)
         else:
             x = load_logits(matrix, rows, cols, end, r, col_base != -float("inf"), ALIGNED)
-            a = lifted(x, k, col_base)
-            if t == 1:
-                top = tl.max(a, axis=1)
-                base = tl.where(top == -float("inf"), 0.0, -tl.floor(top))
-            e = entries(a, col_fine, base, fine)
+            e = entries(x, k, col_base, col_fine, base, fine)
             total = tl.sum(e, axis=1)
         u = tl.where(total == 0, 1.0, r / total)
         if WIDE:
             for first_col in range(0, m, BLOCK_M):
                 chunk = first_col + cols
-                a, col_fine = load_chunk(matrix, k, rows, chunk, end, r, base_at, fine_at, width, ALIGNED)
-                sums = tl.sum(entries(a, col_fine, base, fine) * u[:, None], axis=0)
+                x, col_base, col_fine = load_chunk(matrix, rows, chunk, end, r, base_at, fine_at, width, ALIGNED)
+                sums = tl.sum(entries(x, k, col_base, col_fine, base, fine) * u[:, None], axis=0)
                 before = load_vector(partial_at, chunk, tl.where(start > first, width, 0), 0.0)
                 store_vector(partial_at, chunk, width, before + sums)
         else:
@@ -136,11 +133,29 @@ def row_state(base_ptr, fine_ptr, factor_ptr, rows, end, t):
 
 
 @triton.jit
-def load_chunk(matrix, k, rows, cols, end, r, base_ptr, fine_ptr, width, ALIGNED: tl.constexpr):
-    """What :func:`lifted` gives of a chunk of columns, whose potentials are loaded for it, and their gamma."""
+def first_state(matrix, k, rows, end, r, base_ptr, fine_ptr, width, q_ptr, BLOCK_M: tl.constexpr, ALIGNED: tl.constexpr):
+    """F and phi of the first sweep, the row maxima taken out: rows in chunks, as there are no registers to keep them in."""
+    m = matrix[6]
+    cols = tl.arange(0, BLOCK_M)
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    for first_col in range(0, m, BLOCK_M):
+        x, col_base, _ = load_chunk(matrix, rows, first_col + cols, end, r, base_ptr, fine_ptr, width, ALIGNED)
+        top = tl.maximum(top, tl.max(fused(x, k, col_base[None, :]), axis=1))
+    base = tl.where(top == -float("inf"), 0.0, -on_grid(top, tl.load(q_ptr)))
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    for first_col in range(0, m, BLOCK_M):
+        x, col_base, col_fine = load_chunk(matrix, rows, first_col + cols, end, r, base_ptr, fine_ptr, width, ALIGNED)
+        y = near(x, k, col_base[None, :], col_fine[None, :], base[:, None])
+        top = tl.maximum(top, tl.max(y, axis=1))
+    return base, tl.where(top == -float("inf"), 0.0, -top)
+
+
+@triton.jit
+def load_chunk(matrix, rows, cols, end, r, base_ptr, fine_ptr, width, ALIGNED: tl.constexpr):
+    """x of a chunk of columns, their G and gamma."""
     col_base = load_vector(base_ptr, cols, width, -float("inf"))
     x = load_logits(matrix, rows, cols, end, r, col_base != -float("inf"), ALIGNED)
-    return lifted(x, k, col_base), load_vector(fine_ptr, cols, width, 0.0)
+    return x, col_base, load_vector(fine_ptr, cols, width, 0.0)
 
 
 @triton.jit
@@ -198,7 +213,7 @@ def _sinkhorn_stream_reduce_fwd_kernel(
     inside = cols < width
     sums = column_sums(partial_ptr, b, cols, width, blocks, PARTS)
     base = tl.load(col_base_ptr + b * width + cols, mask=inside, other=-float("inf"))
-    c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 2 * b, base, cols, width)
+    c = column_masses(col_ptr + b * col_stride_b, col_stride_m, has_col, masses_ptr + 3 * b, base, cols, width)
     ratio = tl.where(c == 0, 1.0, sums / c)
     broken = tl.max((inside & (sums != sums)).to(tl.int32))
     tl.store(residual_at, tl.where(broken != 0, float("nan"), tl.max(tl.abs(ratio - 1.0))))
