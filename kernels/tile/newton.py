@@ -89,7 +89,9 @@ def judged(P, L, base, fine, r, c, aim):
 def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
     """Newton's direction around 0, and 0 on excluded columns."""
     accuracy = tl.minimum(tl.maximum(residual, _MOST_ACCURATE), _LEAST_ACCURATE)
-    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
+    b = aim - sums
+    b -= c * over_matrices(quotient(vector_sum(b), vector_sum(c)))  # rounding, along which H is next to nothing
+    d = solved(P, b, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
     valid = (c != 0).to(d.dtype)
     return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
 
