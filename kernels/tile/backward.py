@@ -9,7 +9,8 @@ u_{t0} = v_{t0} = 1 and u_{t0-1} = exp(f_{t0-1} - f_{t0}), f before and after th
 and dS = -K W. Where a segment begins, -K W is added to dS, W starts at 0 and K becomes that of the segment before.
 dlog r = sum_t df before the row step, dlog c = sum_t dg before the column step, df0 = the last df.
 
-As v_{t0} = 1 and u_{t0} = 1 need no memory, their places hold g_{t0}, from which K is rebuilt, and u_{t0-1}.
+As v_{t0} = 1 and u_{t0} = 1 need no memory, their places hold g_{t0}, from which K is rebuilt, and u_{t0-1}. The bases
+of y lie before all of these.
 A matrix that stops before the others of its program repeats u, v and g; its adjoint waits for its own last segment.
 A program walks over blocks of matrices and reuses its place in the history; ``n_iters`` 0 is one row step at g = 0.
 """
@@ -22,6 +23,7 @@ from ..common.memory import load_entries, store_entries
 from .sweeps import (
     col_sums,
     inverse_temperatures,
+    lifted,
     line_index,
     load_logits,
     log_col_step,
@@ -32,6 +34,7 @@ from .sweeps import (
     over_rows,
     places,
     quotient,
+    relative,
     row_sums,
     shifted,
     tile_offsets,
@@ -92,15 +95,15 @@ def _sinkhorn_tile_bwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Blocks of BLOCK_B matrices; history (programs, max(n_iters, 1), 2, BLOCK_B, P) in the compute dtype."""
+    """Blocks of BLOCK_B matrices; history (programs, max(n_iters, 1) + 1, 2, BLOCK_B, P) in the compute dtype."""
     dtype: tl.constexpr = history_ptr.dtype.element_ty
     SLOT: tl.constexpr = 2 * BLOCK_B * P
     last = tl.maximum(n_iters, 1)
     slot_row = over_matrices(tl.arange(0, BLOCK_B)) * P + line_index(P, ROWS)
     slot_col = over_matrices(tl.arange(0, BLOCK_B)) * P + line_index(P, COLS)
     everywhere = tl.full([1, 1, 1], True, tl.int1)
-    u_ptr = history_ptr + tl.program_id(0).to(tl.int64) * last * SLOT + slot_row
-    v_ptr = history_ptr + tl.program_id(0).to(tl.int64) * last * SLOT + BLOCK_B * P + slot_col
+    u_ptr = history_ptr + (tl.program_id(0).to(tl.int64) * (last + 1) + 1) * SLOT + slot_row
+    v_ptr = history_ptr + (tl.program_id(0).to(tl.int64) * (last + 1) + 1) * SLOT + BLOCK_B * P + slot_col
     blocks = tl.cdiv(batch, BLOCK_B)
     block = tl.program_id(0).to(tl.int64)
     while block < blocks:
@@ -130,6 +133,9 @@ def _sinkhorn_tile_bwd_kernel(
             dtype,
         )
         r, c, scalings = marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings)
+        y, G, R, f = lifted(x, k, f, r, n_iters > 0)
+        store_entries(u_ptr - SLOT, R, everywhere)
+        store_entries(v_ptr - SLOT, G, everywhere)
         done = tl.load(sweeps_ptr + b, mask=inside & (has_sweeps != 0), other=0).to(tl.int64)
         done = tl.where((has_sweeps != 0) & (n_iters > 0), done, last)
         final = tl.max(done, axis=0)
@@ -143,8 +149,8 @@ def _sinkhorn_tile_bwd_kernel(
         while t < final:
             moving = over_matrices(t < done)
             f = shifted(f, u, r)
-            g = tl.where(moving & (n_iters > 0), log_col_step(x, k, f, c), g)
-            K, f, before = log_row_step(x, k, g, r, f)
+            g = tl.where(moving & (n_iters > 0), log_col_step(y, f, c), g)
+            K, f, before = log_row_step(y, g, r, f)
             u = tl.where(moving, 1.0, u)
             v = tl.where(moving, 1.0, v)
             store_entries(u_ptr + t * SLOT, before, everywhere)
@@ -191,7 +197,10 @@ def _sinkhorn_tile_bwd_kernel(
                     over_rows(in_row & (r != 0)) & over_cols(in_col & (c != 0)),
                     dtype,
                 )
-                K, _, _ = log_row_step(x_again, k, load_entries(v_ptr + start * SLOT, everywhere, 0.0), r, f)
+                G = load_entries(v_ptr - SLOT, everywhere, 0.0)
+                R = load_entries(u_ptr - SLOT, everywhere, 0.0)
+                y = relative(x_again, k, G, R)
+                K, _, _ = log_row_step(y, load_entries(v_ptr + start * SLOT, everywhere, 0.0), r, f)
             t = end - 1
             u = load_entries(u_ptr + t * SLOT, everywhere & (t > start), 1.0)
             while t >= start:

@@ -16,6 +16,7 @@ from .sweeps import (
     as_matrices,
     col_sums,
     inverse_temperatures,
+    lifted,
     load_logits,
     log_col_step,
     log_row_step,
@@ -25,10 +26,13 @@ from .sweeps import (
     over_rows,
     places,
     quotient,
+    relative,
     residuals,
     row_sums,
     shifted,
+    store_on_base,
     tile_offsets,
+    unrelated,
     vector_offsets,
 )
 
@@ -87,7 +91,8 @@ def _sinkhorn_tile_fwd_kernel(
 ):
     """BLOCK_B matrices; ``n_iters`` 0 is the row step of a log sweep at g = 0.
 
-    RELOAD: the registers have no room for x and K at once, so each segment reads its logits again, from L1 or L2.
+    RELOAD: the registers have no room for y and K at once, so each segment reads its logits again, from L1 or L2, and their
+    bases, for which ``has_info`` is to be 1.
     """
     dtype: tl.constexpr = residual_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
@@ -117,6 +122,11 @@ def _sinkhorn_tile_fwd_kernel(
         dtype,
     )
     r, c, scalings = marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings)
+    y, G, R, f = lifted(x, k, f, r, n_iters > 0)
+    if has_info != 0:  # until the end bases are where f and g will be: the registers are for the sweeps
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), R, inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), G, inside_col)
+        tl.debug_barrier()
 
     K = tl.zeros([P // ROWS, P // COLS, BLOCK_B, ROWS, COLS], dtype)
     g = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
@@ -129,7 +139,6 @@ def _sinkhorn_tile_fwd_kernel(
     sweep = 0
     last = tl.maximum(n_iters, 1)
     while (sweep < last) & running:
-        x_again = x
         if RELOAD:
             b_again, i_again, j_again, _, in_row, in_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
             x_again = load_logits(
@@ -148,10 +157,13 @@ def _sinkhorn_tile_fwd_kernel(
                 over_rows(in_row & (r != 0)) & over_cols(in_col & (c != 0)),
                 dtype,
             )
+            R = load_entries(f_ptr + vector_offsets(b_again, i_again, n, 1), in_row, 0.0)
+            G = load_entries(g_ptr + vector_offsets(b_again, j_again, m, 1), in_col, 0.0)
+            y = relative(x_again, k, G, R)
         moving = over_matrices(active)
         f = shifted(f, u, r)
-        g = tl.where(moving & (n_iters > 0), log_col_step(x_again, k, f, c), g)
-        K, f, _ = log_row_step(x_again, k, g, r, f)
+        g = tl.where(moving & (n_iters > 0), log_col_step(y, f, c), g)
+        K, f, _ = log_row_step(y, g, r, f)
         u = tl.where(moving, 1.0, u)
         v = tl.where(moving, 1.0, v)
         s = col_sums(K * over_rows(u))
@@ -181,8 +193,10 @@ def _sinkhorn_tile_fwd_kernel(
     if has_info != 0:
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, tl.where(tol >= 0, tl.minimum(done, n_iters), n_iters), mask=inside)
-        store_entries(f_ptr + vector_offsets(b, i, n, 1), shifted(f, u, r), inside_row)
-        store_entries(g_ptr + vector_offsets(b, j, m, 1), shifted(g, v, c), inside_col)
+        f_at, g_at = f_ptr + vector_offsets(b, i, unrelated(n), 1), g_ptr + vector_offsets(b, j, unrelated(m), 1)
+        tl.debug_barrier()  # every lane that holds a copy has loaded it
+        store_on_base(f_at, shifted(f, u, r), inside_row)
+        store_on_base(g_at, shifted(g, v, c), inside_col)
     if WITH_SIGMA2:
         sigma2, _, _ = tile_sigma2(as_matrices(plan), as_lines(r), as_lines(c), SQUARINGS)
         tl.store(sigma2_ptr + b, sigma2, mask=inside)

@@ -19,6 +19,7 @@ from .laplacian import inverse_rows, solved
 from .newton import direction, folded, judged, plan_at, system
 from .sweeps import (
     col_sums,
+    in_units,
     inverse_temperatures,
     load_logits,
     over_cols,
@@ -107,19 +108,20 @@ def _implicit_tile_bwd_kernel(
         over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
         dtype,
     )
-    x, r, c, aim, unit, _, poison = system(x, k, r, c, has_row, has_col, unit_rows, 0)
+    start = tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
+    y, G, _, _, r, c, aim, unit, _, poison = system(x, k, start, r, c, 1, has_row, has_col, unit_rows, 0)
     inverse_r = inverse_rows(r)
 
-    base = tl.where(tl.abs(g) < float("inf"), g, 0.0)
+    base = tl.where(tl.abs(g) < float("inf"), in_units(g) - G, 0.0)
     fine = tl.zeros_like(base)
-    plan, L = plan_at(x, k, base, fine, r)
+    plan, L = plan_at(y, base, fine, r)
     sums, residual, _ = judged(plan, L, base, fine, r, c, aim)
     step = direction(plan, sums, residual, r, c, aim, m, COLS)
     step = tl.where(over_matrices(residual < PURE_BELOW), step, 0.0)
-    base, fine = folded(base, step)
-    plan, _ = plan_at(x, k, base, fine, r)
+    base, fine = folded(base, in_units(step))
+    plan, _ = plan_at(y, base, fine, r)
 
-    used = over_rows(inside_row) & over_cols(inside_col) & (x != -float("inf"))
+    used = over_rows(inside_row) & over_cols(inside_col) & (y != -float("inf"))
     grad_plan_at = grad_plan_ptr + tile_offsets(b, i, j, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m)
     D = load_entries(grad_plan_at, used, 0.0).to(dtype)
     largest = plan == over_rows(row_maxima(plan))

@@ -170,6 +170,8 @@ def sinkhorn_forward(problem: Problem, outputs: Outputs) -> None:
     """Write what ``outputs`` asks for; see :func:`supports_forward`."""
     logits, plan, sigma2 = problem.logits, outputs.plan, outputs.sigma2
     configuration = _FORWARD_TABLE[logits.dtype, size_of(problem), sigma2 is not None]
+    if configuration.constants["RELOAD"]:
+        outputs = outputs.with_info(problem)
     configuration.launch(
         triton.cdiv(logits.shape[0], configuration.matrices),
         **inputs(problem),
@@ -194,7 +196,7 @@ def sinkhorn_backward(problem: Problem, grad_plan: Tensor, gradients: Gradients,
     logits = problem.logits
     configuration = _BACKWARD_TABLE[logits.dtype, size_of(problem)].on(logits.device)
     size = size_of(problem)
-    slot = 2 * configuration.matrices * size * max(problem.n_iters, 1)
+    slot = 2 * configuration.matrices * size * (max(problem.n_iters, 1) + 1)
     blocks = triton.cdiv(logits.shape[0], configuration.matrices)
     programs = history_programs(blocks, _PROGRAMS_PER_SM, slot * problem.compute_dtype.itemsize, logits.device)
     history = torch.empty(programs * slot, dtype=problem.compute_dtype, device=logits.device)

@@ -20,8 +20,9 @@ from .laplacian import solved
 from .sweeps import (
     col_sums,
     exp,
-    fused,
+    in_units,
     inverse_temperatures,
+    lifted,
     load_logits,
     log,
     log_col_step,
@@ -33,7 +34,9 @@ from .sweeps import (
     quotient,
     row_maxima,
     row_sums,
+    store_on_base,
     tile_offsets,
+    unrelated,
     vector_max,
     vector_offsets,
     vector_sum,
@@ -45,24 +48,27 @@ _MOST_ACCURATE, _LEAST_ACCURATE = tl.constexpr(1e-3), tl.constexpr(1e-1)  # of a
 
 
 @triton.jit
-def system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings):
-    """x finite, r, c and what is aimed at in units of the largest r, that unit, the sweeps of a segment, poison (BLOCK_B,).
+def system(x, k, f, r, c, col_first, has_row, has_col, unit_rows, uniform_scalings):
+    """y finite, its bases, f relative to them; r, c and what is aimed at in units of the largest r, that unit, the sweeps of a
+    segment, poison (BLOCK_B,).
 
-    Poison is 0 where all of a matrix is finite and NaN where not: x is 0 there, and results are marked in the end.
+    Poison is 0 where all of a matrix is finite and NaN where not: y is 0 there, and results are marked in the end.
     """
-    poison = vector_sum(row_sums(tl.where(x == -float("inf"), 0.0, x * over_rows(over_matrices(k)) * 0.0)))
-    x = tl.where(over_rows(over_matrices(poison == 0.0)), x, 0.0)
     r, c, scalings = marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings)
+    y, G, R, f = lifted(x, k, f, r, col_first)
+    poison = vector_sum(row_sums(tl.where(y == -float("inf"), 0.0, y * 0.0)))
+    sound = over_matrices(poison == 0.0)
+    y, G, R, f = tl.where(over_rows(sound), y, 0.0), tl.where(sound, G, 0.0), tl.where(sound, R, 0.0), tl.where(sound, f, 0.0)
     unit = vector_max(r)
     unit = tl.where(unit > 0, unit, 1.0)
     r, c = quotient(r, over_matrices(unit)), quotient(c, over_matrices(unit))
-    return x, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, scalings, poison
+    return y, G, R, f, r, c, c * over_matrices(quotient(vector_sum(r), vector_sum(c))), unit, scalings, poison
 
 
 @triton.jit
-def plan_at(x, k, base, fine, r):
+def plan_at(y, base, fine, r):
     """The plan with exact rows at a column potential, and its log-sums L."""
-    exponent = fused(x, over_rows(over_matrices(k)), over_cols(base))
+    exponent = y + over_cols(base)
     top = row_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
     P = exp(exponent - over_rows(top)) * over_cols(exp(fine))
@@ -72,8 +78,8 @@ def plan_at(x, k, base, fine, r):
 
 @triton.jit
 def folded(base, fine):
-    """The same potential with |fine| <= 1/2, the base left alone where that holds already."""
-    large = over_matrices(vector_max(tl.abs(fine)) > _FINE_MAX)
+    """The same potential with |fine| at most 1/2 nat, the base left alone where that holds already."""
+    large = over_matrices(vector_max(tl.abs(fine)) > in_units(_FINE_MAX))
     return tl.where(large, base + fine, base), tl.where(large, 0.0, fine)
 
 
@@ -87,22 +93,24 @@ def judged(P, L, base, fine, r, c, aim):
 
 @triton.jit
 def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
-    """Newton's direction around 0, and 0 on excluded columns."""
+    """Newton's direction in nats, around 0, and 0 on excluded columns."""
     accuracy = tl.minimum(tl.maximum(residual, _MOST_ACCURATE), _LEAST_ACCURATE)
-    d = solved(P, aim - sums, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
+    b = aim - sums
+    b -= c * over_matrices(quotient(vector_sum(b), vector_sum(c)))  # rounding, along which H is next to nothing
+    d = solved(P, b, c * over_matrices(roughness(residual)), r, c, m, accuracy, COLS)
     valid = (c != 0).to(d.dtype)
     return (d - over_matrices(quotient(vector_sum(d * valid), vector_sum(valid)))) * valid
 
 
 @triton.jit
-def swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
+def swept(y, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
     """The column potential after scaling sweeps; a matrix stops at ``tol``, or where it would not get there in time."""
     before = vector_max(c) * 0.0 + float("inf")
     wanted = log2((vector_max(c) * 0.0 + tol).to(c.dtype))
     going = going & (scalings > 0)
     left = SEGMENTS
     while (left > 0) & (tl.max(going.to(tl.int32), axis=0) > 0):
-        K, _ = plan_at(x, k, base, tl.zeros_like(base), r)
+        K, _ = plan_at(y, base, tl.zeros_like(base), r)
         sums = col_sums(K)
         residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, aim) - 1.0), 0.0))
         arrives = log2(residual) + left * (log2(residual) - log2(before)) <= wanted
@@ -118,13 +126,13 @@ def swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
+def newton(y, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
     """The column potential, base and fine, its residual and the steps made, from that which the first step led to.
 
     At most ``n_iters`` steps, the first counted; matrices that are not ``going`` stay where they are.
     """
     fine = tl.zeros_like(base)
-    plan, L = plan_at(x, k, base, fine, r)
+    plan, L = plan_at(y, base, fine, r)
     sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
     damped = residual < 0.0
     going = going & ~(residual <= tol)
@@ -136,9 +144,9 @@ def newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
     while (count < n_iters) & (tl.max(going.to(tl.int32), axis=0) > 0):
         count += 1
         steps += going.to(tl.int32)
-        length = step_share(vector_max(d) + vector_max(-d), damped)
+        length = in_units(step_share(vector_max(d) + vector_max(-d), damped))
         new_base, new_fine = folded(base, fine + d * over_matrices(length))
-        plan, L = plan_at(x, k, new_base, new_fine, r)
+        plan, L = plan_at(y, new_base, new_fine, r)
         sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
         fallen = (new_objective <= objective) | (new_residual <= tol)
         refused = (residual >= PURE_BELOW) & ~damped & ~fallen
@@ -241,16 +249,23 @@ def _newton_tile_fwd_kernel(
         over_rows(inside_row & (r != 0)) & over_cols(inside_col & (c != 0)),
         dtype,
     )
-    x, r, c, aim, unit, scalings, poison = system(x, k, r, c, has_row, has_col, unit_rows, uniform_scalings)
+    f = tl.where(tl.abs(f) == float("inf"), 0.0, f)  # float32 may not hold what potentials of 1e38 come to
+    y, G, R, f, r, c, aim, unit, scalings, poison = system(
+        x, k, f, r, c, n_iters > 0, has_row, has_col, unit_rows, uniform_scalings
+    )
+    if has_info != 0:  # until the end bases are where f and g will be, as in ``forward.py``
+        tl.debug_barrier()  # f0 may be f: every lane that holds a copy has loaded it
+        store_entries(f_ptr + vector_offsets(b, i, n, 1), R, inside_row)
+        store_entries(g_ptr + vector_offsets(b, j, m, 1), G, inside_col)
 
     base = tl.zeros([P // COLS, BLOCK_B, COLS], dtype)
     if n_iters > 0:
-        base = log_col_step(x, k, f, c)
+        base = log_col_step(y, f, c)
     going = inside & (poison == 0.0)
     if n_iters > 1:
-        base = swept(x, k, base, r, c, aim, going, scalings, tol, SEGMENTS)
-    base, fine, residual, steps = newton(x, k, base, r, c, aim, going, n_iters, tol, m, COLS)
-    plan, L = plan_at(x, k, base, fine, r)
+        base = swept(y, base, r, c, aim, going, scalings, tol, SEGMENTS)
+    base, fine, residual, steps = newton(y, base, r, c, aim, going, n_iters, tol, m, COLS)
+    plan, L = plan_at(y, base, fine, r)
     plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
     inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)
@@ -261,5 +276,5 @@ def _newton_tile_fwd_kernel(
         tl.store(residual_ptr + b, residual + poison, mask=inside)
         tl.store(sweeps_ptr + b, steps, mask=inside)
         f = tl.where(r != 0, log(r * over_matrices(unit), r != 0) - L, 0.0)
-        store_entries(f_ptr + vector_offsets(b, i, n, 1), f, inside_row)
-        store_entries(g_ptr + vector_offsets(b, j, m, 1), base + fine, inside_col)
+        store_on_base(f_ptr + vector_offsets(b, i, unrelated(n), 1), f, inside_row)
+        store_on_base(g_ptr + vector_offsets(b, j, unrelated(m), 1), base + fine, inside_col)

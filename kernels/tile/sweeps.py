@@ -3,17 +3,21 @@
 A program holds BLOCK_B matrices, rows and columns padded to the power of two P in code, as a tile [i1, j1, b, i0, j0] with
 i = i1 ROWS + i0 and j = j1 COLS + j0: the compiler deals the last axes out to lanes and warps first, so i1 and j1 count the
 entries of one thread, and sums over them cost no exchange. Vectors over rows are [i1, b, i0], over columns [j1, b, j0].
-x are the logits, -inf where excluded; r and c the marginals, 0 on excluded lines; f and g the potentials,
-k = 1 / temperature:
+x are the logits, -inf where excluded, k = 1 / temperature; r and c the marginals, 0 on excluded lines. k x is first brought
+near 0, by bases of its columns and rows, which lie on a grid so that no sum of them is rounded (``common/bases.py``):
 
-    K_ij = exp(k x_ij + f_i + g_j),     P_ij = u_i K_ij v_j.
+    t_j = max_i (k x_ij + f0_i),  T_i = max_j (k x_ij - t_j),  G ~ -t,  R ~ -T,    y_ij = k x_ij + (G_j + R_i),
+
+rounded once, at its own size. Whole numbers, as large logits of 16 bits are, stay whole, since only distances from a top are
+brought to base 2. f and g are the potentials of y, f0 - R at the start; those of x are f + R and g + G. All of these are in
+units of 2^16 nats.
+
+    K_ij = exp(y_ij + f_i + g_j),     P_ij = u_i K_ij v_j.
 
 A segment begins with a log sweep,
-    g_j = log c_j - top_j - log sum_i exp(k x_ij + f_i - top_j),
-    K_ij = (r_i / total_i) exp(k x_ij + g_j - top_i),  total_i its sum over j,   f_i = log r_i - top_i - log total_i,
-so that the row sums of K are r up to one rounding, u = v = 1, and K depends on g alone. The exponents are formed in nats and
-only their distance from the top is brought to base 2: k x + g is the one sum that rounds at the size of the logits, and
-where these are whole numbers, as large ones of 16 bits are, it is exact. Scaling sweeps follow:
+    g_j = log c_j - top_j - log sum_i exp(y_ij + f_i - top_j),
+    K_ij = (r_i / total_i) exp(y_ij + g_j - top_i),  total_i its sum over j,   f_i = log r_i - top_i - log total_i,
+so that the row sums of K are r up to one rounding, u = v = 1, and K depends on g alone. Scaling sweeps follow:
     v_j = c_j / s_j,  s = K^T u;      u_i = r_i / (K v)_i.
 Each multiplies u and v by factors within [1/b, b], b = max(n, m) for uniform marginals and max(total / min r,
 total / min c, 2) otherwise, so floor(45 / log2 b) of them (one less when not uniform) keep what underflows in K below
@@ -28,7 +32,10 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import INTERPRET, LN_2, LOG2_E, exp2, log2, reciprocal
+from ..common.bases import UNIT, on_grid, spacing
 from ..common.memory import load_entries
+
+_PER_UNIT = tl.constexpr(1.0 / UNIT.value)
 
 
 @triton.jit
@@ -206,21 +213,65 @@ def marginals(x, r, c, has_row, has_col, unit_rows, uniform_scalings):
 
 
 @triton.jit
-def exp(x):
-    """e^x."""
-    return exp2(x * LOG2_E)
+def in_units(x):
+    """x nats in units of UNIT."""
+    return x * _PER_UNIT
+
+
+@triton.jit
+def in_nats(x):
+    """x units of UNIT in nats."""
+    return x * UNIT
+
+
+@triton.jit
+def relative(x, k, G, R):
+    """y of x and its bases; k (BLOCK_B,)."""
+    return fused(x, over_rows(over_matrices(in_units(k))), over_cols(G) + over_rows(R))
+
+
+@triton.jit
+def lifted(x, k, f, r, col_first):
+    """y, its bases G and R, and the start f, given in nats, relative to them; k (BLOCK_B,). G is 0 unless ``col_first``.
+
+    The grid is fit for the largest |t| and the largest |T| together, so that sums G + R are on it, too.
+    """
+    f = tl.where(r != 0, in_units(f), 0.0)
+    kappa = over_rows(over_matrices(in_units(k)))
+    col_top = col_maxima(fused(x, kappa, over_rows(f)))
+    col_top = tl.where((col_top == -float("inf")) | (col_first == 0), 0.0, col_top)
+    row_top = row_maxima(fused(x, kappa, -over_cols(col_top)))
+    row_top = tl.where(row_top == -float("inf"), 0.0, row_top)
+    q = over_matrices(spacing(vector_max(tl.abs(col_top)) + vector_max(tl.abs(row_top))))
+    G, R = -on_grid(col_top, q), -on_grid(row_top, q)
+    return relative(x, k, G, R), G, R, f - R
+
+
+@triton.jit
+def store_on_base(pointers, values, mask):
+    """Store in nats what ``values`` and the bases that wait there come to; bases are added as they are loaded, as a vector."""
+    pointers = tl.reshape(pointers, (pointers.numel,))
+    mask = tl.reshape(tl.broadcast_to(mask, values.shape), (values.numel,))
+    base = tl.load(pointers, mask=mask, other=0.0)
+    tl.store(pointers, in_nats(tl.reshape(values, (values.numel,)) + base), mask=mask)
+
+
+@triton.jit
+def exp(y):
+    """e^(y UNIT)."""
+    return exp2(y * (LOG2_E * UNIT))
 
 
 @triton.jit
 def log(x, used):
-    """log x, 0 where not ``used``."""
-    return log2(tl.where(used, x, 1.0)) * LN_2
+    """log x in units of UNIT, 0 where not ``used``."""
+    return log2(tl.where(used, x, 1.0)) * (LN_2 * _PER_UNIT)
 
 
 @triton.jit
-def log_col_step(x, k, f, c):
-    """g from f; k (BLOCK_B,)."""
-    exponent = fused(x, over_rows(over_matrices(k)), over_rows(f))
+def log_col_step(y, f, c):
+    """g from f."""
+    exponent = y + over_rows(f)
     top = col_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
     total = col_sums(exp(exponent - over_cols(top)))
@@ -235,9 +286,9 @@ def quotient(marginal, total):
 
 
 @triton.jit
-def log_row_step(x, k, g, r, old_f):
-    """K, f and exp(old_f - f) from g; k (BLOCK_B,). The last is formed without f, whose rounding K does not share."""
-    exponent = fused(x, over_rows(over_matrices(k)), over_cols(g))
+def log_row_step(y, g, r, old_f):
+    """K, f and exp(old_f - f) from g. The last is formed without f, whose rounding K does not share."""
+    exponent = y + over_cols(g)
     top = row_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
     K = exp(exponent - over_rows(top))

@@ -16,6 +16,7 @@ from .newton import newton, plan_at, swept, system
 from .sweeps import (
     as_lines,
     as_matrices,
+    lifted,
     log,
     log_col_step,
     over_cols,
@@ -86,10 +87,12 @@ def _temperature_tile_fwd_kernel(
     here = tl.load(start_ptr + b, mask=inside, other=float("nan"))
     active = here == here
     here = tl.where(active, here, 0.0)
-    x, r, c, aim, _unit, scalings, poison = system(x, here * 0.0 + 1.0, r, c, has_row, has_col, 1, uniform_scalings)
+    one, none = here * 0.0 + 1.0, tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
+    _y, _G, _R, potential, r, c, aim, _unit, scalings, poison = system(
+        x, one, none, r, c, 1, has_row, has_col, 1, uniform_scalings
+    )
     active = active & (poison == 0.0)
 
-    potential = r * 0.0
     a, end, at_a, at_end = here, here, here * 0.0, here * 0.0
     found, error, residual = here, here * 0.0 + 1.0, here * 0.0 + 1.0
     walking, moved_a, moved_end = active, active & (a != a), active & (a != a)
@@ -101,10 +104,12 @@ def _temperature_tile_fwd_kernel(
         b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
         sound = over_rows((r != 0) & over_matrices(poison == 0.0)) & over_cols(c != 0)
         x = load_entries(logits_ptr + tile_offsets(b, i, j, stride_b, stride_n, stride_m), sound, -float("inf")).to(dtype)
-        base = log_col_step(x, k, potential * over_matrices(k), c)
-        base = swept(x, k, base, r, c, aim, active, scalings, _RESIDUAL, SEGMENTS)
-        base, fine, new_residual, _steps = newton(x, k, base, r, c, aim, active, n_iters, _RESIDUAL, m, COLS)
-        plan, L = plan_at(x, k, base, fine, r)
+        y, _G, _R, _f = lifted(x, one, none, r, 1)
+        y *= over_rows(over_matrices(k))
+        base = log_col_step(y, potential * over_matrices(k), c)
+        base = swept(y, base, r, c, aim, active, scalings, _RESIDUAL, SEGMENTS)
+        base, fine, new_residual, _steps = newton(y, base, r, c, aim, active, n_iters, _RESIDUAL, m, COLS)
+        plan, L = plan_at(y, base, fine, r)
         new = tl.where(r != 0, log(r, r != 0) - L, 0.0) * over_matrices(exp2(here))
         potential = tl.where(over_matrices(active) & (new == new), new, potential)
         value, _u, _v = tile_sigma2(as_matrices(plan), as_lines(r), as_lines(c), SQUARINGS)

@@ -25,7 +25,7 @@ from fastdsm._verify.sinkhorn import Case, Target, verify_case
 from fastdsm.kernels.common import configuration
 from fastdsm.kernels.tile import launch as tile
 
-from ..tolerances import drift, of_rounded_exponents
+from ..tolerances import drift
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 
@@ -86,8 +86,8 @@ def _marginals(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return marginals_of(problem.logits.to(dtype), row, col, problem.mask)
 
 
-def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype, differentiable: bool = False) -> Result:
-    """The same by the reference in ``dtype``, gradients by autograd, themselves ``differentiable`` if asked for."""
+def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype) -> Result:
+    """The same by the reference in ``dtype``, gradients by autograd."""
     logits = problem.logits.to(dtype).requires_grad_()
     row, col = (x.requires_grad_() for x in _marginals(problem, dtype))
     f0 = torch.zeros_like(row) if problem.f0 is None else problem.f0.to(dtype)
@@ -105,13 +105,13 @@ def _oracle(problem: Problem, cotangent: Tensor, dtype: torch.dtype, differentia
     )
     info = info._replace(f=info.f.detach(), g=info.g.detach())
     inputs = (logits, f0, row, col)
-    grads = torch.autograd.grad(plan, inputs, cotangent.to(dtype), create_graph=differentiable, allow_unused=True)
+    grads = torch.autograd.grad(plan, inputs, cotangent.to(dtype), allow_unused=True)
     grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
     log_row, log_col = (x.detach() * grad for x, grad in zip((row, col), grads[2:], strict=True))
     return Result(plan.detach(), info.residual, info.sweeps, info.f, info.g, grads[0], grads[1], log_row, log_col)
 
 
-def _assert_close(name: str, got: Tensor, usual: Tensor, truth: Tensor, unit: float, beyond: Tensor | float = 0.0) -> None:
+def _assert_close(name: str, got: Tensor, usual: Tensor, truth: Tensor, unit: float, beyond: float) -> None:
     """``got`` errs at most twice as much as ``usual``, plus floor times ``unit`` and ``beyond``, for each matrix by itself."""
     got, usual, truth = (x.flatten(1) if x.ndim > 1 else x[:, None] for x in (got, usual, truth))
     assert torch.isfinite(truth).all()
@@ -121,17 +121,7 @@ def _assert_close(name: str, got: Tensor, usual: Tensor, truth: Tensor, unit: fl
     assert (excess <= 0).all(), f"{name}: {excess.max().item():.2e} beyond the budget, {usual_error.max().item():.2e}"
 
 
-def _of_rounded_exponents(problem: Problem, cotangent: Tensor) -> dict[str, Tensor]:
-    """What the gradients in the marginals may err beyond, of logits that are large: k x + g is the one sum that rounds at their
-    size, forward and backward alike (``tile/sweeps.py``)."""
-    logits = problem.logits.double().requires_grad_()
-    truth = _oracle(replace(problem, logits=logits), cotangent, torch.float64, differentiable=True)
-    exponents = (logits + truth.g[:, None, :]).detach()
-    return {name: of_rounded_exponents(getattr(truth, name), logits, exponents) for name in ("log_row", "log_col")}
-
-
-def _check(problem: Problem, large: bool = False) -> Result:
-    """``large``: logits whose rounding is seen in the gradients of the marginals."""
+def _check(problem: Problem) -> Result:
     cotangent = torch.randn(problem.logits.shape).to(problem.logits.dtype)
     got = _run(problem, cotangent)
     usual = _oracle(problem, cotangent, problem.compute_dtype)
@@ -139,8 +129,7 @@ def _check(problem: Problem, large: bool = False) -> Result:
     assert torch.equal(got.sweeps, truth.sweeps)
     units = {"plan": 1.0, "residual": 1.0, "f": truth.f.abs().amax().item() + 1.0, "g": truth.g.abs().amax().item() + 1.0}
     units |= dict.fromkeys(("logits", "f0", "log_row", "log_col"), cotangent.abs().amax().item())
-    beyond: dict[str, Tensor | float] = {"f": drift(problem.n_iters), "g": drift(problem.n_iters)}
-    beyond |= _of_rounded_exponents(problem, cotangent) if large else {}
+    beyond = {"f": drift(problem.n_iters), "g": drift(problem.n_iters)}
     for name, unit in units.items():
         _assert_close(name, getattr(got, name), getattr(usual, name), getattr(truth, name), unit, beyond.get(name, 0.0))
     return got
@@ -196,11 +185,22 @@ def test_largest_tile_crosses_a_segment_forward() -> None:
     outputs = _outputs(problem)
     tile.sinkhorn_forward(problem, outputs)
     usual, truth = (reference.sinkhorn(problem.logits.to(dtype), n_iters=8) for dtype in (torch.float32, torch.float64))
-    _assert_close("plan", outputs.plan, usual, truth, 1.0)
+    _assert_close("plan", outputs.plan, usual, truth, 1.0, 0.0)
 
 
 def test_large_logits() -> None:
-    _check(Problem(_logits(3, 7, 7, [200.0, 60.0, 20.0]), 20), large=True)
+    _check(Problem(_logits(3, 7, 7, [200.0, 60.0, 20.0]), 20))
+
+
+def test_rows_and_columns_that_are_both_far_below() -> None:
+    """What the bases of a row and of a column come to is beyond either, and still on their grid."""
+    rows, cols = (-1e9 * (torch.rand(20, 1, 1) + 0.5) * (torch.rand(20, *lines) + 4.0) / 4 for lines in ((9, 1), (1, 9)))
+    rows[:, 0] = 0.0
+    logits = rows + cols + 200 * torch.randn(20, 9, 9)
+    problem = Problem(logits, 7)
+    outputs = _outputs(problem)
+    tile.sinkhorn_forward(problem, outputs)
+    torch.testing.assert_close(outputs.plan.double(), reference.sinkhorn(logits.double(), n_iters=7), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -212,9 +212,13 @@ def test_large_logits_of_16_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(5, 6), (12, 9)])
 def test_columns_of_a_gradient_sum_to_zero_whatever_the_potentials(n: int, m: int) -> None:
-    """A number added to a column moves no plan. Whole logits, and a start whose columns are right: exponents do not round."""
+    """A number added to a column moves no plan. Whole logits, and a start whose columns are right: exponents do not round.
+
+    Rows of next to no mass have potentials of -69, which do.
+    """
     f0, near = (1000.0 * torch.randn(2, n)).round(), torch.randint(-2, 3, (2, n, m)).float()
     col, row = near.exp().sum(1), torch.rand(2, n) + 0.5
+    row[:, ::2] *= 1e-30
     row *= col.sum(1, keepdim=True) / row.sum(1, keepdim=True)
     problem = Problem(near - f0[:, :, None], 1, f0=f0, row_marginal=row, col_marginal=col)
     found = _run(problem, torch.randn(2, n, m)).logits
