@@ -5,8 +5,8 @@ each entry its own. So each potential has a base, and bases lie on a common grid
 
     y_ij = fma(k x_ij, G_j + F_i),   |y_ij| small wherever it matters, rounded once at its own size.
 
-With h the largest of the maxima that bases are to take out, q = max(1, h 2^-23 rounded down to a power of two): multiples of q
-up to 2^24 q are exact, which G_j + F_i is where y_ij is near 0, and elsewhere 2^y is 0 anyhow. What a maximum differs from its
+With h what |G_j| + |F_i| is at most where y_ij is near 0, q = max(1, h 2^-23 rounded down to a power of two): multiples of q
+up to 2^24 q are exact, hence all such G_j + F_i, and elsewhere 2^y is 0 anyhow. What a maximum differs from its
 base by, q / 2 at most, goes into the fine part of the potential, which is as exact as ever. h below 2^24 has integers.
 
 Bases and maxima are in units of 2^16, so that k x may reach 2^142 before it overflows: logits to the end of float32 at
@@ -16,12 +16,24 @@ any temperature above 1e-4.
 import triton
 import triton.language as tl
 
+from .arithmetic import INTERPRET
+
 UNIT = tl.constexpr(2.0**16)
 
 
 @triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once: in the interpreter, whose own rounds twice, by way of float64."""
+    if INTERPRET and x.dtype == tl.float32:
+        total = (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        total = tl.fma(x, y, z)
+    return total
+
+
+@triton.jit
 def spacing(largest):
-    """q in units of UNIT, of the largest absolute value (in these units) that bases are to take out."""
+    """q in units of UNIT, of ``largest``, h in these units: of two bases together, not of one."""
     if largest.dtype == tl.float64:
         exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         q = tl.maximum(exponent - (52 << 52), (1023 - 16) << 52).to(tl.float64, bitcast=True)
