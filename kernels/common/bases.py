@@ -7,10 +7,10 @@ each entry its own. So each potential has a base, and bases lie on a common grid
 
 k = 1 / temperature: where that is a power of two, and y_ij not below what x_ij is a multiple of, not at all.
 
-With h the largest |k x_ij|, q = max(1, h 2^-23 rounded down to a power of two): multiples of q up to 2^24 q are exact, which
-G_j + F_i, near -k x_ij where y_ij is near 0, is there; elsewhere 2^y is 0 anyhow. What a maximum differs from its base by, q / 2
-at most, goes into the fine part of the potential. Up to h = 2^24 bases are integers and y_ij is as exact as that of logits
-near 0; beyond, y_ij errs by 2^-25 q: 4e-6 at logits of 1e9, 5e-4 at 1e11.
+With h at least the largest |k x_ij|, q = max(1, h 2^-23 rounded down to a power of two): multiples of q up to 2^24 q are
+exact, which G_j + F_i, near -k x_ij where y_ij is near 0, is there; elsewhere e^y is 0 anyhow. What a maximum differs from its
+base by, q / 2 at most, goes into the fine part of the potential. Up to h = 2^24 bases are integers and y_ij is as exact as that
+of logits near 0; beyond, it errs by 2^-25 q: 4e-6 at logits of 1e9, 5e-4 at 1e11.
 
 Bases and maxima are in units of 2^16 nats, so that k x may reach 2^142 before it overflows: logits to the end of float32 at
 any temperature above 1e-4. Sweeps are in base 2.
@@ -49,9 +49,9 @@ def on_grid(x, q):
 
 @triton.jit
 def fused(x, y, z):
-    """x y + z rounded once, in the shape of x; so the interpreter, too, whose own form rounds twice."""
-    y, z = tl.zeros_like(x) + y, tl.zeros_like(x) + z
+    """x y + z, rounded once: in the interpreter, whose own rounds twice, by way of float64."""
     if INTERPRET and x.dtype == tl.float32:
-        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+        total = (x.to(tl.float64) * y + z).to(tl.float32)
     else:
-        return tl.fma(x, y, z)
+        total = tl.fma(x, y, z)
+    return total

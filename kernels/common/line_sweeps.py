@@ -7,8 +7,8 @@ being what one warp loads at once: whole rows then belong to one warp, and row s
 Everything is in base 2: x = logits entry, lifted, k = BITS, f and g the potentials times log2(e), less the bases.
 
 Logits are lifted first (``bases.py``): with k' = 1 / temperature in UNIT, two passes find t_j = max_i (k' x_ij + f0_i) and
-T_i = max_j (k' x_ij - t_j), -G and -F are these on the grid, and x is k' x_ij + (G_j + F_i) from then on, rounded once. f starts
-at f0 - F.
+T_i = max_j (k' x_ij - t_j), -G and -F are these on the grid, and x is k' x_ij + (G_j + F_i) from then on, rounded once. f
+starts at f0 - F.
 
     K_ij = 2^(k x_ij + f_i + g_j),      P_ij = u_i K_ij v_j.
 

@@ -33,10 +33,10 @@ from ..common.line_sweeps import (
     MAX_ROWS,
     column_indices,
     lifted,
+    lifting,
     load_col_marginal,
     load_panel,
     load_tile,
-    lifting,
     log_sweep,
     row_sum,
     scaled_kernel,
@@ -113,7 +113,9 @@ def _sinkhorn_panel_bwd_kernel(
     in_cols = cols < m
     lines = tl.arange(0, MAX_ROWS)
     for b in range(program, batch, tl.num_programs(0)):
-        scale = lifting(temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, work_ptr.dtype.element_ty)
+        scale = lifting(
+            temperature_ptr + b * temperature_stride, has_temperature, inverse_temperature, work_ptr.dtype.element_ty
+        )
         k = tl.zeros_like(scale) + BITS
         matrix = (
             logits_ptr + b * stride_b,

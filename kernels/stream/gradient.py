@@ -15,7 +15,7 @@ b = max(n, m), for uniform marginals, and 1 otherwise. Then dlogits = dS / tempe
 
 import triton.language as tl
 
-from ..common.arithmetic import LN_2, exp2
+from ..common.arithmetic import exp2
 from ..common.bases import UNIT
 from ..common.configuration import finite_jit
 from ..common.line_sweeps import lifting

@@ -21,9 +21,8 @@ lies within [1/b, 1] of its line's mass, b = total / min c or total / min r: 2^y
 (min r)(min c) < 2^-126 total^2, vanish, and no maximum is needed.
 
 Excluded entries (-inf, as masked ones have become, or on a line of zero mass) have x = -inf, hence 2^y = 0. G is -inf on a
-column without entries; a row without has F = phi = 0 and u = 1. Of each matrix ``masses`` holds r and c where they are uniform and
-the spacing of its grid. A NaN or +inf in a used entry makes u NaN, and with it every
-column sum.
+column without entries; a row without has F = phi = 0 and u = 1. A NaN or +inf in a used entry makes u NaN, and with it every
+column sum. ``masses`` holds of each matrix r and c where they are uniform, and the spacing of its grid.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import INTERPRET, LN_2, LOG2_E, exp2, log2, reciprocal
-from ..common.bases import UNIT, on_grid, spacing
+from ..common.bases import UNIT, fused, on_grid, spacing
 from ..common.memory import load_entries
 
 _PER_UNIT = tl.constexpr(1.0 / UNIT.value)
@@ -137,16 +137,6 @@ def places(block, batch, n, m, BLOCK_B: tl.constexpr, P: tl.constexpr, ROWS: tl.
     i, j = line_index(P, ROWS), line_index(P, COLS)
     inside = b < batch
     return b, i, j, inside, over_matrices(inside) & (i < n), over_matrices(inside) & (j < m)
-
-
-@triton.jit
-def fused(x, y, z):
-    """x y + z rounded once, in the shape of x; so the interpreter, too, whose own form rounds twice."""
-    y, z = tl.broadcast_to(y, x.shape), tl.broadcast_to(z, x.shape)
-    if INTERPRET and x.dtype == tl.float32:
-        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
-    else:
-        return tl.fma(x, y, z)
 
 
 @triton.jit
