@@ -16,7 +16,7 @@ from ..common.configuration import finite_jit
 from ..common.memory import load_entries, store_entries
 from ..common.newton_rules import PURE_BELOW, ROUNDING
 from .laplacian import inverse_rows, solved
-from .newton import direction, folded, judged, plan_at, system
+from .newton import direction, folded, judged, ones_of, plan_at, system
 from .sweeps import (
     col_sums,
     in_units,
@@ -112,14 +112,15 @@ def _implicit_tile_bwd_kernel(
     y, G, _, _, r, c, aim, unit, _, poison = system(x, k, start, r, c, 1, has_row, has_col, unit_rows, 0)
     inverse_r = inverse_rows(r)
 
+    one = ones_of(c)
     base = tl.where(tl.abs(g) < float("inf"), in_units(g) - G, 0.0)
     fine = tl.zeros_like(base)
-    plan, L = plan_at(y, base, fine, r)
+    plan, L = plan_at(y, one, base, fine, r)
     sums, residual, _ = judged(plan, L, base, fine, r, c, aim)
     step = direction(plan, sums, residual, r, c, aim, m, COLS)
     step = tl.where(over_matrices(residual < PURE_BELOW), step, 0.0)
     base, fine = folded(base, in_units(step))
-    plan, _ = plan_at(y, base, fine, r)
+    plan, _ = plan_at(y, one, base, fine, r)
 
     used = over_rows(inside_row) & over_cols(inside_col) & (y != -float("inf"))
     grad_plan_at = grad_plan_ptr + tile_offsets(b, i, j, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m)
