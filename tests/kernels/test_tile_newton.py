@@ -133,6 +133,22 @@ def test_cold_problems_that_are_left_warm(n_iters: int) -> None:
     torch.testing.assert_close(plan.float(), found.plan, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+def test_rows_and_columns_far_apart(size: float) -> None:
+    """Plans, and gradients near potentials of that size, whose rounding alone moves a plan of theirs by all that it has."""
+    rows, cols, cotangent = random_logits(12, 9, 1.0), random_logits(12, 9, 1.0), random_logits(12, 9, 1.0)
+    rows[:, -3:], cols[:, :, -3:] = -size, -size
+    for logits in (rows, cols):
+        problem = Problem(logits, 40, tol=TOL)
+        exact = replace(problem, logits=logits.double(), tol=1e-12)
+        found, known = newton(problem), newton(exact, pytorch)
+        assert (found.residual <= TOL).all()
+        torch.testing.assert_close(found.plan.double(), known.plan, atol=TOL, rtol=0)
+        gradient, truth = implicit(problem, cotangent, found.g), Gradients(torch.full_like(exact.logits, torch.nan))
+        pytorch.implicit_backward(exact, cotangent.double(), known.g, truth)
+        torch.testing.assert_close(gradient.logits.double(), truth.logits, atol=32 * EPS, rtol=0)
+
+
 @pytest.mark.parametrize("n_iters", [0, 1])
 def test_a_row_step_and_one_sweep(n_iters: int) -> None:
     for unit_rows in (True, False):
