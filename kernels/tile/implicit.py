@@ -1,6 +1,7 @@
 """grad="implicit" on tiles: the gradient of the fixed point near a column potential, for matrices of up to 64 lines.
 
-As ``fastdsm/pytorch/implicit.py``, in float32: one Newton step first, then, with D the cotangent of the plan P,
+As ``fastdsm/pytorch/implicit.py``, in float32: one Newton step first, after sweeps where the potential is so large that its
+rounding is felt, then, with D the cotangent of the plan P,
 
     dS = P * (D - alpha 1^T - 1 beta^T),   alpha = diag(1/r) ((P * D) 1 - P beta),
     (diag(c) - P^T diag(1/r) P) beta = P^T * (D - diag(1/r) (P * D) 1 1^T)^T 1,
@@ -16,7 +17,7 @@ from ..common.configuration import finite_jit
 from ..common.memory import load_entries, store_entries
 from ..common.newton_rules import PURE_BELOW, ROUNDING
 from .laplacian import inverse_rows, solved
-from .newton import direction, folded, judged, plan_at, system
+from .newton import direction, folded, judged, ones_of, plan_at, swept, system
 from .sweeps import (
     col_sums,
     in_units,
@@ -30,10 +31,12 @@ from .sweeps import (
     row_maxima,
     row_sums,
     tile_offsets,
+    vector_max,
     vector_offsets,
     vector_sum,
 )
 
+_LARGE = tl.constexpr(2.0**13)  # nats: potentials are known to a two-thousandth there
 _ACCURACY = tl.constexpr(2.0**-21)  # to which conjugate gradients are taken: a few units
 
 
@@ -53,6 +56,7 @@ def _implicit_tile_bwd_kernel(
     batch: tl.int64,
     n: tl.int32,
     m: tl.int32,
+    uniform_scalings: tl.int32,
     stride_b: tl.int64,
     stride_n: tl.int64,
     stride_m: tl.int64,
@@ -83,6 +87,7 @@ def _implicit_tile_bwd_kernel(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     """BLOCK_B matrices."""
     dtype: tl.constexpr = g_ptr.dtype.element_ty
@@ -109,17 +114,20 @@ def _implicit_tile_bwd_kernel(
         dtype,
     )
     start = tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
-    y, G, _, _, r, c, aim, unit, _, poison = system(x, k, start, r, c, 1, has_row, has_col, unit_rows, 0)
+    y, G, _, _, r, c, aim, unit, scalings, poison = system(x, k, start, r, c, 1, has_row, has_col, unit_rows, uniform_scalings)
     inverse_r = inverse_rows(r)
 
+    one = ones_of(c)
     base = tl.where(tl.abs(g) < float("inf"), in_units(g) - G, 0.0)
     fine = tl.zeros_like(base)
-    plan, L = plan_at(y, base, fine, r)
+    rounded = inside & (poison == 0.0) & (vector_max(tl.abs(g)) > _LARGE)
+    base = swept(y, base, r, c, aim, rounded, scalings, PURE_BELOW * PURE_BELOW, SEGMENTS)
+    plan, L = plan_at(y, one, base, fine, r)
     sums, residual, _ = judged(plan, L, base, fine, r, c, aim)
     step = direction(plan, sums, residual, r, c, aim, m, COLS)
     step = tl.where(over_matrices(residual < PURE_BELOW), step, 0.0)
     base, fine = folded(base, in_units(step))
-    plan, _ = plan_at(y, base, fine, r)
+    plan, _ = plan_at(y, one, base, fine, r)
 
     used = over_rows(inside_row) & over_cols(inside_col) & (y != -float("inf"))
     grad_plan_at = grad_plan_ptr + tile_offsets(b, i, j, grad_plan_stride_b, grad_plan_stride_n, grad_plan_stride_m)

@@ -49,7 +49,11 @@ _FORWARD = {
     for dtype in ELEMENTS
     for size in _BLOCKS
 }
-_BACKWARD = {(dtype, size): _configuration(_implicit_tile_bwd_kernel, dtype, size) for dtype in ELEMENTS for size in _BLOCKS}
+_BACKWARD = {
+    (dtype, size): _configuration(_implicit_tile_bwd_kernel, dtype, size, SEGMENTS=_SEGMENTS[size])
+    for dtype in ELEMENTS
+    for size in _BLOCKS
+}
 _TEMPERATURE = {
     size: _configuration(
         _temperature_tile_fwd_kernel,

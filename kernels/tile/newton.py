@@ -2,7 +2,11 @@
 
 The method, its safeguard and their reasons are those of ``fastdsm/pytorch/newton.py``, the system is that of
 ``fastdsm/pytorch/system.py``; tiles and vectors are those of ``sweeps.py``. Marginals are in units of the largest r. A step
-makes the plan anew from x, base and fine, P = exp(k x + base + fine - L), so that nothing drifts.
+makes the plan anew from y, base and fine, P = exp(y + base + fine - L), so that nothing drifts.
+
+Cold matrices are warmed, unless sweeps have brought their residual to ``_COOLED_BELOW``: of y beyond ``_WARM_RANGE`` nats a
+2^h-th within them is solved first, and each time the residual is that small h falls by one and the potentials double, in a step
+of its own.
 
 On a tile one direction takes as long as a dozen sweeps or a hundred. So the first step is not one sweep but several, launched
 as sweeps are, with their own layout; and for the matrices that these leave scaling sweeps here, as long as the rate at which
@@ -12,7 +16,8 @@ their residual falls promises that they arrive.
 import triton
 import triton.language as tl
 
-from ..common.arithmetic import log2, narrow, reciprocal
+from ..common.arithmetic import exp2, log2, narrow, reciprocal
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
 from ..common.memory import load_entries, store_entries
 from ..common.newton_rules import PURE_BELOW, roughness, step_share
@@ -20,6 +25,7 @@ from .laplacian import solved
 from .sweeps import (
     col_sums,
     exp,
+    fused,
     in_units,
     inverse_temperatures,
     lifted,
@@ -43,6 +49,8 @@ from .sweeps import (
 )
 
 _FINE_MAX = tl.constexpr(0.5)
+_WARM_RANGE = tl.constexpr(128.0)  # nats
+_COOLED_BELOW = tl.constexpr(0.1)
 _LONGEST_SEGMENT = tl.constexpr(8)  # sweeps on one K, if its marginals allow as many
 _MOST_ACCURATE, _LEAST_ACCURATE = tl.constexpr(1e-3), tl.constexpr(1e-1)  # of a direction; between them it is the residual
 
@@ -66,9 +74,15 @@ def system(x, k, f, r, c, col_first, has_row, has_col, unit_rows, uniform_scalin
 
 
 @triton.jit
-def plan_at(y, base, fine, r):
-    """The plan with exact rows at a column potential, and its log-sums L."""
-    exponent = y + over_cols(base)
+def ones_of(vector):
+    """(BLOCK_B,) ones."""
+    return tl.full([vector.shape[1]], 1.0, vector.dtype)
+
+
+@triton.jit
+def plan_at(y, share, base, fine, r):
+    """The plan of ``share`` (BLOCK_B,) of y with exact rows at a column potential, and its log-sums L."""
+    exponent = fused(y, over_rows(over_matrices(share)), over_cols(base))
     top = row_maxima(exponent)
     top = tl.where(top == -float("inf"), 0.0, top)
     P = exp(exponent - over_rows(top)) * over_cols(exp(fine))
@@ -105,12 +119,13 @@ def direction(P, sums, residual, r, c, aim, m, COLS: tl.constexpr):
 @triton.jit
 def swept(y, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
     """The column potential after scaling sweeps; a matrix stops at ``tol``, or where it would not get there in time."""
-    before = vector_max(c) * 0.0 + float("inf")
-    wanted = log2((vector_max(c) * 0.0 + tol).to(c.dtype))
+    one = ones_of(c)
+    before = one * float("inf")
+    wanted = log2((one * tol).to(c.dtype))
     going = going & (scalings > 0)
     left = SEGMENTS
     while (left > 0) & (tl.max(going.to(tl.int32), axis=0) > 0):
-        K, _ = plan_at(y, base, tl.zeros_like(base), r)
+        K, _ = plan_at(y, one, base, tl.zeros_like(base), r)
         sums = col_sums(K)
         residual = vector_max(tl.where(c != 0, tl.abs(quotient(sums, aim) - 1.0), 0.0))
         arrives = log2(residual) + left * (log2(residual) - log2(before)) <= wanted
@@ -126,18 +141,32 @@ def swept(y, base, r, c, aim, going, scalings, tol, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def newton(y, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
+def halvings_of(y):
+    """How often y is to be halved for all of it to be within ``_WARM_RANGE``, (BLOCK_B,)."""
+    spread = vector_max(row_maxima(tl.where(y == -float("inf"), 0.0, -y)))
+    return tl.ceil(log2(tl.maximum(spread * (UNIT / _WARM_RANGE), 1.0)))
+
+
+@triton.jit
+def newton(y, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr, WARMS: tl.constexpr):
     """The column potential, base and fine, its residual and the steps made, from that which the first step led to.
 
-    At most ``n_iters`` steps, the first counted; matrices that are not ``going`` stay where they are.
+    At most ``n_iters`` steps, the first counted; matrices that are not ``going`` stay where they are. WARMS: cold ones are
+    warmed, and have a residual of inf where they are left so.
     """
-    fine = tl.zeros_like(base)
-    plan, L = plan_at(y, base, fine, r)
+    fine, one = tl.zeros_like(base), ones_of(c)
+    plan, L = plan_at(y, one, base, fine, r)
     sums, residual, objective = judged(plan, L, base, fine, r, c, aim)
     damped = residual < 0.0
     going = going & ~(residual <= tol)
+    halvings = one - 1.0
+    if WARMS and n_iters > 1:
+        # A halving above the one to begin at, where potentials of 0 pass for cooled.
+        halvings = tl.where(going & (residual > _COOLED_BELOW), halvings_of(y), 0.0)
+        halvings = tl.where(halvings > 0.0, halvings + 1.0, 0.0)
+        base, residual = tl.where(over_matrices(halvings > 0.0), 0.0, base), tl.where(halvings > 0.0, 0.0, residual)
     d = fine
-    if (n_iters > 1) & (tl.max(going.to(tl.int32), axis=0) > 0):
+    if (n_iters > 1) & (tl.max((going & (halvings == 0.0)).to(tl.int32), axis=0) > 0):
         d = direction(plan, sums, residual, r, c, aim, m, COLS)
     steps = tl.zeros_like(going.to(tl.int32)) + tl.minimum(n_iters, 1)
     count = 1
@@ -146,18 +175,28 @@ def newton(y, base, r, c, aim, going, n_iters, tol, m, COLS: tl.constexpr):
         steps += going.to(tl.int32)
         length = in_units(step_share(vector_max(d) + vector_max(-d), damped))
         new_base, new_fine = folded(base, fine + d * over_matrices(length))
-        plan, L = plan_at(y, new_base, new_fine, r)
+        share, cooled = one, (halvings > 0.0) & (residual <= _COOLED_BELOW)
+        if WARMS:
+            halvings -= cooled.to(halvings.dtype)
+            share = exp2(-halvings)
+            new_base = tl.where(over_matrices(cooled), 2.0 * (base + fine), new_base)
+            new_fine = tl.where(over_matrices(cooled), 0.0, new_fine)
+        plan, L = plan_at(y, share, new_base, new_fine, r)
         sums, new_residual, new_objective = judged(plan, L, new_base, new_fine, r, c, aim)
-        fallen = (new_objective <= objective) | (new_residual <= tol)
+        fallen = (new_objective <= objective) | (new_residual <= tol) | cooled
         refused = (residual >= PURE_BELOW) & ~damped & ~fallen
         moved = going & ~refused
         there = over_matrices(moved)
         base, fine = tl.where(there, new_base, base), tl.where(there, new_fine, fine)
         residual, objective = tl.where(moved, new_residual, residual), tl.where(moved, new_objective, objective)
         damped = refused
-        going = going & ~(residual <= tol)
+        going = going & (~(residual <= tol) | (halvings > 0.0))
         if (count < n_iters) & (tl.max((going & moved).to(tl.int32), axis=0) > 0):
             d = tl.where(there, direction(plan, sums, new_residual, r, c, aim, m, COLS), d)
+    if WARMS:
+        warm = halvings > 0.0
+        base = tl.where(over_matrices(warm), (base + fine) * over_matrices(exp2(halvings)), base)
+        fine, residual = tl.where(over_matrices(warm), 0.0, fine), tl.where(warm, float("inf"), residual)
     return base, fine, residual, steps
 
 
@@ -264,8 +303,10 @@ def _newton_tile_fwd_kernel(
     going = inside & (poison == 0.0)
     if n_iters > 1:
         base = swept(y, base, r, c, aim, going, scalings, tol, SEGMENTS)
-    base, fine, residual, steps = newton(y, base, r, c, aim, going, n_iters, tol, m, COLS)
-    plan, L = plan_at(y, base, fine, r)
+    base, fine, residual, steps = newton(y, base, r, c, aim, going, n_iters, tol, m, COLS, WARMS=True)
+    plan, L = plan_at(y, ones_of(c), base, fine, r)
+    _sums, last, _objective = judged(plan, L, base, fine, r, c, aim)
+    residual = tl.where(residual < float("inf"), residual, last)
     plan = plan * over_rows(over_matrices(unit)) + over_rows(over_matrices(poison))
     b, i, j, inside, inside_row, inside_col = places(block, batch, n, m, BLOCK_B, P, ROWS, COLS)
     inside, inside_row, inside_col = among(left, inside, inside_row, inside_col)

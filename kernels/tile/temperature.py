@@ -12,7 +12,7 @@ from ..common.arithmetic import LOG2_E, exp2
 from ..common.configuration import finite_jit
 from ..common.memory import load_entries
 from ..spectrum.squaring import tile_sigma2
-from .newton import newton, plan_at, swept, system
+from .newton import newton, ones_of, plan_at, swept, system
 from .sweeps import (
     as_lines,
     as_matrices,
@@ -87,7 +87,7 @@ def _temperature_tile_fwd_kernel(
     here = tl.load(start_ptr + b, mask=inside, other=float("nan"))
     active = here == here
     here = tl.where(active, here, 0.0)
-    one, none = here * 0.0 + 1.0, tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
+    one, none = ones_of(c), tl.zeros([P // ROWS, BLOCK_B, ROWS], dtype)
     _y, _G, _R, potential, r, c, aim, _unit, scalings, poison = system(
         x, one, none, r, c, 1, has_row, has_col, 1, uniform_scalings
     )
@@ -108,8 +108,8 @@ def _temperature_tile_fwd_kernel(
         y *= over_rows(over_matrices(k))
         base = log_col_step(y, potential * over_matrices(k), c)
         base = swept(y, base, r, c, aim, active, scalings, _RESIDUAL, SEGMENTS)
-        base, fine, new_residual, _steps = newton(y, base, r, c, aim, active, n_iters, _RESIDUAL, m, COLS)
-        plan, L = plan_at(y, base, fine, r)
+        base, fine, new_residual, _steps = newton(y, base, r, c, aim, active, n_iters, _RESIDUAL, m, COLS, WARMS=False)
+        plan, L = plan_at(y, one, base, fine, r)
         new = tl.where(r != 0, log(r, r != 0) - L, 0.0) * over_matrices(exp2(here))
         potential = tl.where(over_matrices(active) & (new == new), new, potential)
         value, _u, _v = tile_sigma2(as_matrices(plan), as_lines(r), as_lines(c), SQUARINGS)

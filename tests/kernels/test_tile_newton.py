@@ -102,6 +102,53 @@ def test_a_matrix_that_whole_steps_never_solve() -> None:
     assert (newton(Problem(logits, 60, tol=TOL)).residual <= TOL).all()
 
 
+def cold_costs(n: int, batch: int = 2) -> Tensor:
+    """Squared distances in the unit square over 1e-5, as logits."""
+    points, others = torch.rand(2, batch, n, 2, generator=torch.Generator().manual_seed(n))
+    return -(torch.cdist(points, others) ** 2) / 1e-5
+
+
+COLD = {"costs": cold_costs(24), "std 1e3": random_logits(16, 16, 1e3), "std 1e5": random_logits(9, 12, 1e5)}
+
+
+@pytest.mark.parametrize("logits", COLD.values(), ids=COLD.keys())
+def test_cold_problems(logits: Tensor) -> None:
+    """They are warmed, as on the PyTorch path, which computes them in float64."""
+    problem = Problem(logits, 60, tol=TOL)
+    found, known = newton(problem), newton(problem, pytorch)
+    assert (known.residual <= TOL).all()
+    assert (found.residual <= TOL).all()
+    assert (found.sweeps <= known.sweeps + 4).all()
+    torch.testing.assert_close(found.plan, known.plan, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n_iters", [2, 8])
+def test_cold_problems_that_are_left_warm(n_iters: int) -> None:
+    """Their potentials and residual are those of the problem that was asked for."""
+    logits = cold_costs(24)
+    found = newton(Problem(logits, n_iters, tol=TOL))
+    assert found.sweeps.tolist() == [n_iters, n_iters]
+    torch.testing.assert_close((found.plan.double().sum(1) - 1).abs().amax(1).float(), found.residual, atol=1e-5, rtol=1e-5)
+    plan = (logits.double() + found.f[:, :, None] + found.g[:, None, :]).exp()
+    torch.testing.assert_close(plan.float(), found.plan, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+def test_rows_and_columns_far_apart(size: float) -> None:
+    """Plans, and gradients near potentials of that size, whose rounding alone moves a plan of theirs by all that it has."""
+    rows, cols, cotangent = random_logits(12, 9, 1.0), random_logits(12, 9, 1.0), random_logits(12, 9, 1.0)
+    rows[:, -3:], cols[:, :, -3:] = -size, -size
+    for logits in (rows, cols):
+        problem = Problem(logits, 40, tol=TOL)
+        exact = replace(problem, logits=logits.double(), tol=1e-12)
+        found, known = newton(problem), newton(exact, pytorch)
+        assert (found.residual <= TOL).all()
+        torch.testing.assert_close(found.plan.double(), known.plan, atol=TOL, rtol=0)
+        gradient, truth = implicit(problem, cotangent, found.g), Gradients(torch.full_like(exact.logits, torch.nan))
+        pytorch.implicit_backward(exact, cotangent.double(), known.g, truth)
+        torch.testing.assert_close(gradient.logits.double(), truth.logits, atol=32 * EPS, rtol=0)
+
+
 @pytest.mark.parametrize("n_iters", [0, 1])
 def test_a_row_step_and_one_sweep(n_iters: int) -> None:
     for unit_rows in (True, False):
