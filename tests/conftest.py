@@ -38,7 +38,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def as_kernels_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newton's method on the PyTorch path as in kernels: in float32 whatever the logits, and from them as they are."""
+    """Newton's method on the PyTorch path in float32 and from the logits as they are, whose steps are compared."""
     monkeypatch.setattr(newton, "WARM_RANGE", math.inf)
     monkeypatch.setattr(chunk, "_SINGLE_RANGE", math.inf)
 

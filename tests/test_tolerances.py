@@ -7,7 +7,7 @@ import torch
 
 from fastdsm import reference
 
-from .tolerances import drift, of_rounded_exponents
+from .tolerances import drift
 
 
 def test_reciprocals_that_are_a_unit_off_drift_as_derived() -> None:
@@ -23,18 +23,3 @@ def test_reciprocals_that_are_a_unit_off_drift_as_derived() -> None:
         off[n_iters] = (u.log() - info.f).abs().max().item()
     for n_iters, found in off.items():
         assert found == pytest.approx(drift(n_iters), rel=1e-6)
-
-
-def test_rounded_exponents_move_a_result_as_derived() -> None:
-    """Logits off by half a unit of 200, up or down as is worst: all of it is allowed, and no more."""
-    logits = (4 * torch.randn(1, 5, 5, dtype=torch.float64)).requires_grad_()
-    size = torch.full_like(logits, 200.0)
-
-    def first_row(x: torch.Tensor) -> torch.Tensor:
-        return reference.sinkhorn(x, n_iters=20)[:, 0]
-
-    allowed = of_rounded_exponents(first_row(logits), logits, size)
-    for j in range(5):
-        (slopes,) = torch.autograd.grad(first_row(logits)[0, j], logits)
-        moved = first_row(logits.detach() + 2.0**-24 * size * slopes.sign()) - first_row(logits.detach())
-        torch.testing.assert_close(moved[0, j], allowed[0, j], rtol=1e-3, atol=0)

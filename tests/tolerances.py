@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastdsm._verify.sinkhorn import budget, gradient_size
@@ -29,23 +28,3 @@ def drift(n_iters: int) -> float:
     multiplies u, and divides v, by up to 1 + 2^-22 once more. f + a, g - a of a = n_iters 2^-22, which the plan does not see.
     """
     return n_iters * 2.0**-22
-
-
-def of_rounded_exponents(result: Tensor, logits: Tensor, exponents: Tensor) -> Tensor:
-    """How far entries of ``result`` (B, lines) may lie off because ``exponents`` (B, n, m) were rounded to float32, once each.
-
-    A rounding by up to 2^-24 |e_jk| is one of the logit x_jk, hence to first order, whatever the signs,
-
-        |error_i| <= 2^-24 sum_jk |d result_i / d x_jk| |e_jk|.
-
-    Plain PyTorch rounds sums of that size as well, but in other places, and of one small matrix of large logits its errors
-    may happen to cancel: twice its error is then no measure of what another order of the same roundings does.
-
-    Args:
-        result: float64, a differentiable function of ``logits``, of each matrix by itself.
-    """
-    moved = []
-    for i in range(result.shape[1]):
-        (slopes,) = torch.autograd.grad(result[:, i].sum(), logits, retain_graph=True)
-        moved.append((slopes.abs() * exponents.abs()).sum((1, 2)) * 2.0**-24)
-    return torch.stack(moved, 1)
