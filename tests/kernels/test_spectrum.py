@@ -3,6 +3,7 @@
 Runs on the GPU, or in Triton's interpreter where TRITON_INTERPRET=1 is set. Every output starts as NaN.
 """
 
+import math
 import os
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastdsm import reference
 from fastdsm._ops.marginals import marginals, marginals_of, valid_entries
 from fastdsm._ops.problem import compute_dtype
+from fastdsm.kernels.common.bases import UNIT
 from fastdsm.kernels.common.configuration import Configuration, finite_jit
 from fastdsm.kernels.spectrum import launch as spectrum
 from fastdsm.kernels.spectrum.lanczos import lanczos_sigma2
@@ -254,7 +256,9 @@ def _logits_sigma2_fwd_kernel(
     row_ptr,
     col_ptr,
     f_ptr,
+    row_base_ptr,
     g_ptr,
+    col_base_ptr,
     sigma2_ptr,
     n: tl.int32,
     m: tl.int32,
@@ -266,7 +270,9 @@ def _logits_sigma2_fwd_kernel(
     j = tl.arange(0, COLS)
     c = tl.load(col_ptr + j, mask=j < m, other=0.0)
     g = tl.load(g_ptr + j, mask=j < m, other=0.0)
-    value = lanczos_sigma2(logits_ptr, m, 1, mask_ptr, m, 1, 1, row_ptr, f_ptr, g, scale, c, n, m, tol, 64, 8, True)
+    col_base = tl.load(col_base_ptr + j, mask=j < m, other=0.0)
+    potentials = (f_ptr, row_base_ptr, g, col_base, scale)
+    value = lanczos_sigma2(logits_ptr, m, 1, mask_ptr, m, 1, 1, row_ptr, potentials, c, n, m, tol, 64, 8, True)
     tl.store(sigma2_ptr, value)
 
 
@@ -289,9 +295,12 @@ def test_lanczos_from_logits_and_potentials() -> None:
         "row_ptr": r,
         "col_ptr": c,
     }
-    on |= {"f_ptr": info.f.float(), "g_ptr": info.g.float(), "sigma2_ptr": value}
+    on |= {"sigma2_ptr": value}
+    for name, base, potential in (("f_ptr", "row_base_ptr", info.f), ("g_ptr", "col_base_ptr", info.g)):
+        whole = potential.round()
+        on |= {base: (whole / UNIT.value).float(), name: ((potential - whole) * math.log2(math.e)).float()}
     on = {name: x.to(DEVICE) for name, x in on.items()}
-    configuration.launch(1, **on, n=n, m=m, scale=1.4426950408889634 / temperature, tol=1e-4)
+    configuration.launch(1, **on, n=n, m=m, scale=1 / (temperature * UNIT.value), tol=1e-4)
     assert abs(float(on["sigma2_ptr"]) - float(expected)) <= EXACT * float(expected)
 
 
