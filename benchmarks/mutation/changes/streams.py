@@ -9,6 +9,7 @@ _STREAM, _SPECTRUM, _REGISTERS = (
 )
 _ATTENTION, _APPLY = "tests/kernels/test_attention.py", "tests/kernels/test_attention_apply.py"
 _GRADIENT = "tests/kernels/test_attention_gradient.py"
+_LARGE = "tests/kernels/test_large_logits.py::test_a_temperature_that_rounds"
 
 STREAM = [
     Change(
@@ -41,11 +42,10 @@ STREAM = [
     ),
     Change(
         "kernels/stream/start.py",
-        "col_top = tl.floor(tl.max(top, axis=0))",
-        "col_top = tl.max(top, axis=0)",
-        (f"{_STREAM}::test_every_size[1-9-264-200.0-3]", f"{_STREAM}::test_many_sweeps_of_large_logits"),
-        "a base that is no integer, and rounds",
-        equivalent="k x + G is formed alike in all passes and rounds at the size of what is left, whatever float32 number G is",
+        "grid = on_grid(col_top, spacing_of(row_counts_ptr + b * blocks * 3, blocks))",
+        "grid = col_top",
+        (f"{_LARGE}[stream]",),
+        "bases off the grid, whose sums round",
     ),
     Change(
         "kernels/stream/sweep.py",
@@ -63,10 +63,24 @@ STREAM = [
     ),
     Change(
         "kernels/stream/lines.py",
-        "return exp2((a + row_base[:, None]) + (row_fine[:, None] + col_fine[None, :]))",
-        "return exp2(((a + row_fine[:, None]) + col_fine[None, :]) + row_base[:, None])",
-        (f"{_STREAM}::test_large_logits_are_rounded_alike_in_all_passes",),
-        "fine parts rounded at the size of the logits",
+        "return fused(fused(x, k, col_base + row_base), BITS, col_fine)",
+        "return fused(fused(x, k, col_base) + row_base, BITS, col_fine)",
+        (f"{_LARGE}[stream]",),
+        "logits rounded at their size, off the grid of their row's base",
+    ),
+    Change(
+        "kernels/common/line_sweeps.py",
+        "row_base = -on_grid(tl.load(base_ptr + lines, mask=lines < n, other=0.0), q)",
+        "row_base = -tl.load(base_ptr + lines, mask=lines < n, other=0.0)",
+        (f"{_LARGE}[panel]",),
+        "panels' bases of rows off the grid",
+    ),
+    Change(
+        "kernels/tile/sweeps.py",
+        "G, R = -on_grid(col_top, q), -on_grid(row_top, q)",
+        "G, R = -col_top, -row_top",
+        (f"{_LARGE}[tile]",),
+        "tiles' bases off the grid",
     ),
 ]
 
