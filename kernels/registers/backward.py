@@ -10,23 +10,26 @@ each sweep t = T..1 adds the two rank-one terms of its row step and of its colum
     column step  b = v_t dg,         W += u_(t-1) b^T,     df = -u_(t-1) (K b),     dg = 0,
 
 that is, with z = v_t y - dg,   W_ij += v_j (a_i - u_i z_j),   and for the next sweep a = u_(t-1)^2 (K (v_t z)).
-The marginals cancel: A_t (df / r) = u_t K v_t df. For t = 1, v_1 = 1 and u_0 = exp(f_0 - f_1), so that K^T u_0 = 1.
+The marginals cancel: A_t (df / r) = u_t K v_t df.
 """
 
 import triton
 import triton.language as tl
 
-from ..common.arithmetic import LN_2, exp2, quotient, reciprocal
+from ..common.arithmetic import LN_2, quotient, reciprocal
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
 from .memory import load_logits, load_strided, store_strided
 from .packed import load_packed, store_packed
 from .shared import workspace_of
 from .sweeps import (
-    first_columns,
+    columns_first,
+    excluded_columns,
+    first_factors,
+    lifted,
     ones,
     poison,
     products,
-    row_step,
     scaled,
     scaling_sweep,
     sums_over_cols,
@@ -36,7 +39,7 @@ from .sweeps import (
 )
 
 MAX_BACKWARD_SWEEPS = 20
-_SLOTS = tl.constexpr(MAX_BACKWARD_SWEEPS - 1)
+_SLOTS = tl.constexpr(MAX_BACKWARD_SWEEPS)
 
 
 @triton.jit
@@ -77,24 +80,6 @@ def add_sweep(W, K, a, dg, past_u, v):
     return W, past_a
 
 
-@triton.jit
-def add_first_sweep(W, K, f, a, dg, spare_col, n_iters):
-    """W with the terms of the sweep in the log domain; without sweeps u_0 = 0 leaves its row step alone.
-
-    Its g may be off by the rounding of large logits, which K with its row sums has forgotten but columns of u_0 K have not:
-    w makes them sum to 1.
-    """
-    LINES: tl.constexpr = len(a)
-    u = [tl.where(n_iters == 0, 0.0, exp2(-value)) for value in f]
-    start = [tl.where(n_iters == 0, 1.0, value) for value in spare_col]
-    w = [reciprocal(value) for value in sums_over_rows(K, u, start)]
-    y = sums_over_rows(K, a, zeros(K[0], LINES))
-    z = []
-    for j in tl.static_range(LINES):
-        z = z + [w[j] * (y[j] - dg[j])]
-    return _add_steps(W, a, z, u, ones(K[0], LINES))
-
-
 @finite_jit
 def _sinkhorn_bwd_kernel(
     logits_ptr, mask_ptr, temperature_ptr, grad_plan_ptr, grad_logits_ptr,
@@ -119,21 +104,25 @@ def _sinkhorn_bwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, 4,
     )  # fmt: skip
-    g, spare_col = first_columns(x, k, n_iters, 4)
-    K, f, total, spare_row = row_step(x, k, g)
+    kappa = k * (1.0 / UNIT)
+    kappa_columns = tl.where(n_iters == 0, 0.0, kappa)
+    G, _high = columns_first(x, kappa_columns, 4)
+    K, phi, G, _near, _all_near, spare_row = lifted(x, kappa, kappa_columns, G, zeros(k, 4))
+    spare_col = excluded_columns(G)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
-    r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows)) + poison(total)
+    r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows))
 
-    u = ones(k, 4)
+    u, spare_col = first_factors(phi, spare_col, n_iters)
     v = ones(k, 4)
     past_u = []
     past_v = []
-    for slot in tl.static_range(_SLOTS):  # the last n_iters - 1 of them run
+    for slot in tl.static_range(_SLOTS):  # the last n_iters of them run, or one
         past_u = past_u + [u]
-        if slot >= _SLOTS + 1 - n_iters:
+        if slot >= _SLOTS - tl.maximum(n_iters, 1):
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
         past_v = past_v + [v]
+    r += poison(u)  # without sweeps a NaN has reached its row only
 
     if PACKED:
         D = load_packed(grad_plan_ptr, first, batch, workspace, 4)
@@ -143,10 +132,9 @@ def _sinkhorn_bwd_kernel(
     W = scaled([-r * value for value in u], D, v)
     a, dg = begin(K, W, u)
     for slot in tl.static_range(_SLOTS - 1, -1, -1):
-        if slot >= _SLOTS + 1 - n_iters:
+        if slot >= _SLOTS - tl.maximum(n_iters, 1):
             W, a = add_sweep(W, K, a, dg, past_u[slot], past_v[slot])
             dg = zeros(k, 4)
-    W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
     dS = [k * -LN_2 * value for value in products(K, W)]
     if PACKED:
         store_packed(grad_logits_ptr, first, batch, dS, workspace, 4)

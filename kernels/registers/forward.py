@@ -2,32 +2,36 @@
 
 With f' and g' the potentials of the scaled-down sweeps (marginals left out), l = log2(r/c) = log2(C/R) and s sweeps,
 
-    f = f' + s l,   g = g' + log2 c - (s - 1) l   (s = 0: f = f' + log2 r, g = 0),
-
-where each K made anew takes its g with the factors so far, less the (1 - s) l that they hold, and counts from there.
+    f = f' + s l,   g = g' + log2 c - (s - 1) l   (s = 0: f = f' + log2 r, g = 0).
 """
 
 import triton
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, exp2, log2, quotient, reciprocal
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
 from ..spectrum.jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .memory import load_logits, store_line, store_strided
 from .packed import load_again, store_packed
 from .shared import workspace_of
 from .sweeps import (
-    SCALINGS_OF_4,
-    SCALINGS_OF_8,
-    first_columns,
+    SWEEPS_OF_4,
+    SWEEPS_OF_8,
+    columns_first,
+    excluded_columns,
+    far_bases,
+    lifted,
+    lifted_again,
     ones,
-    plus,
     poison,
-    row_step,
+    rebased,
+    row_factors,
     scaled,
     scaling_sweeps,
     sums_over_rows,
     valid_lines,
+    zeros,
 )
 
 
@@ -52,13 +56,9 @@ def log2_ratio(cols, rows, LINES: tl.constexpr):
 
 
 @triton.jit
-def log2_factors(u, s, halves, rest):
-    """log2(u_i) + s (halves + rest); u_i holds 2^-that, up to 2^45: what can be is taken out before the logarithm."""
-    drift = halves * s
-    whole = tl.floor(drift + 0.5)
-    left = tl.fma(rest, s.to(tl.float32), drift - whole)
-    power = exp2(whole)
-    return [log2(value * power) + left for value in u]
+def natural(base, powers, fine, s, halves, rest):
+    """ln 2 times base + powers + fine + s (halves + rest), integers and halves first, whose sum is exact."""
+    return tl.fma(base + (powers + halves * s), LN_2, (fine + rest * s) * LN_2)
 
 
 @finite_jit
@@ -86,20 +86,24 @@ def _sinkhorn_fwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
-    g, spare_col = first_columns(x, k, n_iters, LINES)
-    if LINES > 4:  # read again, and not before, as there are no registers to keep it in
-        tl.debug_barrier()
-        x = load_again(logits_ptr, first, batch, workspace, LINES)
-    K, f, total, spare_row = row_step(x, k, g)
-    broken = poison(total)  # at n_iters = 0 a NaN has reached its row only
+    kappa = k * (1.0 / UNIT)
+    kappa_columns = tl.where(n_iters == 0, 0.0, kappa)
+    G, high = columns_first(x, kappa_columns, LINES)
+    K, phi, G, near, all_near, spare_row = lifted(x, kappa, kappa_columns, G, zeros(k, LINES))
+    spare_col = excluded_columns(G)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
-    halves, rest = log2_ratio(cols, rows, LINES)
-    SEGMENT: tl.constexpr = SCALINGS_OF_4 if LINES == 4 else SCALINGS_OF_8
-    scalings = tl.minimum(n_iters - 1, SEGMENT)
-    u, v = scaling_sweeps(K, spare_row, spare_col, scalings)
-    for done in range(1 + SEGMENT, n_iters, SEGMENT):
-        g = plus(g, log2_factors(v, -scalings, halves, rest))
+    u = [exp2(value) for value in phi]
+    v = ones(k, LINES)
+    if n_iters == 0:
+        u = row_factors(K, v, spare_row)
+        broken = poison(u)  # a NaN has reached its row only
+        u = [value + broken for value in u]
+    SEGMENT: tl.constexpr = SWEEPS_OF_4 if LINES == 4 else SWEEPS_OF_8
+    u, v = scaling_sweeps(K, u, v, spare_row, spare_col, tl.minimum(n_iters, SEGMENT))
+    for done in range(SEGMENT, n_iters, SEGMENT):
+        G, v = rebased(G, v)
+        tl.debug_barrier()  # read again, and not before, as there are no registers to keep it in
         if PACKED:
             x = load_again(logits_ptr, first, batch, workspace, LINES)
         else:
@@ -108,32 +112,33 @@ def _sinkhorn_fwd_kernel(
                 logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
                 PACKED, LINES,
             )  # fmt: skip
-        K, f, _total, spare_row = row_step(x, k, g)
-        scalings = tl.minimum(n_iters - done, SEGMENT)
-        u, v = scaling_sweeps(K, spare_row, spare_col, scalings)
+        K, phi, _spare_row = lifted_again(x, kappa, kappa, G, near, all_near)
+        u = row_factors(K, v, spare_row)
+        u, v = scaling_sweeps(K, u, v, spare_row, spare_col, tl.minimum(n_iters - done, SEGMENT))
 
     r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows))
-    P = scaled([r * value + broken for value in u], K, v)
+    P = scaled([r * value for value in u], K, v)
     if WITH_INFO:
         inverse_c = tl.where(unit_rows != 0, cols * reciprocal(rows), 1.0)
         sums = sums_over_rows(P, ones(k, LINES), spare_col)
         residual = tl.zeros_like(k)
         for j in tl.static_range(LINES):
             residual = tl.maximum(residual, tl.where(spare_col[j] == 0.0, tl.abs(inverse_c * sums[j] - 1.0), 0.0))
-        tl.store(residual_ptr + matrix, residual + broken, mask=live)
+        tl.store(residual_ptr + matrix, residual + poison(u), mask=live)
         tl.store(sweeps_ptr + matrix, tl.full([BLOCK], n_iters, tl.int32), mask=live)
-        scalings = tl.maximum(scalings, 0)  # at n_iters = 0
-        drift = halves + rest
-        log_r = tl.where(unit_rows != 0, 0.0, drift)
-        first_f = tl.where(n_iters == 0, log_r, drift)
-        first_g = tl.where(n_iters == 0, 0.0, log_r - drift)
-        log_u = log2_factors(u, scalings, halves, rest)
-        log_v = log2_factors(v, -scalings, halves, rest)
+        halves, rest = log2_ratio(cols, rows, LINES)
+        up = tl.where(unit_rows != 0, n_iters, tl.maximum(n_iters, 1)).to(tl.float32)
+        down = tl.where(unit_rows != 0, -n_iters, tl.minimum(1 - n_iters, 0)).to(tl.float32)
+        powers_u, u = rebased(zeros(k, LINES), u)
+        G, v = rebased(G, v)
+        base, gamma = far_bases(high, kappa_columns, near)
         left = []
         right = []
         for i in tl.static_range(LINES):
-            left = left + [tl.where(spare_row[i] == 0.0, LN_2 * (f[i] + first_f + log_u[i]), 0.0)]
-            right = right + [tl.where(spare_col[i] == 0.0, LN_2 * (g[i] + first_g + log_v[i]), 0.0)]
+            f = natural(-phi[i], powers_u[i] * UNIT, log2(u[i]), up, halves, rest)
+            g = natural(base[i], G[i] * UNIT, gamma[i] + log2(v[i]), down, halves, rest)
+            left = left + [tl.where(spare_row[i] == 0.0, f, 0.0)]
+            right = right + [tl.where(spare_col[i] == 0.0, g, 0.0)]
         store_line(f_ptr + matrix * n, 1, live, n, left)
         store_line(g_ptr + matrix * m, 1, live, m, right)
     if WITH_SIGMA2:

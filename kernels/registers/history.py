@@ -1,31 +1,35 @@
 """The exact backward of 5x5 to 8x8 matrices in the register family, one thread a matrix, whose history lies in memory.
 
-As ``backward.py``, with any number of sweeps. These are the first one, in the log domain, and segments of scaling
-sweeps, each of which begins with u = v = 1 and a K of its own, as in the forward. Factors are those of their segment: where
-one is left for the segment before, what K * W has gathered is put aside, K is made anew from its g, and a = u df takes the u
-that the segment before ended with in place of 1.
+As ``backward.py``, with any number of sweeps, in segments with a K of their own, as in the forward. Factors are those of their
+segment: where one is left for the segment before, what K * W has gathered is put aside, K is made anew from its G, and a
+= u df takes the u that the segment before ended with in place of the one that this one began with.
 
-A program walks over blocks of matrices and uses its history again: lines of BLOCK values, u before and v after each scaling
-sweep, then g of each segment. A thread reads what it has written itself, here and where matrices are put aside.
+A program walks over blocks of matrices and uses its history again: lines of BLOCK values, u before and v after each sweep,
+then G of each segment. A thread reads what it has written itself, here and where matrices are put aside.
 """
 
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, quotient, reciprocal
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
-from .backward import add_first_sweep, add_sweep, begin
-from .forward import log2_factors, log2_ratio
+from .backward import add_sweep, begin
 from .memory import load_line, store_line
 from .packed import load_again, load_packed, store_packed
 from .shared import workspace_of
 from .sweeps import (
-    SCALINGS_OF_8,
-    first_columns,
+    SWEEPS_OF_8,
+    columns_first,
+    excluded_columns,
+    first_factors,
+    lifted,
+    lifted_again,
     ones,
     plus,
     poison,
     products,
-    row_step,
+    rebased,
+    row_factors,
     scaled,
     scaling_sweep,
     sums_over_cols,
@@ -42,10 +46,11 @@ def _sinkhorn_history_bwd_kernel(
     BLOCK: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = dS / temperature; history: ``history_stride`` values to a program, aside: BLOCK matrices."""
-    SEGMENT: tl.constexpr = SCALINGS_OF_8
+    SEGMENT: tl.constexpr = SWEEPS_OF_8
     own = history_ptr + (tl.program_id(0).to(tl.int64) * history_stride + tl.arange(0, BLOCK))
-    segments = tl.cdiv(n_iters - 1, SEGMENT)
-    g_lines = 2 * LINES * (n_iters - 1)
+    sweeps = tl.maximum(n_iters, 1)  # without any, one from u = 0
+    segments = tl.cdiv(sweeps, SEGMENT)
+    bases = own + BLOCK * (2 * LINES * sweeps)
     aside = aside_ptr + (tl.program_id(0).to(tl.int64) * (BLOCK * LINES * LINES) + tl.arange(0, BLOCK))
     everywhere = tl.full([BLOCK], 1, tl.int1)
     workspace = workspace_of(logits_ptr, BLOCK, LINES)
@@ -59,27 +64,28 @@ def _sinkhorn_history_bwd_kernel(
         tau = tl.load(temperature_ptr + matrix * temperature_stride, mask=live & (has_temperature != 0), other=1.0)
         k = quotient(tl.full([BLOCK], scale, tl.float32), tau)
         x = load_packed(logits_ptr, start, batch, workspace, LINES)
-        g, spare_col = first_columns(x, k, n_iters, LINES)
-        x = load_again(logits_ptr, start, batch, workspace, LINES)
-        K, f, total, spare_row = row_step(x, k, g)
+        kappa = k * (1.0 / UNIT)
+        kappa_columns = tl.where(n_iters == 0, 0.0, kappa)
+        G, _high = columns_first(x, kappa_columns, LINES)
+        K, phi, G, near, all_near, spare_row = lifted(x, kappa, kappa_columns, G, zeros(k, LINES))
+        spare_col = excluded_columns(G)
         rows = valid_lines(spare_row)
         cols = valid_lines(spare_col)
-        r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows)) + poison(total)
-        halves, rest = log2_ratio(cols, rows, LINES)
-        u = ones(k, LINES)
+        r = tl.where(unit_rows != 0, 1.0, cols * reciprocal(rows))
+        u, spare_col = first_factors(phi, spare_col, n_iters)
         v = ones(k, LINES)
-        for first in range(0, n_iters - 1, SEGMENT):
+        for first in range(0, sweeps, SEGMENT):
             if first > 0:
-                g = plus(g, log2_factors(v, -tl.minimum(n_iters - 1, SEGMENT), halves, rest))
+                G, v = rebased(G, v)
                 x_again = load_again(logits_ptr, start, batch, workspace, LINES)
-                K, f, _again, _spare = row_step(x_again, k, g)
-                u = ones(k, LINES)
-                v = ones(k, LINES)
-            store_line(own + BLOCK * (g_lines + LINES * (first // SEGMENT)), BLOCK, everywhere, 2 * LINES, g)
-            for slot in range(first, tl.minimum(first + SEGMENT, n_iters - 1)):
+                K, _phi, _spare_row = lifted_again(x_again, kappa, kappa, G, near, all_near)
+                u = row_factors(K, v, spare_row)
+            store_line(bases + BLOCK * (LINES * (first // SEGMENT)), BLOCK, everywhere, LINES, G)
+            for slot in range(first, tl.minimum(first + SEGMENT, sweeps)):
                 past_u = u
                 u, v = scaling_sweep(K, u, spare_row, spare_col, False)
                 store_line(own + BLOCK * (2 * LINES * slot), BLOCK, everywhere, 2 * LINES, past_u + v)
+        r += poison(u)  # without sweeps a NaN has reached its row only
 
         D = load_packed(grad_plan_ptr, start, batch, workspace, LINES)
         used = []  # excluded entries may hold anything
@@ -94,18 +100,19 @@ def _sinkhorn_history_bwd_kernel(
                 if back > 1:
                     gathered = plus(gathered, load_line(aside, BLOCK, everywhere, LINES * LINES, LINES * LINES))
                 store_line(aside, BLOCK, everywhere, LINES * LINES, gathered)
-                g_again = load_line(own + BLOCK * (g_lines + LINES * (segments - 1 - back)), BLOCK, everywhere, LINES, LINES)
                 x_then = load_packed(logits_ptr, start, batch, workspace, LINES)
-                K, f, _then, _spares = row_step(x_then, k, g_again)
-                ended = load_line(own + BLOCK * (2 * LINES * (first + SEGMENT) - LINES), BLOCK, everywhere, LINES, LINES)
-                a = products(a, [reciprocal(value) for value in sums_over_cols(K, ended, spare_row)])
+                G_then = load_line(bases + BLOCK * (LINES * (segments - 1 - back)), BLOCK, everywhere, LINES, LINES)
+                K, _phi, _spare_row = lifted_again(x_then, kappa, kappa_columns, G_then, near, all_near)
+                border = own + BLOCK * (2 * LINES * (first + SEGMENT) - LINES)
+                factors = load_line(border, BLOCK, everywhere, 2 * LINES, 2 * LINES)  # v before, u behind
+                inverse_u = products(sums_over_cols(K, factors[0:LINES], spare_row), factors[LINES : 2 * LINES])
+                a = products(a, [reciprocal(value) for value in inverse_u])
                 W = zeros(k, LINES * LINES)
-            last = tl.minimum(first + SEGMENT, n_iters - 1) - 1
+            last = tl.minimum(first + SEGMENT, sweeps) - 1
             for past in range(last + 1 - first):
                 factors = load_line(own + BLOCK * (2 * LINES * (last - past)), BLOCK, everywhere, 2 * LINES, 2 * LINES)
                 W, a = add_sweep(W, K, a, dg, factors[0:LINES], factors[LINES : 2 * LINES])
                 dg = zeros(k, LINES)
-        W = add_first_sweep(W, K, f, a, dg, spare_col, n_iters)
         dS = products(K, W)
         if segments > 1:
             dS = plus(dS, load_line(aside, BLOCK, everywhere, LINES * LINES, LINES * LINES))

@@ -19,14 +19,15 @@ rounding of c keeps beta at the size of b, and moves what is known by no more th
 import triton
 import triton.language as tl
 
-from ..common.arithmetic import LN_2, LOG2_E, exp2, quotient
+from ..common.arithmetic import LN_2, LOG2_E, exp2, quotient, reciprocal
+from ..common.bases import UNIT, fused
 from ..common.configuration import finite_jit
 from ..common.newton_rules import PURE_BELOW
 from .memory import load_line, load_logits, load_strided, store_strided
 from .newton import direction, edges, missing, scaled_plan, shares, solve, ties
 from .packed import load_packed, store_packed
 from .shared import workspace_of
-from .sweeps import column_maxima, log_kernel, ones, valid_lines
+from .sweeps import columns_first, excluded_columns, lifted, nearest, plus, valid_lines
 
 _ROUNDING = tl.constexpr(2.0**-24)
 
@@ -64,6 +65,20 @@ def _flows(P, D, FIRST: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
     return _net(flow)
 
 
+@triton.jit
+def _beside(g, G):
+    """What a column potential has beside its base: integers, in units, and factors as a share of the last one."""
+    shift = []
+    v = []
+    for j in tl.static_range(len(g)):
+        moved = fused(tl.where(tl.abs(g[j]) < float("inf"), g[j], 0.0), LOG2_E / UNIT, -G[j]) * UNIT
+        integer = nearest(moved)
+        shift = shift + [integer * (1.0 / UNIT)]
+        v = v + [exp2(moved - integer)]
+    last = reciprocal(v[len(g) - 1])
+    return shift, [value * last for value in v[0 : len(g) - 1]]
+
+
 @finite_jit
 def _implicit_bwd_kernel(
     logits_ptr, mask_ptr, temperature_ptr, g_ptr, grad_plan_ptr, grad_logits_ptr,
@@ -91,15 +106,17 @@ def _implicit_bwd_kernel(
     )  # fmt: skip
     sound = live
     for e in tl.static_range(LINES * LINES):
-        sound &= x[e] * k < float("inf")
+        sound &= x[e] < float("inf")
     factor = tl.where(sound, LN_2 * k, float("nan"))
     k = tl.where(sound, k, 0.0)
     x = [tl.where(sound, value, 0.0) for value in x]
-    spare_col = [tl.where(value == float("-inf"), 1.0, 0.0) for value in column_maxima(x, LINES)]
+    kappa = k * (1.0 / UNIT)
 
     g = load_line(g_ptr + matrix * g_stride_b, g_stride_m, live, m, LINES)
-    base = [tl.where(tl.abs(value) < float("inf"), LOG2_E * value, 0.0) for value in g]
-    K, _high, spare_row = log_kernel(x, k, base)
+    G, _high = columns_first(x, kappa, LINES)
+    spare_col = excluded_columns(G)
+    shift, v = _beside(g, G)
+    K, _phi, _G, _near, _all_near, spare_row = lifted(x, kappa, kappa, plus(G, shift), shift)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
@@ -107,7 +124,7 @@ def _implicit_bwd_kernel(
     share = shares(c, spare_col)
     tie = ties(spare_col)
 
-    P, _t = scaled_plan(K, ones(k, LINES), spare_row)
+    P, _t = scaled_plan(K, v, spare_row)
     b, residual = missing(P, share)
     residual *= inverse_c
     d = direction(P, b, residual, share, rows, tie)

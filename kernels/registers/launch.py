@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from ..common.operands import scale_of
 from .backward import MAX_BACKWARD_SWEEPS, _sinkhorn_bwd_kernel
 from .forward import _sinkhorn_fwd_kernel
 from .history import _sinkhorn_history_bwd_kernel
-from .sweeps import SCALINGS_OF_8
+from .sweeps import SWEEPS_OF_8
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PROGRAMS_PER_SM = 2  # that keep a history: as many as its registers let run
 PACKED_LINES = (5, 6, 7, 8)  # beyond the 4 to which smaller matrices are padded
-_WIDE_BLOCK = 32  # of 130 registers a thread, 15 warps fit where three programs of four do, which spill on Blackwell
+_WIDE_BLOCK = 32  # of 144 registers a thread, 14 warps fit where three programs of four do
+# By lines and with info: as few registers as spill on no target. By itself ptxas takes more, and fewer programs fit.
+_REGISTERS = {(6, False): 96, (6, True): 112, (7, False): 120, (7, True): 144, (8, False): 144, (8, True): 176}
+_STRIDED_INFO_REGISTERS = 168
 BLOCK, WARPS = 128, 4  # one matrix a thread; four warps let several programs share a multiprocessor's registers
 
 
@@ -103,9 +107,11 @@ def described(dtype: torch.dtype, lines: int, packed: bool) -> str:
 
 
 @functools.cache
-def _forward(dtype: torch.dtype, lines: int, *which: bool) -> Configuration:
+def _forward(dtype: torch.dtype, lines: int, packed: bool, with_info: bool, with_sigma2: bool) -> Configuration:
     block = BLOCK if lines == 4 else _WIDE_BLOCK
-    return forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", block, dtype, lines, *which)
+    maxnreg = _REGISTERS.get((lines, with_info), None if packed or not with_info else _STRIDED_INFO_REGISTERS)
+    which = (dtype, lines, packed, with_info, with_sigma2)
+    return replace(forward_configuration(_sinkhorn_fwd_kernel, "sinkhorn forward", block, *which), maxnreg=maxnreg)
 
 
 @functools.cache
@@ -219,9 +225,9 @@ def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) ->
     logits = problem.logits
     size = lines(problem)
     configuration = _history_backward(logits.dtype, size)
-    scalings = max(problem.n_iters - 1, 0)
-    segments = triton.cdiv(scalings, SCALINGS_OF_8.value)
-    stride = BLOCK * size * (2 * scalings + segments)
+    sweeps = max(problem.n_iters, 1)
+    segments = triton.cdiv(sweeps, SWEEPS_OF_8.value)
+    stride = BLOCK * size * (2 * sweeps + segments)
     matrices = BLOCK * size * size if segments > 1 else 0
     blocks = triton.cdiv(logits.shape[0], configuration.matrices)
     programs = history_programs(blocks, _PROGRAMS_PER_SM, 4 * max(stride + matrices, 1), logits.device)
@@ -233,7 +239,7 @@ def _history_launch(problem: Problem, grad_plan: Tensor, grad_logits: Tensor) ->
         n_iters=problem.n_iters,
         grad_plan_ptr=grad_plan,
         grad_logits_ptr=grad_logits,
-        history_ptr=new(max(programs * stride, 1)),
+        history_ptr=new(programs * stride),
         aside_ptr=new(max(programs * matrices, 1)),
         history_stride=stride,
     )

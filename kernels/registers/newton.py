@@ -5,18 +5,15 @@ rows and C valid columns, and rows have mass 1, columns c = R / C (the plan is s
 is the last, is three scaling sweeps instead of one: with 4 lines each takes 43 instructions, a step of Newton's 185 to 227,
 and of 4.4 of those (logits of standard deviation 2, 32 matrices in step) two sweeps save one.
 
-Potentials are in base 2, without log2 c. A column potential is a base and the logarithm of a factor v:
+Potentials are in base 2, without log2 c, and as in ``sweeps.py``. A column's is its base, G and the logarithm of a factor v,
 
-    K_ij = 2^(k x_ij + base_j - lift_i),   k = log2 e / temperature,   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
+    K_ij = 2^(k x_ij + G_j - phi_i),   P_ij = K_ij v_j / t_i,   t_i = sum_j K_ij v_j.
 
-The first K is divided by its column maxima, as the first sweep leaves it, and lift is 0. Where a row sum of its plan is below
-2^-16 it is made again, as every later one is: lift the row maxima, v = 1. In steps the last column's factor is 1: with a
-factor of 4, or up to 8, a sweep, no t is below 2^-24 or 2^-28, or v above 2^10 or 2^15, at the start.
-
-A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as if the
-logits were others close by. Where the factors may have travelled 2^24, K is made anew: none is beyond that and one step, and
-the product of two t is within float32. Packed logits are then read again, which takes fewer registers than keeping them. What
-Newton's method descends on is, but for a constant,
+In steps the last column's factor is 1: with a factor of 4, or up to 8, a half-sweep, v and t are within 2^12, or 2^17, of 1 at
+the start. A step multiplies v, and takes three exponentials, not sixteen; what K was rounded by is the same in every step, as
+if the logits were others close by. Where the factors may have travelled 2^24, powers of two go from v to G and K is made anew:
+none is beyond that and one step, and the product of two t is within float32. Packed logits are then read again, which takes
+fewer registers than keeping them. What Newton's method descends on is, but for a constant,
 
     h / ln 2 = sum_i log2 t_i - c sum_j log2 v_j,
 
@@ -28,51 +25,51 @@ quotients of positive numbers (``fastdsm/pytorch/laplacian.py``).
 A matrix that is done keeps its state, whatever the others of its program go on to do; a program ends when all are done. With
 the potentials b of the loop, the true ones are, with l = log2(C / R) and s sweeps or steps,
 
-    g = b - l,   f = log2 r + l - L(b),   L_i(b) = log2 sum_j 2^(k x_ij + b_j)      (s = 0: g = 0, f = log2 r - L(0)).
+    g = b - l,   f = log2 r + l - L(b),   L_i(b) = log2 sum_j 2^(k x_ij + b_j) = phi_i + log2 t_i,
+
+and for s = 0: g = 0, f = log2 r - L(0).
 """
 
 import triton
 import triton.language as tl
 
 from ..common.arithmetic import LN_2, LOG2_E, exp2, log2, quotient, reciprocal
+from ..common.bases import UNIT
 from ..common.configuration import finite_jit
 from ..common.newton_rules import LONGEST_STEP, PURE_BELOW, roughness, step_share
 from ..spectrum.jacobi import SINGLE_ROUNDS, deflate, largest_singular_value
 from .forward import log2_ratio
 from .memory import load_logits, store_line, store_strided
-from .packed import load_again, store_packed
+from .packed import load_again, load_packed, store_packed
 from .shared import workspace_of
 from .sweeps import (
+    chosen,
+    column_maxima,
+    columns_first,
+    excluded_columns,
+    far_bases,
+    first_factors,
     largest,
-    log_columns,
-    log_kernel,
+    lifted,
+    lifted_again,
     ones,
+    plus,
     poison,
+    rebased,
     reciprocals_of,
     scaled,
     scaling_sweep,
-    sums_over_cols,
     sums_over_rows,
     valid_lines,
     zeros,
 )
 
 _FAR = tl.constexpr(24.0)
-_LARGEST = tl.constexpr(2.0**16)
 _FIRST_SWEEPS = tl.constexpr(3)
 # How much care the next step of a matrix takes: none is made; a pure one; one that may be shortened or refused; first P again,
 # as the last one was refused; first a new K.
 _DONE, _PURE, _WATCHED, _REFUSED, _REBASED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _SHORTEST = tl.constexpr(1e-30)
-
-
-@triton.jit
-def chosen(new, x, y):
-    """Of each two values the first where ``new``."""
-    values = []
-    for i in tl.static_range(len(x)):
-        values = values + [tl.where(new, x[i], y[i])]
-    return values
 
 
 @triton.jit
@@ -216,15 +213,6 @@ def _spread(d):
 
 
 @triton.jit
-def _travelled(base, v):
-    """A base and the logarithm of the factors of all columns but the last."""
-    potential = []
-    for j in tl.static_range(len(v)):
-        potential = potential + [base[j] + log2(v[j])]
-    return potential + [base[len(v)]]
-
-
-@triton.jit
 def _care(going, residual, damped, travelled):
     """_DONE to _REBASED."""
     care = tl.where(damped, _REFUSED, tl.where(residual >= PURE_BELOW, _WATCHED, _PURE))
@@ -232,11 +220,11 @@ def _care(going, residual, damped, travelled):
 
 
 @triton.jit
-def _mean(potential, share, cols):
+def _mean(potential, valid, cols):
     """Mean over valid columns."""
     total = tl.zeros_like(cols)
-    for j in tl.static_range(len(share)):
-        total += tl.where(share[j] > 0.0, potential[j], 0.0)
+    for j in tl.static_range(len(valid)):
+        total += tl.where(valid[j], potential[j], 0.0)
     return total * reciprocal(cols)
 
 
@@ -264,32 +252,20 @@ def _newton_fwd_kernel(
         logits_stride_b, logits_stride_n, logits_stride_m, mask_stride_b, mask_stride_n, mask_stride_m, has_mask,
         PACKED, LINES,
     )  # fmt: skip
-    K, high, total, spare_col = log_columns(x, k, LINES)
-    base = [-value for value in high]
-    swept = []
-    for j in tl.static_range(LINES):
-        swept = swept + [tl.where(n_iters == 0, 0.0, base[j] - log2(total[j]))]
-    v = [reciprocal(value) for value in total]
-    if PACKED:
-        spare_row = zeros(k, LINES)
-    else:
-        spare_row = [tl.where(i < n, 0.0, tl.full([BLOCK], 1.0, tl.float32)) for i in (0, 1, 2, 3)]
-    u = [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
-    anew = ~(largest(u) <= _LARGEST) | (n_iters == 0)
-    if tl.max(anew.to(tl.int32), 0) > 0:
-        first_x = load_again(logits_ptr, first, batch, workspace, LINES) if LINES > 4 else x
-        new_K, _lift, new_spare_row = log_kernel(first_x, k, swept)
-        new_u = [reciprocal(value) for value in sums_over_cols(new_K, ones(k, LINES), new_spare_row)]
-        K, v = chosen(anew, new_K, K), chosen(anew, ones(k, LINES), v)
-        base, u = chosen(anew, swept, base), chosen(anew, new_u, u)
-        spare_row = chosen(anew, new_spare_row, spare_row)
+    kappa = k * (1.0 / UNIT)
+    kappa_columns = tl.where(n_iters == 0, 0.0, kappa)
+    G, _high = columns_first(x, kappa_columns, LINES)
+    K, phi, G, near, all_near, spare_row = lifted(x, kappa, kappa_columns, G, zeros(k, LINES))
+    spare_col = excluded_columns(G)
+    u, start = first_factors(phi, spare_col, n_iters)
+    u, v = scaling_sweep(K, u, spare_row, start, False)
     rows = valid_lines(spare_row)
     cols = valid_lines(spare_col)
     c = quotient(rows, cols)
     inverse_c = quotient(cols, rows) + poison(u)  # where it is NaN, so are residual and plan
     share = shares(c, spare_col)
     tie = ties(spare_col)
-    first_mean = _mean(swept, share, cols)
+    back = _mean([log2(value) for value in v], [value == 0.0 for value in spare_col], cols)  # what the mean of g has lost
     if n_iters > 1:
         for _ in tl.static_range(_FIRST_SWEEPS - 1):
             u, v = scaling_sweep(K, u, spare_row, spare_col, False)
@@ -315,10 +291,12 @@ def _newton_fwd_kernel(
         if most > _WATCHED:
             if most == _REBASED:
                 new = care == _REBASED
-                base = chosen(new, _travelled(base, v), base)
+                powers, left = rebased(zeros(k, LINES - 1), v)
+                powers, v = chosen(new, powers, zeros(k, LINES - 1)), chosen(new, left, v)
+                G = plus(G[0 : LINES - 1], powers) + G[LINES - 1 :]
+                back -= _mean(powers, [value > 0.0 for value in share[0 : LINES - 1]], cols) * UNIT
                 again_x = load_again(logits_ptr, first, batch, workspace, LINES) if PACKED else x
-                new_K, _lift, _spare_row = log_kernel(again_x, k, base)
-                K, v = chosen(new, new_K, K), chosen(new, ones(k, LINES - 1), v)
+                K, _phi, _spare_row = lifted_again(again_x, kappa, kappa, G, near, all_near)
                 travelled = tl.where(new, 0.0, travelled)
             P, t = scaled_plan(K, v, spare_row)
             b, _residual = missing(P, share)
@@ -348,29 +326,10 @@ def _newton_fwd_kernel(
         care = _care(going & ~(residual <= tol), residual, damped, travelled)
         most = tl.max(care, 0)
 
-    if WITH_INFO or most > _WATCHED:  # with info there are no registers to keep it in
+    if most > _WATCHED:
         P, t = scaled_plan(K, v, spare_row)
     r = tl.where(unit_rows != 0, 1.0 + 0.0 * inverse_c, inverse_c)
     P = [r * value for value in P]
-    if WITH_INFO:
-        tl.store(residual_ptr + matrix, residual, mask=live)
-        tl.store(sweeps_ptr + matrix, steps, mask=live)
-        end = _travelled(base, v)
-        shift = first_mean - _mean(end, share, cols)
-        halves, rest = log2_ratio(cols, rows, LINES)
-        drift = halves + rest
-        first_g = tl.where(n_iters == 0, 0.0, -drift)
-        first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
-        last_x = load_again(logits_ptr, first, batch, workspace, LINES) if PACKED else x
-        E, high, _spare_row = log_kernel(last_x, k, end)
-        total = sums_over_cols(E, ones(k, LINES), spare_row)
-        f = []
-        g = []
-        for i in tl.static_range(LINES):
-            f = f + [tl.where(spare_row[i] == 0.0, LN_2 * (first_f - (high[i] + (log2(total[i]) + shift))), 0.0)]
-            g = g + [tl.where(share[i] > 0.0, LN_2 * (end[i] + (first_g + shift)), 0.0)]
-        store_line(f_ptr + matrix * n, 1, live, n, f)
-        store_line(g_ptr + matrix * m, 1, live, m, g)
     if PACKED:
         store_packed(plan_ptr, first, batch, P, workspace, LINES)
     else:
@@ -381,3 +340,25 @@ def _newton_fwd_kernel(
         size = tl.sqrt(tl.where(unit_rows != 0, inverse_c, c))  # 1 / sqrt(r c)
         sigma2 = largest_singular_value(deflate(P, q, p), SINGLE_ROUNDS)
         tl.store(sigma2_ptr + matrix, size * sigma2, mask=live)
+    if WITH_INFO:
+        tl.store(residual_ptr + matrix, residual, mask=live)
+        tl.store(sweeps_ptr + matrix, steps, mask=live)
+        last_x = load_packed(logits_ptr, first, batch, workspace, LINES) if PACKED else x
+        high, spare_col = column_maxima(last_x, LINES)
+        _K, phi, spare_row = lifted_again(last_x, kappa, kappa_columns, G, near, all_near)
+        base, gamma = far_bases(high, kappa_columns, near)
+        fine = [log2(value) for value in v] + zeros(k, 1)
+        back -= _mean(fine, [value == 0.0 for value in spare_col], cols)
+        halves, rest = log2_ratio(cols, rows, LINES)
+        drift = halves + rest
+        first_g = tl.where(n_iters == 0, 0.0, -drift)
+        first_f = tl.where(unit_rows != 0, 0.0, drift) - first_g
+        f = []
+        g = []
+        for i in tl.static_range(LINES):
+            left = tl.fma(-phi[i], LN_2, (first_f - (log2(t[i]) + back)) * LN_2)
+            right = tl.fma(base[i] + G[i] * UNIT, LN_2, (gamma[i] + fine[i] + (first_g + back)) * LN_2)
+            f = f + [tl.where(spare_row[i] == 0.0, left, 0.0)]
+            g = g + [tl.where(spare_col[i] == 0.0, right, 0.0)]
+        store_line(f_ptr + matrix * n, 1, live, n, f)
+        store_line(g_ptr + matrix * m, 1, live, m, g)

@@ -4,13 +4,24 @@ A matrix of LINES x LINES, 4 to 8, is a tuple of vectors of BLOCK values, row by
 one value of each in a thread, so no operation crosses threads. Smaller ones are padded with -inf logits: an excluded line has
 K = 0, and 1 is added to its denominator, where the sum of products starts, which costs nothing and keeps every factor finite.
 
-Marginals are uniform, r on each valid row and c on each valid column, and are left out of the sweeps: K has row sums 1,
+Marginals are uniform, r on each valid row and c on each valid column, and are left out of the sweeps,
 
-    v_t = 1 / (K^T u_(t-1)),   u_t = 1 / (K v_t),   P = r u_T K v,
+    v_t = 1 / (K^T u_(t-1)),   u_t = 1 / (K v_t),   P = r u_T K v_T,
 
-and the true factors are v_t (c/r)^t and u_t (r/c)^t. With R rows and C columns a true sweep multiplies v by factors
-within [1/C, R] and u within [1/R, C], so, r/c being C/R, one of these multiplies v within [1/R, C] and u within
-[1/C, R]: after 22 sweeps of 4 lines, or 15 of up to 8, every factor is within 2^45 and a product of two within float32.
+where K has its bases taken out (``common/bases.py``; those of columns G, those of rows phi):
+
+    y_ij = k x_ij + G_j - phi_i,   K = 2^y,   G_j = -max_i k x_ij,   phi_i = max_j (k x_ij + G_j) <= 0,   u_0 = 2^phi.
+
+Each column has its maximum in a row with phi = 0, where u_0 = K = 1: sums of columns and rows are 1 or more, and K is never
+made in the log domain again. Bases that are below 2^22 together are integers, the maxima but for 1/2, so that y is one fma; a
+matrix with larger ones is *far*. If a program has one, its K are made by another branch: bases on a coarser grid, and what
+they lack of the maxima, gamma for columns and a part of phi for rows, added afterwards. A matrix that is near has the same
+bits from either. Potentials in base 2 are log2 u - phi and G + log2 v; a far matrix keeps in G what moves, not its base.
+
+The true factors are v_t (c/r)^t and u_t (r/c)^t. With R rows and C columns a true sweep multiplies v by factors within
+[1/C, R] and u within [1/R, C], so, r/c being C/R, one of these multiplies v within [1/R, C] and u within [1/C, R]: after 22
+sweeps of 4 lines, or 15 of up to 8, every factor is within 2^46 and a product of two within float32. Then powers of two go
+from v to G, and K is made anew.
 """
 
 from __future__ import annotations
@@ -19,8 +30,12 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import exp2, log2, reciprocal, reciprocals
+from ..common.bases import UNIT, fused, on_grid, spacing
 
-SCALINGS_OF_4, SCALINGS_OF_8 = tl.constexpr(22), tl.constexpr(15)  # scaling sweeps of a segment, by lines at most
+SWEEPS_OF_4, SWEEPS_OF_8 = tl.constexpr(22), tl.constexpr(15)  # sweeps of a segment, by lines at most
+_INTEGERS = tl.constexpr(1.5 * 2.0**23)  # what is added to it is rounded to an integer
+_NO_COLUMN = tl.constexpr(2.0**-60)
+_NEAR = tl.constexpr(2.0**22 / UNIT)
 
 
 @triton.jit
@@ -105,6 +120,15 @@ def valid_lines(spare):
 
 
 @triton.jit
+def chosen(new, x, y):
+    """Of each two values the first where ``new``."""
+    values = []
+    for i in tl.static_range(len(x)):
+        values = values + [tl.where(new, x[i], y[i])]
+    return values
+
+
+@triton.jit
 def largest(values):
     """The largest of them."""
     top = values[0]
@@ -120,30 +144,6 @@ def poison(values):
     for i in tl.static_range(1, len(values)):
         total += values[i]
     return 0.0 * total
-
-
-@triton.jit
-def column_maxima(x, LINES: tl.constexpr):
-    """max_i x_ij."""
-    high = []
-    for j in tl.static_range(LINES):
-        top = x[j]
-        for i in tl.static_range(1, LINES):
-            top = tl.maximum(top, x[LINES * i + j])
-        high = high + [top]
-    return high
-
-
-@triton.jit
-def row_maxima(x, LINES: tl.constexpr):
-    """max_j x_ij."""
-    high = []
-    for i in tl.static_range(LINES):
-        top = x[LINES * i]
-        for j in tl.static_range(1, LINES):
-            top = tl.maximum(top, x[LINES * i + j])
-        high = high + [top]
-    return high
 
 
 @triton.jit
@@ -176,14 +176,46 @@ def scaling_sweep(K, u, spare_row, spare_col, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def scaling_sweeps(K, spare_row, spare_col, count):
-    """(u, v) after ``count`` scaling sweeps from u = v = 1. Sums of more than 6 lines take longer than their reciprocals."""
-    LINES: tl.constexpr = len(spare_col)
-    u = ones(K[0], LINES)
-    v = ones(K[0], LINES)
+def row_factors(K, v, spare_row):
+    """u = 1 / (K v)."""
+    return [reciprocal(value) for value in sums_over_cols(K, v, spare_row)]
+
+
+@triton.jit
+def first_factors(phi, spare_col, n_iters):
+    """u_0, and where column sums start: without sweeps the row step alone is one from u_0 = 0 with v = 1."""
+    u = []
+    start = []
+    for i in tl.static_range(len(phi)):
+        u = u + [tl.where(n_iters == 0, 0.0, exp2(phi[i]))]
+        start = start + [tl.where(n_iters == 0, 1.0, spare_col[i])]
+    return u, start
+
+
+@triton.jit
+def scaling_sweeps(K, u, v, spare_row, spare_col, count):
+    """(u, v) after ``count`` scaling sweeps from u. Sums of more than 6 lines take longer than their reciprocals."""
     for _ in range(count):
-        u, v = scaling_sweep(K, u, spare_row, spare_col, LINES <= 6)
+        u, v = scaling_sweep(K, u, spare_row, spare_col, len(v) <= 6)
     return u, v
+
+
+@triton.jit
+def nearest(x):
+    """The nearest integer of what is below 2^22."""
+    return (x + _INTEGERS) - _INTEGERS
+
+
+@triton.jit
+def rebased(G, v):
+    """G with the powers of two in v, and what they leave of v, within 2^(1/2) of 1."""
+    base = []
+    left = []
+    for j in tl.static_range(len(v)):
+        power = nearest(log2(v[j]))
+        base = base + [power * (1.0 / UNIT) + G[j]]
+        left = left + [v[j] * exp2(-power)]
+    return base, left
 
 
 @triton.jit
@@ -194,51 +226,133 @@ def _exclusion(high):
 
 
 @triton.jit
-def log_columns(x, k, LINES: tl.constexpr):
-    """The first half of the first sweep in the log domain, base 2, S = k x.
-
-    Returns E = 2^(S - high), its column maxima ``high``, its column sums, and the indicators of excluded columns, whose sums
-    are 1. The maximum is rounded in the two places where it enters alike, so that this error cancels.
-    """
-    high, spare_col = _exclusion([value * k for value in column_maxima(x, LINES)])
-    E = []
-    for e in tl.static_range(LINES * LINES):
-        E = E + [exp2(tl.fma(x[e], k, -high[e % LINES]))]
-    return E, high, sums_over_rows(E, ones(k, LINES), spare_col), spare_col
+def column_maxima(x, LINES: tl.constexpr):
+    """max_i x_ij, 0 on excluded columns, and the indicators of these."""
+    high = []
+    for j in tl.static_range(LINES):
+        top = x[j]
+        for i in tl.static_range(1, LINES):
+            top = tl.maximum(top, x[LINES * i + j])
+        high = high + [top]
+    return _exclusion(high)
 
 
 @triton.jit
-def log_kernel(x, k, g):
-    """K = 2^(S + g - high) of a column potential, its row maxima ``high``, 0 on excluded rows, and the indicators of those."""
-    LINES: tl.constexpr = len(g)
-    s = []
-    for e in tl.static_range(LINES * LINES):
-        s = s + [tl.fma(x[e], k, g[e % LINES])]
-    high, spare_row = _exclusion(row_maxima(s, LINES))
+def _row_maxima(x, kappa, G):
+    """max_j (kappa x_ij + G_j), 0 on excluded rows, and the indicators of these."""
+    LINES: tl.constexpr = len(G)
+    high = []
+    for i in tl.static_range(LINES):
+        top = fused(x[LINES * i], kappa, G[0])
+        for j in tl.static_range(1, LINES):
+            top = tl.maximum(top, fused(x[LINES * i + j], kappa, G[j]))
+        high = high + [top]
+    return _exclusion(high)
+
+
+@triton.jit
+def _farthest(G, top):
+    """How large |kappa x| may be where 2^y matters."""
+    return largest([tl.abs(value) for value in G]) + largest([tl.abs(value) for value in top])
+
+
+@triton.jit
+def _near_kernel(x, k, G, top):
+    """K and phi of a program without a far matrix, from the maxima ``top`` of rows."""
+    LINES: tl.constexpr = len(G)
+    phi = [nearest(value * UNIT) for value in top]
     K = []
     for e in tl.static_range(LINES * LINES):
-        K = K + [exp2(s[e] - high[e // LINES])]
-    return K, high, spare_row
+        K = K + [exp2(fused(x[e], k, G[e % LINES] * UNIT - phi[e // LINES]))]
+    return K, phi
 
 
 @triton.jit
-def first_columns(x, k, n_iters, LINES: tl.constexpr):
-    """g = -LSE_i(S), 0 without sweeps, and the indicators of excluded columns."""
-    _E, high, total, spare_col = log_columns(x, k, LINES)
-    g = []
+def _far_kernel(x, kappa, kappa_columns, G, near):
+    """K and phi of any matrices, and the indicators of excluded rows."""
+    LINES: tl.constexpr = len(G)
+    level = near | (kappa_columns == 0.0)  # whose column potentials are G
+    base = []
+    high, _spare_col = column_maxima(x, LINES)
     for j in tl.static_range(LINES):
-        g = g + [tl.where(n_iters == 0, 0.0, -high[j] - log2(total[j]))]
-    return g, spare_col
+        base = base + [G[j] - tl.where(level, 0.0, high[j] * kappa)]
+    top, spare_row = _row_maxima(x, kappa, base)
+    q = spacing(_farthest(base, top))
+    base = [tl.where(level, value, on_grid(value, q)) for value in base]
+    top = [tl.where(near, nearest(value * UNIT) * (1.0 / UNIT), on_grid(value, q)) for value in top]
+    y = []
+    for e in tl.static_range(LINES * LINES):
+        y = y + [fused(x[e], kappa, base[e % LINES] - top[e // LINES]) * UNIT]
+    gamma = []
+    for j in tl.static_range(LINES):
+        above = y[j] + top[0] * UNIT
+        for i in tl.static_range(1, LINES):
+            above = tl.maximum(above, y[LINES * i + j] + top[i] * UNIT)
+        gamma = gamma + [tl.where(level | (above == float("-inf")), 0.0, G[j] * UNIT - above)]
+    K = []
+    phi = []
+    for i in tl.static_range(LINES):
+        row = []
+        for j in tl.static_range(LINES):
+            row = row + [y[LINES * i + j] + gamma[j]]
+        rest = tl.where(near | (spare_row[i] != 0.0), 0.0, largest(row))
+        K = K + [exp2(value - rest) for value in row]
+        phi = phi + [top[i] * UNIT + rest]
+    return K, phi, spare_row
 
 
 @triton.jit
-def row_step(x, k, g):
-    """K with row sums 1, f = -LSE_j(S + g), the row sums behind f, and the indicators of excluded rows."""
-    LINES: tl.constexpr = len(g)
-    E, high, spare_row = log_kernel(x, k, g)
-    total = sums_over_cols(E, ones(k, LINES), spare_row)
-    f = []
-    for i in tl.static_range(LINES):
-        f = f + [-high[i] - log2(total[i])]
-    K = scaled([reciprocal(value) for value in total], E, ones(k, LINES))
-    return K, f, total, spare_row
+def columns_first(x, kappa_columns, LINES: tl.constexpr):
+    """G, _NO_COLUMN on excluded columns, and column maxima, 0 there. ``kappa_columns``: kappa, or 0 for G = 0."""
+    high, spare_col = column_maxima(x, LINES)
+    G = []
+    for j in tl.static_range(LINES):
+        base = -(fused(high[j], kappa_columns, _INTEGERS / UNIT) - _INTEGERS / UNIT)
+        G = G + [tl.where(spare_col[j] != 0.0, _NO_COLUMN, base)]
+    return G, high
+
+
+@triton.jit
+def excluded_columns(G):
+    """Indicators, by G: to know them by the maxima, the compiler would keep the matrix."""
+    return [tl.where(value == _NO_COLUMN, 1.0, 0.0) for value in G]
+
+
+@triton.jit
+def lifted(x, kappa, kappa_columns, G, shift):
+    """K, phi, the G to keep, which is ``shift`` where far, whether matrices are near, all of them are, rows are excluded."""
+    top, spare_row = _row_maxima(x, kappa, G)
+    near = _farthest(G, top) < _NEAR
+    all_near = tl.min(near.to(tl.int32), 0)
+    if all_near != 0:
+        K, phi = _near_kernel(x, kappa * UNIT, G, top)
+    else:
+        moved = []
+        for j in tl.static_range(len(G)):
+            moved = moved + [tl.where(near | (G[j] == _NO_COLUMN), G[j], shift[j])]
+        G = moved
+        K, phi, _spare_row = _far_kernel(x, kappa, kappa_columns, G, near)
+    return K, phi, G, near, all_near, spare_row
+
+
+@triton.jit
+def lifted_again(x, kappa, kappa_columns, G, near, all_near):
+    """K and phi of a G that has moved, and the indicators of excluded rows."""
+    if all_near != 0:
+        top, spare_row = _row_maxima(x, kappa, G)
+        K, phi = _near_kernel(x, kappa * UNIT, G, top)
+    else:
+        K, phi, spare_row = _far_kernel(x, kappa, kappa_columns, G, near)
+    return K, phi, spare_row
+
+
+@triton.jit
+def far_bases(high, kappa_columns, near):
+    """The bases that far matrices do not keep in G, minus k times the column maxima, in two parts."""
+    base = []
+    fine = []
+    for j in tl.static_range(len(high)):
+        value = tl.where(near, 0.0, -high[j] * kappa_columns)
+        base = base + [value * UNIT]
+        fine = fine + [tl.where(near, 0.0, -fused(high[j], kappa_columns, value) * UNIT)]
+    return base, fine

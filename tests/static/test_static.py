@@ -271,7 +271,7 @@ def rows() -> list[dict[str, Any]]:
 
 def _newton() -> list[dict[str, Any]]:
     """Instructions of Newton's method at logit std 2 and of 20 sweeps. In a process of its own."""
-    return newton.rows((2.0,), 12) + newton.rows((2.0,), 4, lines=8)
+    return newton.rows((2.0,), 12) + newton.rows((2.0,), 16, lines=8)
 
 
 def test_newton_takes_fewer_instructions_than_20_sweeps() -> None:
@@ -293,7 +293,9 @@ def test_no_kernel_spills(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(("operation", "n"), [("forward", 4), ("forward+sigma2", 4), ("backward", 4), ("forward", 8)])
 def test_sweeps_of_small_matrices_stay_in_registers(rows: list[dict[str, Any]], operation: str, n: int) -> None:
-    assert not {"SHFL", "LDS", "STS", "BAR", "STG", "LDL", "STL"} & set(_small(rows, operation, n)["per_sweep"])
+    per_sweep = dict(_small(rows, operation, n)["per_sweep"])
+    assert per_sweep.pop("BAR", 0.0) <= 1 / 15  # one where a segment of 5 lines and more ends, which keeps loads behind it
+    assert not {"SHFL", "LDS", "STS", "STG", "LDL", "STL"} & set(per_sweep)
 
 
 @pytest.mark.parametrize("operation", ["forward", "forward+sigma2", "backward"])

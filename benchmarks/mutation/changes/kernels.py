@@ -6,6 +6,7 @@ _REGISTERS, _NEWTON = "tests/kernels/test_registers.py", "tests/kernels/test_new
 _TILE, _TILE_NEWTON = "tests/kernels/test_tile.py", "tests/kernels/test_tile_newton.py"
 _PANEL, _SEARCH, _HISTORY = "tests/kernels/test_panel.py", "tests/kernels/test_temperature.py", "tests/kernels/test_history.py"
 _FIXED_POINT = "tests/ops/test_implicit.py::test_of_a_residual_that_a_newton_step_squares"
+_LARGE = "tests/kernels/test_large_logits.py"
 _TINY = "test_a_tiny_column_marginal_whose_line_has_one_entry"
 
 REGISTERS = [
@@ -25,15 +26,29 @@ REGISTERS = [
     ),
     Change(
         "kernels/registers/sweeps.py",
-        "E = E + [exp2(tl.fma(x[e], k, -high[e % LINES]))]",
-        "E = E + [exp2(tl.fma(x[e], k, -x[e % LINES] * k))]",
-        (f"{_REGISTERS}::test_forward_of_packed_matrices[3-4]",),
-        "the first column sums taken relative to an entry, not to the largest",
+        "base = [tl.where(level, value, on_grid(value, q)) for value in base]",
+        "base = [tl.where(level, value, value) for value in base]",
+        (f"{_LARGE}::test_plans_and_gradients_are_those_of_float64[1000000000.0-both offsets-registers]",),
+        "bases of columns off the grid: sums with those of rows are rounded",
+    ),
+    Change(
+        "kernels/registers/sweeps.py",
+        "_NEAR = tl.constexpr(2.0**22 / UNIT)",
+        "_NEAR = tl.constexpr(2.0**40 / UNIT)",
+        (f"{_LARGE}::test_plans_and_gradients_are_those_of_float64[1000000000.0-both offsets-packed]",),
+        "far matrices taken for near ones",
+    ),
+    Change(
+        "kernels/registers/sweeps.py",
+        'gamma = gamma + [tl.where(level | (above == float("-inf")), 0.0, G[j] * UNIT - above)]',
+        'gamma = gamma + [tl.where(level | (above == float("-inf")), 0.0, -above)]',
+        (f"{_LARGE}::test_segments_of_sweeps",),
+        "far matrices whose columns forget what they have moved",
     ),
     Change(
         "kernels/registers/forward.py",
-        "scalings = tl.minimum(n_iters - done, SEGMENT)",
-        "scalings = SEGMENT + 0 * n_iters",
+        "spare_row, spare_col, tl.minimum(n_iters - done, SEGMENT))",
+        "spare_row, spare_col, SEGMENT + 0 * n_iters)",
         (f"{_REGISTERS}::test_packed_matrices_without_support[4-100]",),
         "the last segment is never cut short",
     ),
@@ -46,17 +61,10 @@ REGISTERS = [
     ),
     Change(
         "kernels/registers/forward.py",
-        "first_f = tl.where(n_iters == 0, log_r, drift)",
-        "first_f = drift",
+        "up = tl.where(unit_rows != 0, n_iters, tl.maximum(n_iters, 1))",
+        "up = tl.where(unit_rows != 0, n_iters, n_iters)",
         (f"{_REGISTERS}::test_forward_of_other_shapes",),
         "f without sweeps",
-    ),
-    Change(
-        "kernels/registers/backward.py",
-        "w = [reciprocal(value) for value in sums_over_rows(K, u, start)]",
-        "w = [1.0 + 0.0 * value for value in sums_over_rows(K, u, start)]",
-        (f"{_REGISTERS}::test_gradient_of_packed_matrices[1-4]",),
-        "the adjoint of the first sweep with the rounding of large logits",
     ),
     Change(
         "kernels/registers/backward.py",
@@ -67,11 +75,10 @@ REGISTERS = [
     ),
     Change(
         "kernels/registers/history.py",
-        "g = plus(g, log2_factors(v, -tl.minimum(n_iters - 1, SEGMENT), halves, rest))",
-        "g = plus(g, log2_factors(v, 0 * n_iters, halves, rest))",
-        (f"{_REGISTERS}::test_gradient_past_excluded_lines[8]", f"{_REGISTERS}::test_gradient_of_segments[32]"),
-        "the drift of the factors where rows and columns are not as many",
-        equivalent="it adds one number to all of g, which the row step takes back: only f and g of a forward would show it",
+        "products(sums_over_cols(K, factors[0:LINES], spare_row), factors[LINES : 2 * LINES])",
+        "sums_over_cols(K, factors[0:LINES], spare_row)",
+        (f"{_REGISTERS}::test_gradient_of_segments[32]",),
+        "the adjoint across a new K, whose factors begin from another u",
     ),
     Change(
         "kernels/registers/implicit.py",
@@ -96,7 +103,7 @@ REGISTERS = [
     ),
     Change(
         "kernels/registers/newton.py",
-        "total += tl.where(share[j] > 0.0, potential[j], 0.0)",
+        "total += tl.where(valid[j], potential[j], 0.0)",
         "total += potential[j]",
         (f"{_NEWTON}::test_potentials_keep_the_mean_of_columns_that_take_part",),
         "the mean of a potential over excluded columns too",
