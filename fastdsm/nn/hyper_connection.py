@@ -3,26 +3,34 @@
 n residual streams X (n, C) per token are mixed by a doubly-stochastic matrix of their own, H, read into a branch F, and
 written back:
 
-    z = RMSNorm(vec X)
-    pre  = sigmoid(a_pre  z W_pre  + b_pre)          (n,)
-    post = 2 sigmoid(a_post z W_post + b_post)       (n,)
-    H    = Sinkhorn(a_mix mat(z W_mix) + b_mix)      (n, n)
+    z = vec X / rms(vec X)
+    pre  = sigmoid(a_pre  W_pre  z + b_pre)          (n,)
+    post = 2 sigmoid(a_post W_post z + b_post)       (n,)
+    H    = Sinkhorn(a_mix mat(W_mix z) + b_mix)      (n, n)
     X   <- H X + post F(pre X)^T
 
-The gates a start at 0.01 and W at zero mean, so that the biases decide at first. Those are not the paper's: b_mix is 0 on
-the diagonal and ``-offset`` beside it, so that H starts near the identity, pre reads the mean, and post writes with weight 1.
+``fn`` is W, its rows those of pre, post and the mix row by row; ``scale`` is a, ``base`` b, as DeepSeek's code names them. The
+gates a start at 0.01 and W at zero mean, so that the biases decide at first. Those are not the paper's: b_mix is 0 on the
+diagonal and ``-offset`` beside it, so that H starts near the identity, pre reads the mean, and post writes with weight 1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._ops import mhc_calls
+from .._ops.arguments import resolve_backend
+from .._ops.mixing import Mixing
 from .._ops.problem import compute_dtype
+from ..mhc.arguments import MOST_STREAMS
+from ..mhc.variants import mixing_of
+from ..reference import mhc as oracle
 from .projection import SinkhornProjection
 
 
@@ -37,16 +45,21 @@ class HyperConnection(nn.Module):
             and return a tuple, of which the first goes to the streams.
         dim: C.
         streams: n >= 1.
-        n_iters, temperature, sigma2_floor, first, eps: of the :class:`SinkhornProjection` of H; the paper sweeps 20 times,
-            columns first, without eps; DeepSeek's code rows first with eps=1e-6.
+        n_iters, temperature, sigma2_floor: of the :class:`SinkhornProjection` of H; the paper sweeps 20 times.
         offset: what the off-diagonal logits of H start below the diagonal ones.
-        transposed: mix by H^T X, as DeepSeek's code and those after it, in place of the paper's H X.
+        variant: whose layer it is, of :data:`fastdsm.mhc.VARIANTS`: order of the sides, eps, and how H is read.
+        first, eps, transposed, pre_eps: None for the variant's; first "col" or "row"; eps of the projection, 0 for none;
+            transposed: mix by H^T X, as DeepSeek's code and those after it, in place of the paper's H X; pre_eps: added to pre.
+        post_mult: what the sigmoids of post are multiplied by.
+        norm_eps: under the root of the mean square. norm_weight: whether the normalised streams are multiplied by a weight.
         channels_first: streams lie beside each other in every channel, (..., C, n), as in TransformerEngine; the parameters
             stay in the order of (n, C).
+        backend: "auto", "triton" or "torch".
         device, dtype: of the parameters.
 
     forward(x (..., n, C), *args, **kwargs) gives (..., n, C) in x's dtype, or a tuple of that and what else the branch returned
-    for these arguments. ``expand`` and ``reduce`` lead from (..., C) to streams and back.
+    for these arguments. ``expand`` and ``reduce`` lead from (..., C) to streams and back. ``from_deepseek``, ``from_liger`` and
+    ``from_transformer_engine`` take over the weights of those.
 
     Source: mHC, arXiv 2512.24880.
     """
@@ -61,51 +74,63 @@ class HyperConnection(nn.Module):
         sigma2_floor: float | None = None,
         offset: float = 4.0,
         *,
-        first: str = "col",
-        eps: float = 0.0,
-        transposed: bool = False,
+        variant: str = "paper",
+        first: str | None = None,
+        eps: float | None = None,
+        transposed: bool | None = None,
+        pre_eps: float | None = None,
+        post_mult: float = 2.0,
+        norm_eps: float = 1e-6,
+        norm_weight: bool = False,
         channels_first: bool = False,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or streams < 1:
             raise ValueError(f"dim and streams must be >= 1, got dim={dim}, streams={streams}")
-        self.branch, self.dim, self.streams, self.offset = branch, dim, streams, offset
-        self.transposed, self.channels_first = transposed, channels_first
+        mixing = mixing_of(variant, transposed, pre_eps=pre_eps, post_mult=post_mult, norm_eps=norm_eps)
+        first = ("col" if mixing.columns_first else "row") if first is None else first
+        eps = mixing.sinkhorn_eps if eps is None else eps
+        self.branch, self.dim, self.streams, self.offset, self.backend = branch, dim, streams, offset, backend
+        self.channels_first = channels_first
+        self.projection = SinkhornProjection(
+            n_iters, temperature, first, sigma2_floor=sigma2_floor, backend=backend, eps=eps, floored=mixing.floored
+        )
+        self.mixing = mixing._replace(n_iters=n_iters, columns_first=first == "col", sinkhorn_eps=eps)
         n = streams
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.RMSNorm(n * dim, **like)
-        self.weight = nn.Parameter(torch.empty(n * dim, 2 * n + n * n, **like))
-        self.gates = nn.Parameter(torch.empty(3, **like))
-        self.bias = nn.Parameter(torch.empty(2 * n + n * n, **like))
-        self.projection = SinkhornProjection(n_iters, temperature, first, sigma2_floor=sigma2_floor, eps=eps)
+        self.fn = nn.Parameter(torch.empty(n * (n + 2), n * dim, **like))
+        self.scale = nn.Parameter(torch.empty(3, **like))
+        self.base = nn.Parameter(torch.empty(n * (n + 2), **like))
+        self.norm_weight = nn.Parameter(torch.empty(n * dim, **like)) if norm_weight else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the connection's own parameters anew, as the constructor does; not the branch's."""
         n = self.streams
         read = math.log(1 / (n - 1)) if n > 1 else 8.0  # sigmoid(read) = 1 / n
-        self.norm.reset_parameters()
-        nn.init.normal_(self.weight, std=1 / math.sqrt(n * self.dim))
-        nn.init.constant_(self.gates, 0.01)
+        nn.init.normal_(self.fn, std=1 / math.sqrt(n * self.dim))
+        nn.init.constant_(self.scale, 0.01)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
         with torch.no_grad():
-            self.bias[:n] = read
-            self.bias[n : 2 * n] = 0.0
-            self.bias[2 * n :] = (-self.offset * (1 - torch.eye(n, device=self.bias.device))).flatten()
+            self.base[:n] = read
+            self.base[n : 2 * n] = 0.0
+            self.base[2 * n :] = (-self.offset * (1 - torch.eye(n, device=self.base.device))).flatten()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Mix the streams ``x`` (..., n, C), and add the branch to them."""
         self._check(x)
+        streams = x.mT if self.channels_first else x
         with _whole_precision(x):
-            streams = (x.mT if self.channels_first else x).to(compute_dtype(x.dtype))
-            pre, post, plan = self._mixes(streams)
-            read = (pre.unsqueeze(-2) @ streams).squeeze(-2).to(x.dtype)
-        written = self.branch(read, *args, **kwargs)
+            read, post, comb, flat = self._read(streams)
+        written = self.branch(read.reshape(*streams.shape[:-2], self.dim), *args, **kwargs)
         written, *more = written if isinstance(written, tuple) else (written,)
         with _whole_precision(x):
-            mixed = (plan.mT if self.transposed else plan) @ streams
-            mixed = (mixed + post.unsqueeze(-1) * written.to(mixed.dtype).unsqueeze(-2)).to(x.dtype)
+            mixed = mhc_calls.post(written.reshape(-1, self.dim).to(x.dtype), flat, post, comb, self._backend(x))
+        mixed = mixed.reshape(streams.shape)
         mixed = mixed.mT if self.channels_first else mixed
         return (mixed, *more) if more else mixed
 
@@ -116,15 +141,46 @@ class HyperConnection(nn.Module):
                 f"x must have shape (..., {shape[0]}, {shape[1]}), got {tuple(x.shape)}; expand() makes streams of (..., C)"
             )
 
-    def _mixes(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pre (..., n), post (..., n) and H (..., n, n), of streams (..., n, C) in the dtype of the arithmetic."""
-        n, dtype = self.streams, streams.dtype
-        weight, gates, bias, scale = (p.to(dtype) for p in (self.weight, self.gates, self.bias, self.norm.weight))
-        z = nn.functional.rms_norm(streams.flatten(-2), self.norm.normalized_shape, scale, self.norm.eps)
-        sizes = [n, n, n * n]
-        raw = (z @ weight).split(sizes, -1)
-        pre, post, mix = (a * z + b for a, z, b in zip(gates, raw, bias.split(sizes), strict=True))
-        return pre.sigmoid(), 2 * post.sigmoid(), self.projection(mix.unflatten(-1, (n, n)))
+    def _backend(self, x: Tensor) -> str:
+        return resolve_backend(self.backend, x)
+
+    def _read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the branch reads, post and comb, and streams (T, n, C) again, through which their own gradient goes."""
+        X, n = streams.reshape(-1, *streams.shape[-2:]), self.streams
+        fn, scale, base, mixing = self._weights(compute_dtype(X.dtype))
+        if mixing is None:
+            return *self._read_apart(X, fn, scale, base), X
+        read, _, post, comb, X = mhc_calls.pre_through(X, fn, scale, base, None, *mixing, self._backend(X))
+        if self.projection._forward_hooks:
+            plan = comb if mixing.transposed else comb.mT
+            plan = self.projection(None, projected=plan.reshape(*streams.shape[:-2], n, n)).reshape(-1, n, n)
+            comb = plan if mixing.transposed else plan.mT
+        return read, post, comb, X
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Mixing | None]:
+        """fn, scale, base in the dtype of the arithmetic, and what is computed of the mixes; None where operators do not."""
+        fn, scale, base = (x.to(dtype) for x in (self.fn, self.scale, self.base))
+        if self.norm_weight is not None:
+            fn = fn * self.norm_weight.to(dtype)
+        temperature = self.projection.temperature
+        if self.projection.floor is not None or self.streams > MOST_STREAMS or isinstance(temperature, Tensor):
+            return fn, scale, base, None
+        if temperature != 1.0:
+            n = self.streams
+            scale = torch.cat([scale[:2], scale[2:] / temperature])
+            base = torch.cat([base[: 2 * n], base[2 * n :] / temperature])
+        return fn, scale, base, self.mixing
+
+    def _read_apart(self, X: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By the formulas, with the projection as a module."""
+        n, mixing = self.streams, self.mixing
+        z = oracle.mixes(X, fn, mixing.norm_eps)
+        pre, post, mix = (
+            a * z + b for a, z, b in zip(scale, z.split([n, n, n * n], -1), base.split([n, n, n * n]), strict=True)
+        )
+        plan = self.projection(mix.unflatten(-1, (n, n)))
+        read = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
+        return read, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
 
     def expand(self, x: Tensor) -> Tensor:
         """(..., C) to n equal streams, (..., n, C)."""
@@ -134,6 +190,50 @@ class HyperConnection(nn.Module):
     def reduce(self, x: Tensor) -> Tensor:
         """The mean of the streams, to (..., C)."""
         return x.mean(-1 if self.channels_first else -2)
+
+    @classmethod
+    def from_deepseek(cls, branch: nn.Module, fn: Tensor, scale: Tensor, base: Tensor, **options: Any) -> HyperConnection:
+        """DeepSeek's layer with its weights, fn (n (n + 2), n C), scale (3,), base (n (n + 2),)."""
+        streams = round(math.sqrt(fn.shape[0] + 1)) - 1
+        if fn.dim() != 2 or fn.shape[0] != streams * (streams + 2) or fn.shape[1] % streams:
+            raise ValueError(f"fn must have shape (n (n + 2), n C), got {tuple(fn.shape)}")
+        known: dict[str, Any] = {"variant": "deepseek", "device": fn.device, "dtype": fn.dtype}
+        layer = cls(branch, fn.shape[1] // streams, streams, **known | options)
+        with torch.no_grad():
+            for own, theirs, name in ((layer.fn, fn, "fn"), (layer.scale, scale, "scale"), (layer.base, base, "base")):
+                if theirs.shape != own.shape:
+                    raise ValueError(f"{name} must have shape {tuple(own.shape)}, got {tuple(theirs.shape)}")
+                own.copy_(theirs)
+        return layer
+
+    @classmethod
+    def from_liger(cls, branch: nn.Module, weights: nn.Module | Mapping[str, Tensor], **options: Any) -> HyperConnection:
+        """LigerMHC's layer: a module, or its state, with phi (n C, n (n + 2)), b, alpha_pre, alpha_post and alpha_res."""
+        state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+        scale = torch.stack([state[name].reshape(()) for name in ("alpha_pre", "alpha_post", "alpha_res")])
+        options = {"variant": "liger", "norm_eps": getattr(weights, "rms_eps", 1e-6)} | options
+        return cls.from_deepseek(branch, state["phi"].mT, scale, state["b"].flatten(), **options)
+
+    @classmethod
+    def from_transformer_engine(
+        cls, branch: nn.Module, phi: Tensor, alpha: Tensor, beta: Tensor, norm_weight: Tensor | None = None, **options: Any
+    ) -> HyperConnection:
+        """TransformerEngine's layer: phi (24, n C) and norm_weight (n C,) in the order of its (C, n), alpha (3,), beta (1, 24).
+
+        Its streams come as (..., C, n), which ``channels_first=False`` changes to (..., n, C).
+        """
+        streams = round(math.sqrt(phi.shape[0] + 1)) - 1
+
+        def in_order(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, streams)).mT.flatten(-2)
+
+        options = {"variant": "transformer_engine", "channels_first": True, "norm_weight": norm_weight is not None} | options
+        layer = cls.from_deepseek(branch, in_order(phi), alpha, beta.flatten(), **options)
+        if norm_weight is not None:
+            with torch.no_grad():
+                assert layer.norm_weight is not None
+                layer.norm_weight.copy_(in_order(norm_weight))
+        return layer
 
 
 def _whole_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..mhc.coefficients import project_with_eps
 from ..projection import sinkhorn
 from .spectral_floor import SpectralFloor
-from .with_eps import project_with_eps
 
 
 class SinkhornProjection(nn.Module):
@@ -20,7 +20,8 @@ class SinkhornProjection(nn.Module):
             tensor: an ``nn.Parameter`` becomes a parameter of this module, any other tensor a buffer. It must stay > 0.
         sigma2_floor: None, or a floor in (0, 1) under which :class:`SpectralFloor` lets no plan fall, by its temperature.
         eps: 0, or what DeepSeek's mHC code adds to the softmax and to every sum, 1e-6 there with first="row": another
-            projection (``fastdsm.nn.with_eps``), in plain PyTorch, without mask, tol, floor and Newton's method.
+            projection (:func:`fastdsm.mhc.sinkhorn_normalize`), without mask, tol, floor and Newton's method. floored: False to
+            leave it out of the softmax, as Megatron does.
         device, dtype: where a temperature that is a tensor is moved to.
 
     forward(logits (..., n, m), mask=None) gives the plan, like logits; differentiable in logits and temperature. A forward hook
@@ -43,6 +44,7 @@ class SinkhornProjection(nn.Module):
         backend: str = "auto",
         *,
         eps: float = 0.0,
+        floored: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,7 +58,7 @@ class SinkhornProjection(nn.Module):
                 "with eps there are n_iters >= 1 sweeps and their gradient, without tol, sigma2_floor or another solver, got "
                 f"n_iters={n_iters}, tol={tol}, solver={solver!r}, grad={grad!r}, sigma2_floor={sigma2_floor}"
             )
-        self.eps = eps
+        self.eps, self.floored = eps, floored
         self.options: dict[str, Any] = {
             "n_iters": n_iters, "first": first, "tol": tol, "solver": solver, "grad": grad, "backend": backend
         }  # fmt: skip
@@ -83,13 +85,19 @@ class SinkhornProjection(nn.Module):
         with torch.no_grad():
             self.temperature.copy_(self._start)
 
-    def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The plan of ``logits``."""
+    def forward(self, logits: Tensor | None, mask: Tensor | None = None, *, projected: Tensor | None = None) -> Tensor:
+        """The plan of ``logits``; ``projected``: their plan as another call has found it, which is for hooks to see."""
+        if projected is not None:
+            return projected
+        assert logits is not None
         temperature = self.temperature
         if self.eps > 0.0:
             if mask is not None:
                 raise ValueError("with eps there is no mask")
-            return project_with_eps(logits, self.options["n_iters"], self.options["first"], temperature, self.eps)
+            tau = temperature[..., None, None] if isinstance(temperature, Tensor) else temperature
+            n_iters, first, backend = (self.options[name] for name in ("n_iters", "first", "backend"))
+            plan = project_with_eps(logits / tau, n_iters, first, self.eps, floored=self.floored, backend=backend)
+            return plan.to(logits.dtype)
         if self.floor is not None:
             temperature = self.floor(logits, temperature, mask)
         return sinkhorn(logits, temperature=temperature, mask=mask, **self.options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastdsm
 from fastdsm import reference
 from fastdsm.nn import HyperConnection, SinkhornAttention, SinkhornProjection, SpectralFloor, spectral_penalty
+from fastdsm.reference import mhc as oracle
 
 from ..tolerances import assert_within
 
@@ -187,19 +188,24 @@ class TestAttention:
             SinkhornAttention(12, 3)(x, x[0], x)
 
 
+def mixes_of(layer: HyperConnection, x: Tensor) -> tuple[Tensor, ...]:
+    """pre, post and comb, by the oracle."""
+    return oracle.split(oracle.mixes(x, layer.fn, layer.mixing.norm_eps), layer.scale, layer.base, 4, layer.mixing)
+
+
 class TestHyperConnection:
     def test_against_the_formula(self) -> None:
         n, dim = 4, 8
         layer = HyperConnection(nn.Linear(dim, dim), dim).double()
         with torch.no_grad():
-            layer.gates.fill_(0.7)
+            layer.scale.fill_(0.7)
         x = torch.randn(2, 3, n, dim, dtype=torch.float64)
         out = layer(x)
         for b in range(2):
             for t in range(3):
                 token = x[b, t]
-                z = token.flatten() / (token.square().mean() + torch.finfo(torch.float64).eps).sqrt()
-                raw = 0.7 * z @ layer.weight + layer.bias
+                z = token.flatten() / (token.square().mean() + 1e-6).sqrt()
+                raw = 0.7 * layer.fn @ z + layer.base
                 pre, post = raw[:n].sigmoid(), 2 * raw[n : 2 * n].sigmoid()
                 H = reference.sinkhorn(raw[2 * n :].view(n, n), n_iters=20)
                 torch.testing.assert_close(out[b, t], H @ token + post[:, None] * layer.branch(pre @ token))
@@ -207,7 +213,7 @@ class TestHyperConnection:
     def test_equal_streams_start_as_a_residual_connection(self) -> None:
         layer = HyperConnection(nn.Linear(8, 8), 8)
         with torch.no_grad():
-            layer.gates.zero_()
+            layer.scale.zero_()
         x = torch.randn(5, 8)
         torch.testing.assert_close(layer.reduce(layer(layer.expand(x))), x + layer.branch(x))
 
@@ -232,8 +238,8 @@ class TestHyperConnection:
                 owner.reset_parameters()
         torch.manual_seed(0)
         again = HyperConnection(nn.Linear(8, 8), 8, dtype=torch.float64)
-        assert all(torch.equal(layer.state_dict()[name], again.state_dict()[name]) for name in ("gates", "bias", "norm.weight"))
-        assert 0.9 < layer.weight.std() / again.weight.std() < 1.1
+        assert all(torch.equal(layer.state_dict()[name], again.state_dict()[name]) for name in ("scale", "base"))
+        assert 0.9 < layer.fn.std() / again.fn.std() < 1.1
         held = SinkhornProjection(temperature=nn.Parameter(torch.tensor(2.0)), dtype=torch.float64)
         held.to_empty(device="cpu").reset_parameters()
         assert held.temperature.item() == 2.0
@@ -254,7 +260,7 @@ class TestHyperConnection:
 
         layer = HyperConnection(Branch(), 16).to(module_dtype)
         with torch.no_grad():
-            layer.gates.fill_(0.7)
+            layer.scale.fill_(0.7)
         exact = copy.deepcopy(layer).double()
         plans: list[Tensor] = []
         layer.projection.register_forward_hook(lambda _, __, plan: plans.append(plan))
@@ -266,10 +272,10 @@ class TestHyperConnection:
         assert (plans[0].sum(-1) - 1).abs().max() < 1e-6
         reads, results = [], []
         for like in (exact, copy.deepcopy(exact).float()):
-            streams = x.to(like.weight.dtype)
-            pre, post, plan = like._mixes(streams)
-            reads.append((pre.unsqueeze(-2) @ streams).squeeze(-2))
-            results.append(plan @ streams + post.unsqueeze(-1) * layer.branch.left.to(streams.dtype).unsqueeze(-2))
+            streams = x.to(like.fn.dtype)
+            pre, post, comb = mixes_of(like, streams)
+            reads.append(oracle.collapse(streams, pre))
+            results.append(oracle.post(layer.branch.left.to(streams.dtype), streams, post, comb))
         assert_within(layer.branch.came, *reads)
         assert_within(out, *results)
 
@@ -279,9 +285,9 @@ class TestHyperConnection:
         exact, wide = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
         exact.zero_grad()
         exact(wide).square().sum().backward()
-        assert layer.weight.grad.dtype == torch.float32
+        assert layer.fn.grad.dtype == torch.float32
         assert (x.grad.double() - wide.grad).norm() < 1e-2 * wide.grad.norm()
-        assert (layer.weight.grad.double() - exact.weight.grad).norm() < 2e-2 * exact.weight.grad.norm()
+        assert (layer.fn.grad.double() - exact.fn.grad).norm() < 2e-2 * exact.fn.grad.norm()
 
     def test_options(self) -> None:
         """first, transposed and eps against the formulas; channels beside streams."""
@@ -291,12 +297,12 @@ class TestHyperConnection:
                 nn.Identity(), 8, first=first, transposed=transposed, eps=eps, n_iters=3, dtype=torch.float64
             )
             with torch.no_grad():
-                layer.gates.fill_(0.7)
-            pre, post, plan = layer._mixes(x)
-            raw = []
-            layer.projection.register_forward_pre_hook(lambda _, args, raw=raw: raw.append(args[0]))
+                layer.scale.fill_(0.7)
+            pre, post, comb = mixes_of(layer, x)
+            plan = comb if transposed else comb.mT
+            raw = (0.7 * oracle.mixes(x, layer.fn, 1e-6) + layer.base)[..., 8:].unflatten(-1, (4, 4))
             out = layer(x)
-            expected = raw[0].softmax(-1 if first == "row" else -2) + eps
+            expected = raw.softmax(-1 if first == "row" else -2) + eps
             side, other = (-1, -2) if first == "row" else (-2, -1)
             expected = expected / (expected.sum(other, keepdim=True) + eps)
             for _ in range(2):

@@ -10,14 +10,14 @@ _IMPLICIT, _GRADIENTS = "tests/ops/test_implicit.py", "tests/ops/test_gradients.
 
 MODES = [
     Change(
-        "fastdsm/reference.py",
+        "fastdsm/reference/__init__.py",
         "for _ in range(3):",
         "for _ in range(1):",
         (f"{_IMPLICIT}::test_double_backward_of_a_mixed_loss",),
         "a second derivative of one chord step",
     ),
     Change(
-        "fastdsm/reference.py",
+        "fastdsm/reference/__init__.py",
         "aim = at.aim + (reached - at.aim).detach()",
         "aim = at.aim",
         (f"{_IMPLICIT}::test_second_derivatives_of_what_has_not_converged",),

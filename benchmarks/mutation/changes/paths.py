@@ -91,14 +91,14 @@ PROJECTION = [
         "the uniform marginal of the columns that a mask leaves",
     ),
     Change(
-        "fastdsm/reference.py",
+        "fastdsm/reference/__init__.py",
         '    start = torch.where((r if first == "col" else c) != 0, start, 0.0)\n',
         "",
         ("tests/api/test_reference.py::test_f0_of_an_excluded_line_is_never_read",),
         "the oracle reads f0 of excluded lines",
     ),
     Change(
-        "fastdsm/reference.py",
+        "fastdsm/reference/__init__.py",
         "start = torch.where((at.residual(nearer) < at.residual(start)).unsqueeze(-1), nearer, start)",
         "start = nearer",
         ("tests/api/test_reference.py::test_a_step_that_is_rounding_does_not_move_a_converged_plan",),

@@ -120,7 +120,7 @@ POTENTIALS = [
         "implicit gradients at potentials that are rounded by 0.1",
     ),
     Change(
-        "fastdsm/reference.py",
+        "fastdsm/reference/__init__.py",
         "return col * torch.where(own > 0, total / own.where(own > 0, 1.0), 1.0)",
         "return col",
         ("tests/api/test_reference.py::test_columns_are_scaled_to_the_rows_total",),

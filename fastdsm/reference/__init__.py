@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops.marginals import lines_taking_part, marginals, valid_entries
-from .results import AttentionInfo, SinkhornInfo, SinkhornSpectrum, default_tol
+from .._ops.marginals import lines_taking_part, marginals, valid_entries
+from ..results import AttentionInfo, SinkhornInfo, SinkhornSpectrum, default_tol
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> Tensor:

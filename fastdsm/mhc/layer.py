@@ -1,0 +1,198 @@
+"""``mhc_pre``, ``mhc_post``, ``mhc_post_pre`` and ``mhc_head``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._ops import mhc_calls
+from .._ops.arguments import count_of, resolve_backend
+from .._ops.mixing import Mixing
+from .._ops.problem import compute_dtype
+from .arguments import of_tokens, parameter, streams_of
+from .variants import mixing_of
+
+
+class _Layer(NamedTuple):
+    """What pre takes beside streams, as the operators do."""
+
+    fn: Tensor
+    scale: Tensor
+    base: Tensor
+    mixing: Mixing
+    backend: str
+
+
+def mhc_pre(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    mhc_mult: int | None = None,
+    post_mult_value: float = 2.0,
+    pre_eps: float | None = None,
+    sinkhorn_eps: float | None = None,
+    sinkhorn_repeat: int = 20,
+    n_splits: int | None = None,
+    variant: str = "deepseek",
+    transposed: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The input of a branch, and how its output will be written: the streams' product with fn, the projection, the collapse.
+
+    Args:
+        residual: streams (..., n, C), float16, bfloat16, float32 or float64, n <= 16.
+        fn: (n (n + 2), n C), rows of pre, of post, and of the mix of streams row by row.
+        scale: (3,), of the three. base: (n (n + 2),).
+        norm_weight: None, or (n C,), which multiplies the normalised streams. norm_eps: under the root of their mean square.
+        mhc_mult: None, or n, for an error where the streams are not as many.
+        post_mult_value: what the sigmoids of post are multiplied by.
+        pre_eps, sinkhorn_eps: None for the variant's; the others of "deepseek" are "liger", "megatron", "transformer_engine",
+            "paper" and "lucidrains" (:data:`fastdsm.mhc.VARIANTS`).
+        sinkhorn_repeat: sweeps, >= 1, without eps >= 0.
+        n_splits: accepted and not needed.
+        transposed: None for the variant's: whether the mix is read as [old, new], as DeepSeek does, or as [new, old].
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        layer_input (..., C) like residual; post (..., n, 1) and comb (..., n, n), always as [old, new], in float32 (float64 for
+        float64), for :func:`mhc_post`.
+
+    Raises:
+        TypeError, ValueError: with the role of the argument, what was expected and what came.
+
+    Source: mHC, arXiv 2512.24880; DeepSeek-V4's inference code for names and order.
+    """
+    n, channels = streams_of(residual, mhc_mult)
+    options = _mixing(variant, transposed, norm_eps, post_mult_value, pre_eps, sinkhorn_eps, sinkhorn_repeat)
+    layer = _layer(residual, fn, scale, base, norm_weight, options, backend, n * (n + 2), 3)
+    X = residual.reshape(-1, n, channels)
+    h, _, post, comb, *_ = mhc_calls.pre(X, *layer[:3], None, *layer.mixing, layer.backend)
+    return _restored(residual, h, (channels,)), _written(residual, post, comb)
+
+
+def mhc_head(
+    residual: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    mhc_mult: int | None = None,
+    pre_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """The streams (..., n, C) as one, (..., C), before the last projection: ``mhc_pre`` of n mixes alone.
+
+    fn (n, n C), scale (1,), base (n,); the others, errors and source as for :func:`mhc_pre`.
+    """
+    n, channels = streams_of(residual, mhc_mult)
+    mixing = Mixing(pre_eps=pre_eps, norm_eps=norm_eps)
+    layer = _layer(residual, fn, scale, base, norm_weight, mixing, backend, n, 1)
+    h = mhc_calls.pre(residual.reshape(-1, n, channels), *layer[:3], None, *layer.mixing, layer.backend)[0]
+    return _restored(residual, h, (channels,))
+
+
+def mhc_post(x: Tensor, residual: Tensor, post_layer_mix: Tensor, comb_res_mix: Tensor, *, backend: str = "auto") -> Tensor:
+    """The streams after a branch: X'_new = post_new x + sum_old comb[old, new] X_old, (..., n, C) like residual.
+
+    Args:
+        x: the branch's output (..., C), rounded to residual's dtype where it has another.
+        residual: (..., n, C). post_layer_mix: (..., n, 1) or (..., n). comb_res_mix: (..., n, n), as [old, new].
+        backend: "auto", "triton", "torch" or "reference".
+
+    Errors and source as for :func:`mhc_pre`.
+    """
+    n, channels = streams_of(residual)
+    mixed = mhc_calls.post(*_post_inputs(x, residual, post_layer_mix, comb_res_mix), resolve_backend(backend, residual))
+    return _restored(residual, mixed, (n, channels))
+
+
+def mhc_post_pre(
+    x: Tensor,
+    residual: Tensor,
+    post_layer_mix: Tensor,
+    comb_res_mix: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    mixes: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    mhc_mult: int | None = None,
+    post_mult_value: float = 2.0,
+    pre_eps: float | None = None,
+    sinkhorn_eps: float | None = None,
+    sinkhorn_repeat: int = 20,
+    n_splits: int | None = None,
+    variant: str = "deepseek",
+    transposed: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """:func:`mhc_post` of one layer with :func:`mhc_pre` of the next: new residual, layer_input, (post, comb).
+
+    Arguments, errors and source as there. mixes: None, or (..., n (n + 2)) of an earlier layer, as :func:`mhc_mixes` makes
+    them, from which this layer's pre is then taken, by its own scale and base (the shifted layer); post and comb are still of
+    the new residual's own.
+    """
+    n, channels = streams_of(residual, mhc_mult)
+    options = _mixing(variant, transposed, norm_eps, post_mult_value, pre_eps, sinkhorn_eps, sinkhorn_repeat)
+    layer = _layer(residual, fn, scale, base, norm_weight, options, backend, n * (n + 2), 3)
+    given = None
+    if mixes is not None:
+        flat = of_tokens(mixes, "mixes", (n * (n + 2),), residual, compute_dtype(residual.dtype))
+        given = torch.sigmoid(flat[:, :n] * layer.scale[0] + layer.base[:n]) + layer.mixing.pre_eps
+    inputs = _post_inputs(x, residual, post_layer_mix, comb_res_mix)
+    mixed, h, _, post, comb, *_ = mhc_calls.post_pre(*inputs, *layer[:3], given, *layer.mixing, layer.backend)
+    return _restored(residual, mixed, (n, channels)), _restored(residual, h, (channels,)), _written(residual, post, comb)
+
+
+def _mixing(
+    variant: str, transposed: bool | None, norm_eps: float, post_mult: float, pre_eps: Any, sinkhorn_eps: Any, repeat: Any
+) -> Mixing:
+    options = {"norm_eps": norm_eps, "post_mult": post_mult, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps}
+    mixing = mixing_of(variant, transposed, **options)
+    return mixing._replace(n_iters=count_of(repeat, "sinkhorn_repeat", 1 if mixing.sinkhorn_eps > 0.0 else 0))
+
+
+def _layer(
+    residual: Tensor, fn: Any, scale: Any, base: Any, norm_weight: Any, mixing: Mixing, backend: str, rows: int, scales: int
+) -> _Layer:
+    n, channels = residual.shape[-2:]
+    width = n * channels
+    counted = f"for n={n}, C={channels}"
+    fn = parameter(fn, "fn", (rows, width), residual, counted)
+    if norm_weight is not None:
+        fn = fn * parameter(norm_weight, "norm_weight", (width,), residual, counted)
+    scale = parameter(scale, "scale", (scales,), residual, "of pre, post and comb" if scales == 3 else "of pre")
+    base = parameter(base, "base", (rows,), residual, counted)
+    return _Layer(fn, scale, base, mixing, resolve_backend(backend, residual))
+
+
+def _post_inputs(x: Any, residual: Tensor, post: Any, comb: Any) -> tuple[Tensor, ...]:
+    n, channels = residual.shape[-2:]
+    wide = compute_dtype(residual.dtype)
+    if isinstance(post, Tensor) and post.dim() == residual.dim() and post.shape[-1] == 1:
+        post = post.squeeze(-1)
+    return (
+        of_tokens(x, "x", (channels,), residual, residual.dtype),
+        residual.reshape(-1, n, channels),
+        of_tokens(post, "post_layer_mix", (n,), residual, wide),
+        of_tokens(comb, "comb_res_mix", (n, n), residual, wide),
+    )
+
+
+def _restored(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.reshape(*residual.shape[:-2], *shape)
+
+
+def _written(residual: Tensor, post: Tensor, comb: Tensor) -> tuple[Tensor, Tensor]:
+    n = residual.shape[-2]
+    return _restored(residual, post, (n, 1)), _restored(residual, comb, (n, n))

@@ -1,0 +1,74 @@
+"""The oracle of ``fastdsm.mhc``: the mHC layer in plain PyTorch, a line for each of its formulas, differentiated by autograd.
+
+Streams X (..., n, C), weights fn (D, n C); float16 and bfloat16 compute in float32; results are not rounded back. What is
+computed stands in ``fastdsm/_ops/mixing.py``. The definitions are those of DeepSeek's code, of which the others are variants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ops.mixing import Mixing
+from . import sinkhorn
+
+
+def mixes(X: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """fn vec X over the root mean square of vec X, (..., D)."""
+    x = _wide(X).flatten(-2)
+    return (x @ fn.to(x.dtype).mT) * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def split(mixes: Tensor, scale: Tensor, base: Tensor, n: int, mixing: Mixing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """pre (..., n), post (..., n) and comb (..., n, n) of mixes (..., D); the last two None where D = n."""
+    mixes = _wide(mixes)
+    scale, base = scale.to(mixes.dtype), base.to(mixes.dtype)
+    pre = torch.sigmoid(scale[0] * mixes[..., :n] + base[:n]) + mixing.pre_eps
+    if mixes.shape[-1] == n:
+        return pre, None, None
+    post = mixing.post_mult * torch.sigmoid(scale[1] * mixes[..., n : 2 * n] + base[n : 2 * n])
+    plan = project((scale[2] * mixes[..., 2 * n :] + base[2 * n :]).unflatten(-1, (n, n)), mixing)
+    return pre, post, plan if mixing.transposed else plan.mT
+
+
+def project(logits: Tensor, mixing: Mixing) -> Tensor:
+    """H (..., n, n)."""
+    if mixing.sinkhorn_eps == 0.0:
+        plan = sinkhorn(logits, n_iters=mixing.n_iters, first="col" if mixing.columns_first else "row")
+        assert isinstance(plan, Tensor)
+        return plan
+    return sweeps_with_eps(logits, mixing.n_iters, mixing.columns_first, mixing.sinkhorn_eps, mixing.floored)
+
+
+def sweeps_with_eps(logits: Tensor, n_iters: int, columns_first: bool, eps: float, floored: bool = True) -> Tensor:
+    """Softmax of the first side + eps, divided by the other's sums + eps; n_iters - 1 times both sides so.
+
+    Not ``floored``: exponentials relative to the largest of the first side, divided by the sums + eps of it in place of the
+    softmax.
+    """
+    x = _wide(logits)
+    side, other = (-2, -1) if columns_first else (-1, -2)
+    if floored:
+        x = x.softmax(side) + eps
+    else:
+        x = (x - x.detach().amax(side, keepdim=True)).exp()
+        x = x / (x.sum(side, keepdim=True) + eps)
+    x = x / (x.sum(other, keepdim=True) + eps)
+    for _ in range(n_iters - 1):
+        x = x / (x.sum(side, keepdim=True) + eps)
+        x = x / (x.sum(other, keepdim=True) + eps)
+    return x
+
+
+def collapse(X: Tensor, weights: Tensor) -> Tensor:
+    """h = sum_i weights_i X_i, (..., C)."""
+    return (weights.unsqueeze(-1) * _wide(X)).sum(-2)
+
+
+def post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor) -> Tensor:
+    """X'_new = weights_new x + sum_old comb[old, new] X_old, (..., n, C)."""
+    return weights.unsqueeze(-1) * _wide(x).unsqueeze(-2) + comb.mT @ _wide(X)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
