@@ -65,7 +65,7 @@ def pre_backward(
     def gradient(where: slice) -> tuple[Tensor]:
         flat = _wide(X[where]).reshape(-1, width)
         d_fn.addmm_(slopes.sums[where].mT, flat)
-        grad = torch.addcmul(slopes.sums[where] @ fn, flat, slopes.factor[where]).view(-1, *X.shape[1:])
+        grad = (slopes.sums[where] @ fn).addcmul_(flat, slopes.factor[where]).view(-1, *X.shape[1:])
         if d_h is not None and weights is not None:
             grad.addcmul_(weights[where].unsqueeze(2), _wide(d_h[where]).unsqueeze(1))
         if add is not None:

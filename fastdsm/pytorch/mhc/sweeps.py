@@ -21,11 +21,11 @@ def sweeps_with_eps(logits: Tensor, n_iters: int, columns_first: bool, eps: floa
     plan = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for piece in _pieces(logits):
         x = _first(logits[piece], columns_first, eps, floored)
-        sums = _sums_like(x, columns_first)
+        sums, more = _sums_like(x, columns_first), x.new_tensor(eps)
         for half in range(1, 2 * n_iters):
             side = half % 2
             torch.sum(x, _axis(side, columns_first), keepdim=True, out=sums[side])
-            x *= sums[side].add_(eps).reciprocal_()
+            x *= sums[side].add_(more).reciprocal_()
         plan[piece] = x.permute(2, 0, 1)
     return plan
 
@@ -38,11 +38,12 @@ def sweeps_with_eps_backward(
     for piece in _pieces(logits):
         first = _first(logits[piece], columns_first, eps, floored)
         tape, sums = first.new_empty(2 * n_iters - 1, *first.shape), _sums_like(first, columns_first)
+        more = first.new_tensor(eps)  # as a number it would be made a tensor of every time
         x = first
         for half in range(1, 2 * n_iters):
             side = half % 2
             torch.sum(x, _axis(side, columns_first), keepdim=True, out=sums[side])
-            x = torch.mul(x, sums[side].add_(eps).reciprocal_(), out=tape[half - 1])
+            x = torch.mul(x, sums[side].add_(more).reciprocal_(), out=tape[half - 1])
         D = torch.mul(grad_plan[piece].permute(1, 2, 0), x, out=torch.empty_like(x))
         for half in range(2 * n_iters - 1, 0, -1):
             side = half % 2
