@@ -2,7 +2,15 @@
 
 from .attention import SinkhornAttention
 from .hyper_connection import HyperConnection
+from .hyper_connections import HyperConnections
 from .projection import SinkhornProjection
 from .spectral_floor import SpectralFloor, spectral_penalty
 
-__all__ = ["HyperConnection", "SinkhornAttention", "SinkhornProjection", "SpectralFloor", "spectral_penalty"]
+__all__ = [
+    "HyperConnection",
+    "HyperConnections",
+    "SinkhornAttention",
+    "SinkhornProjection",
+    "SpectralFloor",
+    "spectral_penalty",
+]

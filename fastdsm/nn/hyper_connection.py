@@ -124,12 +124,12 @@ class HyperConnection(nn.Module):
         """Mix the streams ``x`` (..., n, C), and add the branch to them."""
         self._check(x)
         streams = x.mT if self.channels_first else x
-        with _whole_precision(x):
-            read, post, comb, flat = self._read(streams)
+        with whole_precision(x):
+            read, post, comb, flat = self.read(streams.reshape(-1, *streams.shape[-2:]), streams.shape[:-2])
         written = self.branch(read.reshape(*streams.shape[:-2], self.dim), *args, **kwargs)
         written, *more = written if isinstance(written, tuple) else (written,)
-        with _whole_precision(x):
-            mixed = mhc_calls.post(written.reshape(-1, self.dim).to(x.dtype), flat, post, comb, self._backend(x))
+        with whole_precision(x):
+            mixed = mhc_calls.post(written.reshape(-1, self.dim).to(x.dtype), flat, post, comb, self.backend_for(x))
         mixed = mixed.reshape(streams.shape)
         mixed = mixed.mT if self.channels_first else mixed
         return (mixed, *more) if more else mixed
@@ -141,21 +141,40 @@ class HyperConnection(nn.Module):
                 f"x must have shape (..., {shape[0]}, {shape[1]}), got {tuple(x.shape)}; expand() makes streams of (..., C)"
             )
 
-    def _backend(self, x: Tensor) -> str:
+    def backend_for(self, x: Tensor) -> str:
+        """The word to dispatch on."""
         return resolve_backend(self.backend, x)
 
-    def _read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the branch reads, post and comb, and streams (T, n, C) again, through which their own gradient goes."""
-        X, n = streams.reshape(-1, *streams.shape[-2:]), self.streams
+    def read(self, X: Tensor, tokens: torch.Size | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the branch reads (T, C), post (T, n), comb (T, n, n) as [old, new], and the streams X (T, n, C) again, through
+        which their own gradient goes. tokens: the shape that hooks see T as.
+        """
         fn, scale, base, mixing = self._weights(compute_dtype(X.dtype))
         if mixing is None:
-            return *self._read_apart(X, fn, scale, base), X
-        read, _, post, comb, X = mhc_calls.pre_through(X, fn, scale, base, None, *mixing, self._backend(X))
-        if self.projection._forward_hooks:
-            plan = comb if mixing.transposed else comb.mT
-            plan = self.projection(None, projected=plan.reshape(*streams.shape[:-2], n, n)).reshape(-1, n, n)
-            comb = plan if mixing.transposed else plan.mT
-        return read, post, comb, X
+            return *self._read_apart(X, fn, scale, base, tokens), X
+        read, _, post, comb, X = mhc_calls.pre_through(X, fn, scale, base, None, *mixing, self.backend_for(X))
+        return read, post, self._shown(comb, tokens), X
+
+    def read_behind(
+        self, written: Tensor, X: Tensor, post: Tensor, comb: Tensor, tokens: torch.Size | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Streams behind the branch of an earlier connection, and of these what :meth:`read` gives but the last."""
+        fn, scale, base, mixing = self._weights(compute_dtype(X.dtype))
+        if mixing is None:
+            X = mhc_calls.post(written, X, post, comb, self.backend_for(X))
+            return X, *self._read_apart(X, fn, scale, base, tokens)
+        options = (None, *mixing, self.backend_for(X))
+        X, read, _, post, comb, *_ = mhc_calls.post_pre(written, X, post, comb, fn, scale, base, *options)
+        return X, read, post, self._shown(comb, tokens)
+
+    def _shown(self, comb: Tensor, tokens: torch.Size | None) -> Tensor:
+        """comb, after hooks of the projection have seen its plan."""
+        if not self.projection._forward_hooks:
+            return comb
+        plan = comb if self.mixing.transposed else comb.mT
+        shape = plan.shape if tokens is None else (*tokens, *plan.shape[1:])
+        plan = self.projection(None, projected=plan.reshape(shape)).reshape(plan.shape)
+        return plan if self.mixing.transposed else plan.mT
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Mixing | None]:
         """fn, scale, base in the dtype of the arithmetic, and what is computed of the mixes; None where operators do not."""
@@ -171,14 +190,17 @@ class HyperConnection(nn.Module):
             base = torch.cat([base[: 2 * n], base[2 * n :] / temperature])
         return fn, scale, base, self.mixing
 
-    def _read_apart(self, X: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_apart(
+        self, X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, tokens: torch.Size | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """By the formulas, with the projection as a module."""
         n, mixing = self.streams, self.mixing
         z = oracle.mixes(X, fn, mixing.norm_eps)
         pre, post, mix = (
             a * z + b for a, z, b in zip(scale, z.split([n, n, n * n], -1), base.split([n, n, n * n]), strict=True)
         )
-        plan = self.projection(mix.unflatten(-1, (n, n)))
+        shape = (*(mix.shape[:1] if tokens is None else tokens), n, n)
+        plan = self.projection(mix.reshape(shape)).reshape(-1, n, n)
         read = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
         return read, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
 
@@ -236,7 +258,7 @@ class HyperConnection(nn.Module):
         return layer
 
 
-def _whole_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def whole_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Where autocast would narrow products, it is off."""
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
