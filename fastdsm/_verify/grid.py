@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from . import attention, newton, sinkhorn
+from . import attention, mhc, newton, sinkhorn
 from .attention import AttentionCase
+from .mhc import MhcCase
 from .newton import NewtonCase
 from .sinkhorn import Case, Record, Target
 
@@ -14,6 +15,7 @@ def grid(target: Target, quick: bool = False) -> list[Case]:
         *sinkhorn.cases(target, quick),
         *newton.newton_cases(target, quick),
         *attention.attention_cases(target, quick),
+        *mhc.mhc_cases(target, quick),
     ]
 
 
@@ -23,4 +25,6 @@ def verify(case: Case, target: Target) -> list[Record]:
         return attention.verify_attention_case(case, target)
     if isinstance(case, NewtonCase):
         return newton.verify_newton_case(case, target)
+    if isinstance(case, MhcCase):
+        return mhc.verify_mhc_case(case, target)
     return sinkhorn.verify_case(case, target)

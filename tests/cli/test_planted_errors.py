@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fastdsm._verify import attention as attention_verification
+from fastdsm._verify import mhc as mhc_verification
 from fastdsm._verify import newton as newton_verification
 from fastdsm._verify import sinkhorn as verification
 from fastdsm._verify.attention import AttentionCase, verify_attention_case
+from fastdsm._verify.mhc import MhcCase, verify_mhc_case
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import Case, Target, verify_case
 
@@ -214,3 +216,30 @@ def test_an_option_of_attention_is_one() -> None:
     mask = attention_verification._inputs(attention_case_of("mask"), "cpu")[0]["attn_mask"]
     assert not mask[0].any()
     assert not mask[:, -1].any()
+
+
+@pytest.mark.parametrize("option", ["deepseek", "post pre", "shifted", "head"])
+def test_quantities_of_a_layer(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result and each gradient, and an error in one alone."""
+    case, called = MhcCase((3, 4, 5), torch.float32, 1.0, 20, option), mhc_verification._called
+    results = {"h"} if option == "head" else {"h", "post", "comb", "streams"}
+    operands = {"residual", "fn", "scale", "base"} | (set() if option == "head" else {"x"})
+    operands |= {"weights", "comb"} if option in ("post pre", "shifted") else set()
+    operands |= {"mixes"} if option == "shifted" else set()
+    records = verify_mhc_case(case, CPU)
+    assert missed(records) == set()
+    assert {record.quantity for record in records} == results | {f"gradient of {name}" for name in operands}
+
+    def with_off(result: str, operand: str) -> Call:
+        def wrong(case: MhcCase, backend: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = called(case, backend, {name: amplified(x) if name == operand else x for name, x in given.items()})
+            return {name: shifted(x) if name == result else x for name, x in found.items()}
+
+        return wrong
+
+    for result in results:
+        monkeypatch.setattr(mhc_verification, "_called", with_off(result, ""))
+        assert missed(verify_mhc_case(case, CPU)) == {result}
+    for operand in operands:
+        monkeypatch.setattr(mhc_verification, "_called", with_off("", operand))
+        assert missed(verify_mhc_case(case, CPU)) == {f"gradient of {operand}"}
