@@ -19,9 +19,10 @@ from ..attention.tile import dot
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
 from .collapse import matrix_logits, sigmoids
-from .mixes import Options, inverse_root, matrix_steps, project, project_adjoint
+from .mixes import MAX_LINES, Options, inverse_root, matrix_steps, project, project_adjoint
 from .product import exact_product
 from .tiles import Strides, inside, load_tile, partly_summed, tokens_from, vectors
+from .wide import places, wide_adjoint, wide_logits, wide_project
 
 
 @finite_jit
@@ -92,24 +93,47 @@ def _mhc_mix_bwd_kernel(
             inner += leave(dpre * (pre[i] * (1.0 - pre[i])), i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
     if not HEAD:
         factor = tl.load(scale_ptr + 1)
-        post = sigmoids(own_ptr + LINES, q, factor, base_ptr + LINES, streams, LINES)
+        post = sigmoids(own_ptr + streams, q, factor, base_ptr + streams, streams, LINES)
         for i in tl.static_range(LINES):
-            dpost = tl.load(dpost_ptr + token * LINES + i, mask=live & (has_dpost != 0), other=0.0) * options.post_mult
-            dl = dpost * (post[i] * (1.0 - post[i]))
-            inner += leave(dl, LINES + i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
-        step_a, step_b, comb_a, comb_b = matrix_steps(options, LINES)
+            if i < streams:
+                dpost = tl.load(dpost_ptr + token * streams + i, mask=live & (has_dpost != 0), other=0.0) * options.post_mult
+                dl = dpost * (post[i] * (1.0 - post[i]))
+                inner += leave(dl, streams + i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
         factor = tl.load(scale_ptr + 2)
-        M = matrix_logits(own_ptr + 2 * LINES, q, factor, base_ptr + 2 * LINES, step_a, step_b, LINES)
-        history_ptr += token
-        x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
-        dP = []
-        for e in tl.static_range(LINES * LINES):
-            at = (e // LINES) * comb_a + (e % LINES) * comb_b
-            dP = dP + [tl.load(dcomb_ptr + token * (LINES * LINES) + at, mask=live & (has_dcomb != 0), other=0.0)]
-        dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
-        for e in tl.static_range(LINES * LINES):
-            at = 2 * LINES + (e // LINES) * step_a + (e % LINES) * step_b
-            inner += leave(dM[e], at, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        base_ptr += 2 * streams
+        dcomb_ptr += token * (streams * streams)
+        own_ptr += 2 * streams
+        out_ptr += 2 * streams
+        totals_ptr += 2 * streams
+        there = live & (has_dcomb != 0)
+        if LINES <= MAX_LINES:
+            M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
+            history_ptr += token
+            x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
+            dP = []
+            for e in tl.static_range(LINES * LINES):
+                at = (e // LINES) * comb_a + (e % LINES) * comb_b
+                dP = dP + [tl.load(dcomb_ptr + at, mask=there, other=0.0)]
+            dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
+            for e in tl.static_range(LINES * LINES):
+                at = (e // LINES) * step_a + (e % LINES) * step_b
+                inner += leave(dM[e], at, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        else:
+            at, valid = places(step_a, step_b, streams)
+            M, s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
+            x, K, p, w = wide_project(M, options, history_ptr, token, tokens, True)
+            comb_at, _valid = places(comb_a, comb_b, streams)
+            dP = tl.load(dcomb_ptr[:, None, None] + comb_at, mask=there[:, None, None] & valid, other=0.0)
+            dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens)
+            dM = tl.where(live[:, None, None] & valid, dM, 0.0)
+            ds = factor * (q[:, None, None] * dM)
+            tl.store(out_ptr[:, None, None] + at, ds, mask=live[:, None, None] & valid)
+            tl.store(totals_ptr + at, tl.sum(dM, 0)[None, :, :], mask=valid)
+            scaled = tl.where(live[:, None, None], dM * (q[:, None, None] * s), 0.0)
+            tl.store(totals_ptr + rows + at, tl.sum(scaled, 0)[None, :, :], mask=valid)
+            inner += tl.sum(tl.sum(ds * s, 2), 1)
+        out_ptr -= 2 * streams
     tl.store(out_ptr + rows, -(q * q) / size * inner, mask=live)
 
 

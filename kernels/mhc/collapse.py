@@ -10,8 +10,9 @@ import triton.language as tl
 
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
-from .mixes import Options, inverse_root, matrix_steps, plan, project, sigmoid
+from .mixes import MAX_LINES, Options, inverse_root, matrix_steps, plan, project, sigmoid
 from .tiles import Strides, inside, load_tile, tokens_from, vectors
+from .wide import places, wide_logits, wide_plan, wide_project
 
 
 @triton.jit
@@ -74,7 +75,8 @@ def _mhc_mix_fwd_kernel(
     has_given: tl.int32,
     LINES: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. HEAD: pre alone, of at most LINES streams."""
+    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. LINES: of n, or 16, where there may be
+    fewer. HEAD: pre alone."""
     program = tl.program_id(0)
     token, live = tokens_from((program // channel_parts).to(tl.int64) * BLOCK_T, tokens, BLOCK_T)
     add_partials(partials_ptr, sums_ptr, token, live, tokens, rows + 1, width, parts)
@@ -85,17 +87,26 @@ def _mhc_mix_fwd_kernel(
     for i in tl.static_range(LINES):
         tl.store(pre_ptr + token * streams + i, pre[i] + options.pre_eps, mask=live & (i < streams))
     if not HEAD:
-        post = sigmoids(own_ptr + LINES, q, tl.load(scale_ptr + 1), base_ptr + LINES, streams, LINES)
+        post = sigmoids(own_ptr + streams, q, tl.load(scale_ptr + 1), base_ptr + streams, streams, LINES)
         for i in tl.static_range(LINES):
-            tl.store(post_ptr + token * LINES + i, options.post_mult * post[i], mask=live)
-        step_a, step_b, comb_a, comb_b = matrix_steps(options, LINES)
-        base_ptr += 2 * LINES
-        M = matrix_logits(own_ptr + 2 * LINES, q, tl.load(scale_ptr + 2), base_ptr, step_a, step_b, LINES)
-        _x, K, p, w = project(M, options, sums_ptr, 0, LINES, False)
-        comb = plan(K, p, w)
-        for e in tl.static_range(LINES * LINES):
-            at = (e // LINES) * comb_a + (e % LINES) * comb_b
-            tl.store(comb_ptr + token * (LINES * LINES) + at, comb[e], mask=live)
+            tl.store(post_ptr + token * streams + i, options.post_mult * post[i], mask=live & (i < streams))
+        step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
+        factor = tl.load(scale_ptr + 2)
+        own_ptr += 2 * streams
+        base_ptr += 2 * streams
+        comb_ptr += token * (streams * streams)
+        if LINES <= MAX_LINES:
+            M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
+            _x, K, p, w = project(M, options, sums_ptr, 0, LINES, False)
+            comb = plan(K, p, w)
+            for e in tl.static_range(LINES * LINES):
+                tl.store(comb_ptr + (e // LINES) * comb_a + (e % LINES) * comb_b, comb[e], mask=live)
+        else:
+            at, valid = places(step_a, step_b, streams)
+            M, _s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
+            _x, K, p, w = wide_project(M, options, sums_ptr, token, tokens, False)
+            at, valid = places(comb_a, comb_b, streams)
+            tl.store(comb_ptr[:, None, None] + at, wide_plan(K, p, w), mask=live[:, None, None] & valid)
     tl.debug_barrier()
     first = (program % channel_parts) * channels_of_part
     last = tl.minimum(first + channels_of_part, channels)

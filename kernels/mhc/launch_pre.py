@@ -15,7 +15,7 @@ from fastdsm._ops.mixing import Mixing
 from ..common.configuration import Configuration, multiprocessors, pointers_of
 from .backward import _mhc_dots_bwd_kernel, _mhc_mix_bwd_kernel, _mhc_streams_bwd_kernel, _mhc_sum_bwd_kernel
 from .collapse import _mhc_mix_fwd_kernel
-from .mixes import SEGMENT, Options
+from .mixes import MAX_LINES, SEGMENT, Options
 from .product import _mhc_product_fwd_kernel
 from .tiles import Strides
 
@@ -27,6 +27,7 @@ _MAX_PARTS = 32
 _TOKENS = (16, 64, 256)  # of a program of the product
 _ROWS = (16, 32, 64, 128)  # of fn likewise
 _MIX_TOKENS = 32
+_WIDE_TOKENS = 8
 _DOT_TOKENS = 16
 _LINES = (4, 8, 16)  # streams that a program of the backward has room for
 _TILES = ((4, 32, 1), (4, 16, 1), (1, 16, 1), (1, 64, 1), (1, 64, 2), (1, 64, 5))  # streams, rows of fn, and how often these
@@ -71,6 +72,11 @@ def block_of(size: int, blocks: tuple[int, ...]) -> int:
     return next((block for block in blocks if size <= block), blocks[-1])
 
 
+def _kind(streams: int, head: bool) -> tuple[int, bool]:
+    """Lines, and whether there are only these, of the kernel that makes the mixes."""
+    return MAX_STREAMS if head or streams > MAX_LINES.value else streams, head
+
+
 @functools.cache
 def _product(dtype: torch.dtype, block_t: int, block_d: int) -> Configuration:
     wide = dtype == torch.float32 or block_d > 32
@@ -87,15 +93,16 @@ def _product(dtype: torch.dtype, block_t: int, block_d: int) -> Configuration:
 
 @functools.cache
 def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
+    block = _WIDE_TOKENS if lines > MAX_LINES.value and not head else _MIX_TOKENS
     return Configuration(
         kernel=_mhc_mix_fwd_kernel,
         pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
         | dict.fromkeys(
             ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "sums_ptr"), "fp32"
         ),
-        constants={"LINES": lines, "HEAD": head, "BLOCK_T": _MIX_TOKENS, "BLOCK_C": 128 if lines <= 4 else 64},
+        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block, "BLOCK_C": 128 if lines <= 4 else 64},
         num_warps=4,
-        matrices=_MIX_TOKENS,
+        matrices=block,
         label=f"mhc mix {TYPES[dtype]} " + ("head" if head else f"{lines} streams"),
     )
 
@@ -114,12 +121,14 @@ def _dots(dtype: torch.dtype, lines: int) -> Configuration:
 
 @functools.cache
 def _mix_backward(lines: int, head: bool) -> Configuration:
+    wide = lines > MAX_LINES.value and not head
+    block = _WIDE_TOKENS if wide else _MIX_TOKENS
     return Configuration(
         kernel=_mhc_mix_bwd_kernel,
         pointers=dict.fromkeys(pointers_of(_mhc_mix_bwd_kernel), "fp32"),
-        constants={"LINES": lines, "HEAD": head, "BLOCK_T": _MIX_TOKENS},
-        num_warps=1,
-        matrices=_MIX_TOKENS,
+        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block},
+        num_warps=4 if wide else 1,
+        matrices=block,
         label="mhc mix backward " + ("head" if head else f"{lines} streams"),
     )
 
@@ -153,11 +162,11 @@ def _sum() -> Configuration:
 def configurations() -> list[Configuration]:
     """Every kernel that ``pre`` can launch."""
     products = [_product(dtype, *blocks) for dtype in TYPES for blocks in itertools.product(_TOKENS, _ROWS)]
-    mixes = [_mix(dtype, lines, False) for dtype in TYPES for lines in range(1, 9)]
-    heads = [_mix(dtype, MAX_STREAMS, True) for dtype in TYPES]
+    kinds = [(lines, False) for lines in (*range(1, MAX_LINES.value + 1), MAX_STREAMS)] + [(MAX_STREAMS, True)]
+    mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
     backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _LINES]
-    backwards += [_mix_backward(lines, False) for lines in range(1, 9)] + [_mix_backward(MAX_STREAMS, True), _sum()]
-    return products + mixes + heads + backwards + [_streams(dtype, *tile) for dtype in TYPES for tile in _TILES]
+    backwards += [_mix_backward(*kind) for kind in kinds] + [_sum()]
+    return products + mixes + backwards + [_streams(dtype, *tile) for dtype in TYPES for tile in _TILES]
 
 
 def _split(size: int, step: int, programs: int, device: torch.device) -> int:
@@ -213,7 +222,7 @@ def mix(
     rows = base.shape[0]
     head = rows == streams
     X = aligned(X) if collapse else X
-    configuration = _mix(X.dtype, MAX_STREAMS if head or streams > 8 else streams, head)
+    configuration = _mix(X.dtype, *_kind(streams, head))
     new = functools.partial(torch.empty, dtype=torch.float32, device=X.device)
     pre, sums = new((tokens, streams)), new((tokens, rows + 1))
     post, comb = (None, None) if head else (new((tokens, streams)), new((tokens, streams, streams)))
@@ -342,13 +351,13 @@ def _mix_gradients(
     parts, tokens, streams = dots.shape
     rows = base.shape[0]
     head = rows == streams
-    configuration = _mix_backward(MAX_STREAMS if head or streams > 8 else streams, head)
+    configuration = _mix_backward(*_kind(streams, head))
     blocks = triton.cdiv(tokens, configuration.matrices)
     new = functools.partial(torch.empty, dtype=torch.float32, device=dots.device)
     weights, dgiven = (new((tokens, streams)), None) if given is None else (given, new((tokens, streams)))
     ds, block_sums = new((tokens, width_of(rows))), new((blocks, 2, rows))
     sweeps = max(mixing.n_iters - 1, 0)
-    history = None if head else new((sweeps + triton.cdiv(sweeps, SEGMENT.value), 2 * streams, tokens))
+    history = None if head else new((sweeps + triton.cdiv(sweeps, SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
     configuration.launch(
         blocks,
         dots_ptr=dots,

@@ -32,6 +32,7 @@ from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
 from ..registers.sweeps import ones, products, reciprocals_of, scaled, sums_over_cols, sums_over_rows, zeros
 
 SEGMENT = tl.constexpr(10)
+MAX_LINES = tl.constexpr(8)
 
 
 class Options(NamedTuple):

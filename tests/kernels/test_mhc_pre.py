@@ -78,7 +78,12 @@ CASES = [
     Case(n=2, tokens=3, std=5.0, mixing=PLAIN._replace(columns_first=True, transposed=False, n_iters=1)),
     Case(tokens=3, channels=5, mixing=PLAIN._replace(n_iters=0)),
     Case(tokens=3, channels=5, mixing=Mixing(n_iters=1, norm_eps=0.1)),
+    Case(n=16, tokens=3, channels=5, dtype=torch.bfloat16),
+    Case(n=9, tokens=9, channels=8, std=5.0, mixing=PLAIN._replace(columns_first=True)),
+    Case(n=11, tokens=3, channels=5, given=True, mixing=Mixing(n_iters=3, transposed=False)),
+    Case(n=16, tokens=3, channels=1, mixing=PLAIN._replace(n_iters=0, transposed=False)),
     Case(n=1, tokens=3, head=True),
+    Case(n=16, tokens=3, channels=5, head=True),
     Case(n=4, tokens=37, channels=200, dtype=torch.bfloat16, head=True),
     Case(n=8, tokens=1, channels=5, head=True, given=True),
 ]  # fmt: skip
@@ -187,7 +192,7 @@ def test_each_cotangent_may_come_alone(name: str) -> None:
         assert_close(x, y, z)
 
 
-@pytest.mark.parametrize("n", [4])
+@pytest.mark.parametrize("n", [4, 12])
 def test_a_broken_token_leaves_the_others_their_bits(n: int) -> None:
     case = Case(n=n, tokens=7, channels=16)
     inputs = case.inputs()
