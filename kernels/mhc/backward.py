@@ -1,0 +1,268 @@
+"""The backward of ``pre`` in four launches: X and dh are read twice, and nothing else that is large.
+
+With s = fn vec X, m = sum (vec X)^2 / k, q = (m + norm_eps)^(-1/2) and l_d = scale_d q s_d + base_d the logits of the mixes, of
+which ``mixes.py`` has the adjoint dl:
+
+    dpre_i += <dh, X_i>                                                               _mhc_dots_bwd_kernel
+    dbase_d = sum_t dl_d,   dscale = sum_td dl_d q s_d over the d that it scales
+    ds_d = scale_d q dl_d,   dm = -q^2 / 2 sum_d ds_d s_d,   c = 2 dm / k             _mhc_mix_bwd_kernel
+    dX_i = pre_i dh + fn_i^T ds + c X_i,   dfn = sum_t ds X^T                         _mhc_streams_bwd_kernel
+    sums over blocks of tokens                                                        _mhc_sum_bwd_kernel
+
+Given weights in place of pre, <dh, X_i> is their gradient.
+"""
+
+import triton
+import triton.language as tl
+
+from ..attention.tile import dot
+from ..common.arithmetic import narrow
+from ..common.configuration import finite_jit
+from .collapse import matrix_logits, sigmoids
+from .mixes import MAX_LINES, Options, inverse_root, matrix_steps, project, project_adjoint
+from .product import exact_product
+from .tiles import Strides, inside, load_tile, partly_summed, tokens_from, vectors
+from .wide import places, wide_adjoint, wide_logits, wide_project
+
+
+@finite_jit
+def _mhc_dots_bwd_kernel(
+    dh_ptr, X_ptr, dots_ptr,
+    tokens: tl.int64, streams: tl.int32, channels: tl.int32, parts: tl.int32, channels_of_part: tl.int32,
+    dh_strides: Strides, X_strides: Strides,
+    LINES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dots (parts, tokens, streams): <dh, X_i> over a part of the channels."""
+    program = tl.program_id(0)
+    part = program % parts
+    token, live = tokens_from((program // parts).to(tl.int64) * BLOCK_T, tokens, BLOCK_T)
+    dots = []
+    for _ in tl.static_range(LINES):
+        dots = dots + [tl.zeros([BLOCK_T, BLOCK_C // 8], tl.float32)]
+    last = tl.minimum((part + 1) * channels_of_part, channels)
+    for channel in range(part * channels_of_part, last, BLOCK_C):
+        dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, last, BLOCK_C).to(tl.float32)
+        more = []
+        for i in tl.static_range(LINES):
+            there = (token >= 0) & (i < streams)
+            x = load_tile(X_ptr + i * X_strides.stream, X_strides.token, token, there, channel, last, BLOCK_C)
+            more = more + [dots[i] + partly_summed(dh * x.to(tl.float32))]
+        dots = more
+    for i in tl.static_range(LINES):
+        own_ptr = dots_ptr + (part * tokens + token) * streams + i
+        tl.store(own_ptr, tl.sum(dots[i], 1), mask=live & (i < streams))
+
+
+@triton.jit
+def add_parts(parts_ptr, stride, parts):
+    """The sum of ``parts`` values, ``stride`` apart, for each token."""
+    total = tl.load(parts_ptr)
+    for part in range(1, parts):
+        total += tl.load(parts_ptr + part * stride)
+    return total
+
+
+@finite_jit
+def _mhc_mix_bwd_kernel(
+    dots_ptr, dpre_ptr, dpost_ptr, dcomb_ptr, sums_ptr, scale_ptr, base_ptr,
+    weights_ptr, dgiven_ptr, ds_ptr, block_sums_ptr, history_ptr,
+    tokens: tl.int64, streams: tl.int32, rows: tl.int32, width: tl.int32, parts: tl.int32, size: tl.float32, options: Options,
+    has_given: tl.int32, has_dpre: tl.int32, has_dpost: tl.int32, has_dcomb: tl.int32,
+    LINES: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """ds and, behind it, c (tokens, width); sums over a block of dl and of dl q s (blocks, 2, rows); pre or dgiven."""
+    block = tl.program_id(0).to(tl.int64)
+    token, live = tokens_from(block * BLOCK_T, tokens, BLOCK_T)
+    own_ptr = sums_ptr + token * (rows + 1)
+    out_ptr = ds_ptr + token * width
+    totals_ptr = block_sums_ptr + block * 2 * rows
+    q = inverse_root(tl.load(own_ptr + rows), size, options.norm_eps)
+    inner = tl.zeros([BLOCK_T], tl.float32)
+    factor = tl.load(scale_ptr)
+    pre = sigmoids(own_ptr, q, factor, base_ptr, streams, LINES)
+    for i in tl.static_range(LINES):
+        if i < streams:
+            at = token * streams + i
+            dpre = tl.load(dpre_ptr + at, mask=live & (has_dpre != 0), other=0.0)
+            products = add_parts(dots_ptr + at, tokens * streams, parts)
+            if has_given != 0:
+                tl.store(dgiven_ptr + at, products, mask=live)
+            else:
+                tl.store(weights_ptr + at, pre[i] + options.pre_eps, mask=live)
+                dpre += products
+            inner += leave(dpre * (pre[i] * (1.0 - pre[i])), i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+    if not HEAD:
+        factor = tl.load(scale_ptr + 1)
+        post = sigmoids(own_ptr + streams, q, factor, base_ptr + streams, streams, LINES)
+        for i in tl.static_range(LINES):
+            if i < streams:
+                dpost = tl.load(dpost_ptr + token * streams + i, mask=live & (has_dpost != 0), other=0.0) * options.post_mult
+                dl = dpost * (post[i] * (1.0 - post[i]))
+                inner += leave(dl, streams + i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
+        factor = tl.load(scale_ptr + 2)
+        base_ptr += 2 * streams
+        dcomb_ptr += token * (streams * streams)
+        own_ptr += 2 * streams
+        out_ptr += 2 * streams
+        totals_ptr += 2 * streams
+        there = live & (has_dcomb != 0)
+        if LINES <= MAX_LINES:
+            M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
+            history_ptr += token
+            x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
+            dP = []
+            for e in tl.static_range(LINES * LINES):
+                at = (e // LINES) * comb_a + (e % LINES) * comb_b
+                dP = dP + [tl.load(dcomb_ptr + at, mask=there, other=0.0)]
+            dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
+            for e in tl.static_range(LINES * LINES):
+                at = (e // LINES) * step_a + (e % LINES) * step_b
+                inner += leave(dM[e], at, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        else:
+            at, valid = places(step_a, step_b, streams)
+            M, s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
+            x, K, p, w = wide_project(M, options, history_ptr, token, tokens, True)
+            comb_at, _valid = places(comb_a, comb_b, streams)
+            dP = tl.load(dcomb_ptr[:, None, None] + comb_at, mask=there[:, None, None] & valid, other=0.0)
+            dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens)
+            dM = tl.where(live[:, None, None] & valid, dM, 0.0)
+            ds = factor * (q[:, None, None] * dM)
+            tl.store(out_ptr[:, None, None] + at, ds, mask=live[:, None, None] & valid)
+            tl.store(totals_ptr + at, tl.sum(dM, 0)[None, :, :], mask=valid)
+            scaled = tl.where(live[:, None, None], dM * (q[:, None, None] * s), 0.0)
+            tl.store(totals_ptr + rows + at, tl.sum(scaled, 0)[None, :, :], mask=valid)
+            inner += tl.sum(tl.sum(ds * s, 2), 1)
+        out_ptr -= 2 * streams
+    tl.store(out_ptr + rows, -(q * q) / size * inner, mask=live)
+
+
+@triton.jit
+def leave(dl, d, own_ptr, q, factor, live, out_ptr, totals_ptr, rows):
+    """Stores ds_d, and the block's sums; returns ds_d s_d."""
+    dl = tl.where(live, dl, 0.0)
+    s = tl.load(own_ptr + d)
+    ds = factor * (q * dl)
+    tl.store(out_ptr + d, ds, mask=live)
+    tl.store(totals_ptr + d, tl.sum(dl, 0))
+    tl.store(totals_ptr + rows + d, tl.sum(tl.where(live, dl * (q * s), 0.0), 0))
+    return ds * s
+
+
+@triton.jit
+def halves(x):
+    """x in two bfloat16 pieces, which leave an error of 2^-17."""
+    high = narrow(x, tl.bfloat16)
+    return high, narrow(x - high.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def add_product(total, ds, w):
+    """total + ds w, to the accuracy of float32 if w is, of 16 bits if w is two pieces."""
+    if w[0].dtype == tl.float32:
+        total = dot(ds, w[0], total, "tf32x3")
+    else:
+        high, low = halves(ds)
+        total = dot(low, w[0], total, "ieee")
+        total = dot(high, w[1], total, "ieee")
+        total = dot(high, w[0], total, "ieee")
+    return total
+
+
+@finite_jit
+def _mhc_streams_bwd_kernel(
+    dh_ptr, X_ptr, fn_ptr, ds_ptr, weights_ptr, add_ptr, dX_ptr, dfn_ptr,
+    tokens: tl.int64, streams: tl.int32, channels: tl.int32, rows: tl.int32, width: tl.int32,
+    parts: tl.int32, tokens_of_part: tl.int64, dh_strides: Strides, X_strides: Strides, add_strides: Strides,
+    has_add: tl.int32,
+    STREAMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
+):  # fmt: skip
+    """dX, and dfn (parts, rows, streams channels) of a part of the tokens; a program takes STREAMS streams."""
+    groups = streams // STREAMS
+    program = tl.program_id(0)
+    first_stream = (program % groups) * STREAMS
+    part = (program // groups) % parts
+    channel = (program // (groups * parts)) * BLOCK_C
+    k = streams.to(tl.int64) * channels
+    wide: tl.constexpr = X_ptr.dtype.element_ty == tl.float32
+    w = []
+    dw = []
+    for e in tl.static_range(STREAMS * BLOCKS_D):
+        row = (e % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+        fn_stream_ptr = fn_ptr + (first_stream + e // BLOCKS_D) * channels
+        tile = load_tile(fn_stream_ptr, k, row.to(tl.int64), row < rows, channel, channels, BLOCK_C)
+        w = w + [(tile,) if wide else halves(tile)]
+        dw = dw + [tl.zeros([BLOCK_C, BLOCK_D], tl.float32)]
+    end = tl.minimum((part + 1) * tokens_of_part, tokens)
+    for start in range(part * tokens_of_part, end, BLOCK_T):
+        token, live = tokens_from(start, tokens, BLOCK_T)
+        c = tl.load(ds_ptr + token * width + rows)
+        dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, channels, BLOCK_C).to(tl.float32)
+        ds = []
+        for d in tl.static_range(BLOCKS_D):
+            column = d * BLOCK_D + tl.arange(0, BLOCK_D)
+            pointers = (ds_ptr + token * width)[:, None] + column[None, :]
+            ds = ds + [tl.load(pointers, mask=live[:, None] & (column < rows)[None, :], other=0.0)]
+        more = []
+        for i in tl.static_range(STREAMS):
+            stream = first_stream + i
+            X_stream_ptr = X_ptr + stream * X_strides.stream
+            x = load_tile(X_stream_ptr, X_strides.token, token, token >= 0, channel, channels, BLOCK_C)
+            weight = tl.load(weights_ptr + token * streams + stream)
+            dX = c[:, None] * x.to(tl.float32) + weight[:, None] * dh
+            for d in tl.static_range(BLOCKS_D):
+                dX = add_product(dX, ds[d], w[i * BLOCKS_D + d])
+                more = more + [dw[i * BLOCKS_D + d] + exact_product(tl.trans(x), tl.trans(ds[d]))]
+            mask = inside(live, channel, channels, X_ptr, BLOCK_C)
+            if has_add != 0:
+                add_stream_ptr = add_ptr + stream * add_strides.stream
+                dX += load_tile(add_stream_ptr, add_strides.token, token, live, channel, channels, BLOCK_C).to(tl.float32)
+            dX_pointers = vectors(dX_ptr + stream * channels, k, token, channel, BLOCK_C)
+            tl.store(dX_pointers, narrow(dX, X_ptr.dtype.element_ty), mask=mask)
+        dw = more
+    for e in tl.static_range(STREAMS * BLOCKS_D):
+        row = (e % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+        dfn_stream_ptr = dfn_ptr + (part.to(tl.int64) * rows) * k + (first_stream + e // BLOCKS_D) * channels
+        mask = inside(row < rows, channel, channels, dfn_ptr, BLOCK_C)
+        tl.store(vectors(dfn_stream_ptr, k, row.to(tl.int64), channel, BLOCK_C), tl.trans(dw[e]), mask=mask)
+
+
+@triton.jit
+def sum_blocks(
+    block_sums_ptr, dbase_ptr, dscale_ptr, blocks, rows, streams, LINES: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """dbase, and dscale, of the rows that each scales."""
+    d = tl.arange(0, BLOCK_D)
+    base = tl.zeros([LINES, BLOCK_D], tl.float32)
+    scaled = tl.zeros([LINES, BLOCK_D], tl.float32)
+    for first in range(0, blocks, LINES):
+        block = first + tl.arange(0, LINES)
+        mask = (block < blocks)[:, None] & (d < rows)[None, :]
+        pointers = block_sums_ptr + block[:, None].to(tl.int64) * (2 * rows) + d[None, :]
+        base += tl.load(pointers, mask=mask, other=0.0)
+        scaled += tl.load(pointers + rows, mask=mask, other=0.0)
+    tl.store(dbase_ptr + d, tl.sum(base, 0), mask=d < rows)
+    of_row = tl.sum(scaled, 0)
+    group = tl.minimum(d // streams, 2)
+    tl.store(dscale_ptr, tl.sum(tl.where(group == 0, of_row, 0.0), 0))
+    if rows > streams:
+        tl.store(dscale_ptr + 1, tl.sum(tl.where(group == 1, of_row, 0.0), 0))
+        tl.store(dscale_ptr + 2, tl.sum(tl.where(group == 2, of_row, 0.0), 0))
+
+
+@finite_jit
+def _mhc_sum_bwd_kernel(
+    dfn_parts_ptr, block_sums_ptr, dfn_ptr, dbase_ptr, dscale_ptr,
+    size: tl.int64, parts: tl.int32, blocks: tl.int32, rows: tl.int32, streams: tl.int32,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dfn of its parts; dbase and dscale, by program 0, of sums over blocks of tokens."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tl.max_constancy(at < size, 4)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        pointers = tl.max_contiguous(tl.multiple_of(dfn_parts_ptr + part * size + at, 16), 4)
+        total += tl.load(pointers, mask=mask, other=0.0)
+    tl.store(tl.max_contiguous(tl.multiple_of(dfn_ptr + at, 16), 4), total, mask=mask)
+    if tl.program_id(0) == 0:
+        sum_blocks(block_sums_ptr, dbase_ptr, dscale_ptr, blocks, rows, streams, LINES, BLOCK_D)

@@ -1,0 +1,426 @@
+"""``pre`` of an mHC layer and its backward: what is launched for them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdsm._ops.mixing import Mixing
+
+from ..common.configuration import Configuration, multiprocessors, pointers_of
+from .backward import _mhc_dots_bwd_kernel, _mhc_mix_bwd_kernel, _mhc_streams_bwd_kernel, _mhc_sum_bwd_kernel
+from .collapse import _mhc_mix_fwd_kernel
+from .mixes import MAX_LINES, SEGMENT, Options
+from .product import _mhc_product_fwd_kernel
+from .tiles import Strides
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+VECTOR = 8  # lines are made of so many channels, at least 16 bytes, as often as it takes
+MAX_STREAMS = 16
+_PROGRAMS_PER_SM = 2
+_MAX_PARTS = 32
+_TOKENS = (16, 64, 256)  # of a program of the product
+_ROWS = (16, 32, 64, 128)  # of fn likewise
+_MIX_TOKENS = 32
+_WIDE_TOKENS = 8
+_DOT_TOKENS = 16
+_LINES = (4, 8, 16)  # streams that a program of the backward has room for
+_TILES = ((4, 32, 1), (4, 16, 1), (1, 16, 1), (1, 64, 1), (1, 64, 2), (1, 64, 5))  # streams, rows of fn, and how often these
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` if its lines can be moved in pieces of 16 bytes; else a copy that can, with zeros behind each line."""
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    if not (any(number % VECTOR for number in (x.shape[-1], *steps)) or x.data_ptr() % 16):
+        return x
+    copy = x.new_zeros((*x.shape[:-1], -(-x.shape[-1] // VECTOR) * VECTOR))
+    copy[..., : x.shape[-1]] = x
+    return copy
+
+
+def strides(x: Tensor) -> Strides:
+    """From token to token, and from stream to stream where there are several."""
+    return Strides(*x.stride()[:-1], *([0] * (3 - x.dim())))
+
+
+def options(mixing: Mixing) -> Options:
+    """As the kernels take them."""
+    return Options(
+        n_iters=mixing.n_iters,
+        columns_first=int(mixing.columns_first),
+        transposed=int(mixing.transposed),
+        eps=mixing.sinkhorn_eps,
+        log2_eps=math.log2(mixing.sinkhorn_eps) if mixing.sinkhorn_eps > 0 else -math.inf,
+        pre_eps=mixing.pre_eps,
+        post_mult=mixing.post_mult,
+        norm_eps=mixing.norm_eps,
+    )
+
+
+def width_of(rows: int) -> int:
+    """Columns of partial sums: of the rows of fn, of squares, and what makes them whole vectors."""
+    return -(-(rows + 1) // 8) * 8
+
+
+def block_of(size: int, blocks: tuple[int, ...]) -> int:
+    """The smallest block that holds ``size``, or the largest."""
+    return next((block for block in blocks if size <= block), blocks[-1])
+
+
+def _kind(streams: int, head: bool) -> tuple[int, bool]:
+    """Lines, and whether there are only these, of the kernel that makes the mixes."""
+    return MAX_STREAMS if head or streams > MAX_LINES.value else streams, head
+
+
+@functools.cache
+def _product(dtype: torch.dtype, block_t: int, block_d: int) -> Configuration:
+    wide = dtype == torch.float32 or block_d > 32
+    return Configuration(
+        kernel=_mhc_product_fwd_kernel,
+        pointers={"X_ptr": TYPES[dtype], "fn_ptr": "fp32", "partials_ptr": "fp32"},
+        constants={"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_K": 32 if wide else 64},
+        num_warps=8 if block_t == 256 else 4,
+        num_stages=3,
+        matrices=block_t,
+        label=f"mhc product {TYPES[dtype]} {block_t} tokens {block_d} rows",
+    )
+
+
+@functools.cache
+def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
+    block = _WIDE_TOKENS if lines > MAX_LINES.value and not head else _MIX_TOKENS
+    return Configuration(
+        kernel=_mhc_mix_fwd_kernel,
+        pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
+        | dict.fromkeys(
+            ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "sums_ptr"), "fp32"
+        ),
+        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block, "BLOCK_C": 128 if lines <= 4 else 64},
+        num_warps=4,
+        matrices=block,
+        label=f"mhc mix {TYPES[dtype]} " + ("head" if head else f"{lines} streams"),
+    )
+
+
+@functools.cache
+def _dots(dtype: torch.dtype, lines: int) -> Configuration:
+    return Configuration(
+        kernel=_mhc_dots_bwd_kernel,
+        pointers=dict.fromkeys(("dh_ptr", "X_ptr"), TYPES[dtype]) | {"dots_ptr": "fp32"},
+        constants={"LINES": lines, "BLOCK_T": _DOT_TOKENS, "BLOCK_C": 128 if lines <= 4 else 64},
+        num_warps=4,
+        matrices=_DOT_TOKENS,
+        label=f"mhc dots {TYPES[dtype]} {lines} streams",
+    )
+
+
+@functools.cache
+def _mix_backward(lines: int, head: bool) -> Configuration:
+    wide = lines > MAX_LINES.value and not head
+    block = _WIDE_TOKENS if wide else _MIX_TOKENS
+    return Configuration(
+        kernel=_mhc_mix_bwd_kernel,
+        pointers=dict.fromkeys(pointers_of(_mhc_mix_bwd_kernel), "fp32"),
+        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block},
+        num_warps=4 if wide else 1,
+        matrices=block,
+        label="mhc mix backward " + ("head" if head else f"{lines} streams"),
+    )
+
+
+@functools.cache
+def _streams(dtype: torch.dtype, streams: int, block_d: int, blocks_d: int) -> Configuration:
+    return Configuration(
+        kernel=_mhc_streams_bwd_kernel,
+        pointers=dict.fromkeys(("dh_ptr", "X_ptr", "add_ptr", "dX_ptr"), TYPES[dtype])
+        | dict.fromkeys(("fn_ptr", "ds_ptr", "weights_ptr", "dfn_ptr"), "fp32"),
+        constants={"STREAMS": streams, "BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_D": block_d, "BLOCKS_D": blocks_d},
+        num_warps=8,
+        num_stages=2,
+        matrices=64,
+        label=f"mhc streams backward {TYPES[dtype]} {streams} streams {block_d * blocks_d} rows",
+    )
+
+
+@functools.cache
+def _sum() -> Configuration:
+    return Configuration(
+        kernel=_mhc_sum_bwd_kernel,
+        pointers=dict.fromkeys(pointers_of(_mhc_sum_bwd_kernel), "fp32"),
+        constants={"BLOCK": 1024, "LINES": 8, "BLOCK_D": 512},
+        num_warps=4,
+        matrices=1024,
+        label="mhc sum backward",
+    )
+
+
+def configurations() -> list[Configuration]:
+    """Every kernel that ``pre`` can launch."""
+    products = [_product(dtype, *blocks) for dtype in TYPES for blocks in itertools.product(_TOKENS, _ROWS)]
+    kinds = [(lines, False) for lines in (*range(1, MAX_LINES.value + 1), MAX_STREAMS)] + [(MAX_STREAMS, True)]
+    mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
+    backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _LINES]
+    backwards += [_mix_backward(*kind) for kind in kinds] + [_sum()]
+    return products + mixes + backwards + [_streams(dtype, *tile) for dtype in TYPES for tile in _TILES]
+
+
+def _split(size: int, step: int, programs: int, device: torch.device) -> int:
+    """How much of ``size``, in whole steps, each takes of so many that ``programs`` of each fill the device."""
+    wanted = max(_PROGRAMS_PER_SM * multiprocessors(device) // programs, 1)
+    return triton.cdiv(triton.cdiv(size, step), min(wanted, _MAX_PARTS)) * step
+
+
+def product(X: Tensor, fn: Tensor) -> Tensor:
+    """Partial sums (parts, T, P) of fn vec X and, behind them, of squares."""
+    tokens, streams, channels = X.shape
+    rows = fn.shape[0]
+    fn = aligned(fn.view(rows, streams, channels))
+    X = aligned(X)
+    configuration = _product(X.dtype, block_of(tokens, _TOKENS), block_of(rows, _ROWS))
+    block_k = configuration.constants["BLOCK_K"]
+    programs = triton.cdiv(tokens, configuration.matrices) * triton.cdiv(rows, configuration.constants["BLOCK_D"])
+    blocks = streams * triton.cdiv(X.shape[2], block_k)
+    blocks_of_part = _split(blocks, 1, programs, X.device)
+    parts = triton.cdiv(blocks, blocks_of_part)
+    partials = torch.empty((parts, tokens, width_of(rows)), dtype=torch.float32, device=X.device)
+    configuration.launch(
+        programs * parts,
+        X_ptr=X,
+        fn_ptr=fn,
+        partials_ptr=partials,
+        tokens=tokens,
+        streams=streams,
+        channels=X.shape[2],
+        rows=rows,
+        width=partials.shape[2],
+        parts=parts,
+        blocks_of_part=blocks_of_part,
+        X_strides=strides(X),
+    )
+    return partials
+
+
+def mix(
+    partials: Tensor,
+    X: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    mixing: Mixing,
+    given: Tensor | None = None,
+    collapse: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """h, pre, post, comb and sums of partial sums; h = None without ``collapse``, post = comb = None of a head.
+
+    given: (T, n), X is collapsed by it.
+    """
+    tokens, streams, channels = X.shape
+    rows = base.shape[0]
+    head = rows == streams
+    X = aligned(X) if collapse else X
+    configuration = _mix(X.dtype, *_kind(streams, head))
+    new = functools.partial(torch.empty, dtype=torch.float32, device=X.device)
+    pre, sums = new((tokens, streams)), new((tokens, rows + 1))
+    post, comb = (None, None) if head else (new((tokens, streams)), new((tokens, streams, streams)))
+    h = torch.empty((tokens, X.shape[2]), dtype=X.dtype, device=X.device) if collapse else None
+    blocks = triton.cdiv(tokens, configuration.matrices)
+    step = configuration.constants["BLOCK_C"]
+    channels_of_part = _split(X.shape[2], step, blocks, X.device) if collapse else 0
+    channel_parts = triton.cdiv(X.shape[2], channels_of_part) if collapse else 1
+    configuration.launch(
+        blocks * channel_parts,
+        partials_ptr=partials,
+        X_ptr=X,
+        scale_ptr=scale,
+        base_ptr=base,
+        given_ptr=given,
+        h_ptr=h,
+        pre_ptr=pre,
+        post_ptr=post,
+        comb_ptr=comb,
+        sums_ptr=sums,
+        tokens=tokens,
+        streams=streams,
+        channels=X.shape[2],
+        rows=rows,
+        width=partials.shape[2],
+        parts=partials.shape[0],
+        channel_parts=channel_parts,
+        channels_of_part=channels_of_part,
+        size=float(streams * channels),
+        X_strides=strides(X),
+        options=options(mixing),
+        has_given=int(given is not None),
+    )
+    return (None if h is None else h[:, :channels].contiguous()), pre, post, comb, sums
+
+
+def pre(
+    X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """h (T, C), pre, post (T, n), comb (T, n, n), and the sums (T, D + 1) that the backward wants; see :func:`mix`."""
+    h, *rest = mix(product(X, fn), X, scale, base, mixing, given)
+    assert h is not None
+    return h, *rest
+
+
+def pre_backward(
+    dh: Tensor,
+    dpre: Tensor | None,
+    dpost: Tensor | None,
+    dcomb: Tensor | None,
+    X: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    sums: Tensor,
+    mixing: Mixing,
+    given: Tensor | None = None,
+    add: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """dX (T, n, C), dfn, dscale, dbase, and dgiven (T, n) of weights that were ``given``.
+
+    dpre: of the pre that was returned, on top of what h gives. add (T, n, C): another gradient of X, added before rounding.
+    """
+    _tokens, streams, channels = X.shape
+    rows = base.shape[0]
+    fn, X, dh = aligned(fn.view(rows, streams, channels)), aligned(X), aligned(dh)
+    add = None if add is None else aligned(add)
+    dots = _dot_products(dh, X)
+    weights, dgiven, ds, block_sums = _mix_gradients(dots, dpre, dpost, dcomb, scale, base, sums, mixing, given, channels)
+    dX, dfn_parts = _stream_gradients(dh, X, fn, ds, weights, add)
+    dfn, dbase, dscale = torch.empty_like(fn), torch.empty_like(base), torch.empty_like(scale)
+    configuration = _sum()
+    configuration.launch(
+        triton.cdiv(fn.numel(), configuration.matrices),
+        dfn_parts_ptr=dfn_parts,
+        block_sums_ptr=block_sums,
+        dfn_ptr=dfn,
+        dbase_ptr=dbase,
+        dscale_ptr=dscale,
+        size=fn.numel(),
+        parts=dfn_parts.shape[0],
+        blocks=block_sums.shape[0],
+        rows=rows,
+        streams=streams,
+    )
+    return dX[..., :channels].contiguous(), dfn[..., :channels].contiguous().view(rows, -1), dscale, dbase, dgiven
+
+
+def _dot_products(dh: Tensor, X: Tensor) -> Tensor:
+    """<dh, X_i> over parts of the channels (parts, T, n)."""
+    tokens, streams, channels = X.shape
+    configuration = _dots(X.dtype, block_of(streams, _LINES))
+    blocks = triton.cdiv(tokens, configuration.matrices)
+    channels_of_part = _split(channels, configuration.constants["BLOCK_C"], blocks, X.device)
+    parts = triton.cdiv(channels, channels_of_part)
+    dots = torch.empty((parts, tokens, streams), dtype=torch.float32, device=X.device)
+    configuration.launch(
+        blocks * parts,
+        dh_ptr=dh,
+        X_ptr=X,
+        dots_ptr=dots,
+        tokens=tokens,
+        streams=streams,
+        channels=channels,
+        parts=parts,
+        channels_of_part=channels_of_part,
+        dh_strides=strides(dh),
+        X_strides=strides(X),
+    )
+    return dots
+
+
+def _mix_gradients(
+    dots: Tensor,
+    dpre: Tensor | None,
+    dpost: Tensor | None,
+    dcomb: Tensor | None,
+    scale: Tensor,
+    base: Tensor,
+    sums: Tensor,
+    mixing: Mixing,
+    given: Tensor | None,
+    channels: int,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What collapsed X, its gradient if it was given, ds with c behind it, and sums of tokens for base and scale."""
+    parts, tokens, streams = dots.shape
+    rows = base.shape[0]
+    head = rows == streams
+    configuration = _mix_backward(*_kind(streams, head))
+    blocks = triton.cdiv(tokens, configuration.matrices)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=dots.device)
+    weights, dgiven = (new((tokens, streams)), None) if given is None else (given, new((tokens, streams)))
+    ds, block_sums = new((tokens, width_of(rows))), new((blocks, 2, rows))
+    sweeps = max(mixing.n_iters - 1, 0)
+    history = None if head else new((sweeps + triton.cdiv(sweeps, SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
+    configuration.launch(
+        blocks,
+        dots_ptr=dots,
+        dpre_ptr=dpre,
+        dpost_ptr=dpost,
+        dcomb_ptr=dcomb,
+        sums_ptr=sums,
+        scale_ptr=scale,
+        base_ptr=base,
+        weights_ptr=weights,
+        dgiven_ptr=dgiven,
+        ds_ptr=ds,
+        block_sums_ptr=block_sums,
+        history_ptr=history,
+        tokens=tokens,
+        streams=streams,
+        rows=rows,
+        width=ds.shape[1],
+        parts=parts,
+        size=float(streams * channels),
+        options=options(mixing),
+        has_given=int(given is not None),
+        has_dpre=int(dpre is not None),
+        has_dpost=int(dpost is not None),
+        has_dcomb=int(dcomb is not None),
+    )
+    return weights, dgiven, ds, block_sums
+
+
+def _stream_gradients(
+    dh: Tensor, X: Tensor, fn: Tensor, ds: Tensor, weights: Tensor, add: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dX, and dfn over parts of the tokens (parts, D, n, C)."""
+    tokens, streams, channels = X.shape
+    rows = fn.shape[0]
+    together = 4 if streams == 4 else 1
+    configuration = _streams(X.dtype, *next(x for x in _TILES if x[0] == together and rows <= x[1] * x[2]))
+    step = configuration.matrices
+    programs = streams // together * triton.cdiv(channels, configuration.constants["BLOCK_C"])
+    tokens_of_part = _split(tokens, step, programs, X.device)
+    parts = triton.cdiv(tokens, tokens_of_part)
+    dX = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    dfn = torch.empty((parts, *fn.shape), dtype=torch.float32, device=X.device)
+    configuration.launch(
+        programs * parts,
+        dh_ptr=dh,
+        X_ptr=X,
+        fn_ptr=fn,
+        ds_ptr=ds,
+        weights_ptr=weights,
+        add_ptr=add,
+        dX_ptr=dX,
+        dfn_ptr=dfn,
+        tokens=tokens,
+        streams=streams,
+        channels=channels,
+        rows=rows,
+        width=ds.shape[1],
+        parts=parts,
+        tokens_of_part=tokens_of_part,
+        dh_strides=strides(dh),
+        X_strides=strides(X),
+        add_strides=strides(X if add is None else add),
+        has_add=int(add is not None),
+    )
+    return dX, dfn

@@ -1,0 +1,142 @@
+"""The sweeps of ``mixes.py`` and their adjoint for n from 9 to 16: matrices as tiles (tokens, 16, 16), symbols as there.
+
+What 16 lines have beyond n is a unit matrix of its own, exp(M) = 1 on the diagonal and 0 else, which sweeps leave alone.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
+from .mixes import SEGMENT
+
+WIDE = tl.constexpr(16)
+
+
+@triton.jit
+def places(step_a, step_b, streams):
+    """Where the entries of a matrix lie, (1, 16, 16), and which there are."""
+    line = tl.arange(0, WIDE)
+    at = line[:, None] * step_a + line[None, :] * step_b
+    valid = (line < streams)[:, None] & (line < streams)[None, :]
+    return at[None, :, :], valid[None, :, :]
+
+
+@triton.jit
+def wide_logits(own_ptr, q, factor, base_ptr, at, valid):
+    """M of each token, and the sums s."""
+    s = tl.load(own_ptr[:, None, None] + at, mask=valid, other=0.0)
+    M = factor * (q[:, None, None] * s) + tl.load(base_ptr + at, mask=valid, other=0.0)
+    line = tl.arange(0, WIDE)
+    rest = tl.where(line[:, None] == line[None, :], 0.0, float("-inf"))
+    return tl.where(valid, M, rest[None, :, :]), s
+
+
+@triton.jit
+def _softmax(M):
+    """y."""
+    y = (M - tl.max(M, 1)[:, None, :]) * LOG2_E
+    return y - log2(tl.sum(exp2(y), 1))[:, None, :]
+
+
+@triton.jit
+def _powers(x, F, G):
+    """K."""
+    return exp2(x + F[:, :, None] + G[:, None, :])
+
+
+@triton.jit
+def _first_rows(M, options):
+    """x, its first row potentials taken in."""
+    y = _softmax(M)
+    x = tl.where((options.eps > 0) & (y > float("-inf")), log2(exp2(y) + options.eps), y)
+    x = tl.where(options.n_iters > 0, x, M * LOG2_E)
+    top = tl.max(x, 2)
+    total = tl.sum(exp2(x - top[:, :, None]), 2) + exp2(options.log2_eps - top)
+    return x - (top + log2(total))[:, :, None]
+
+
+@triton.jit
+def _slot(history_ptr, token):
+    """Pointers to 16 values of each token."""
+    return history_ptr + token[:, None] * (2 * WIDE) + tl.arange(0, WIDE)[None, :]
+
+
+@triton.jit
+def _keep(history_ptr, token, F, G):
+    tl.store(_slot(history_ptr, token), F)
+    tl.store(_slot(history_ptr, token) + WIDE, G)
+
+
+@triton.jit
+def _kept(history_ptr, token):
+    return tl.load(_slot(history_ptr, token)), tl.load(_slot(history_ptr, token) + WIDE)
+
+
+@triton.jit
+def wide_plan(K, p, w):
+    """K_ab / (p_a w_b)."""
+    return reciprocal(p)[:, :, None] * K * reciprocal(w)[:, None, :]
+
+
+@triton.jit
+def wide_project(M, options, history_ptr, token, tokens, KEEP: tl.constexpr):
+    """x, K, p and w as ``project``; KEEP: lines go to history_ptr (slots, tokens, 2, 16)."""
+    x = _first_rows(M, options)
+    F = tl.zeros([M.shape[0], WIDE], tl.float32)
+    G = tl.zeros([M.shape[0], WIDE], tl.float32)
+    K = _powers(x, F, G)
+    p = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+    w = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+    sweeps = tl.maximum(options.n_iters - 1, 0)
+    for done in range(0, sweeps, SEGMENT):
+        F -= log2(p)
+        G -= log2(w)
+        K = _powers(x, F, G)
+        p = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+        w = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+        if KEEP:
+            _keep(history_ptr, token, F, G)
+            history_ptr += tokens * (2 * WIDE)
+        for _ in range(tl.minimum(sweeps - done, SEGMENT)):
+            w = tl.sum(K * reciprocal(p)[:, :, None], 1) + options.eps * w
+            p = tl.sum(K * reciprocal(w)[:, None, :], 2) + options.eps * p
+            if KEEP:
+                _keep(history_ptr, token, p, w)
+                history_ptr += tokens * (2 * WIDE)
+    return x, K, p, w
+
+
+@triton.jit
+def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
+    """dM, as ``project_adjoint``."""
+    dx = wide_plan(K, p, w) * dP
+    dF = tl.sum(dx, 2)
+    dG = tl.sum(dx, 1)
+    sweeps = tl.maximum(options.n_iters - 1, 0)
+    segments = tl.cdiv(sweeps, SEGMENT)
+    history_ptr += (sweeps + segments) * tokens * (2 * WIDE)
+    for back in range(segments):
+        count = tl.minimum(sweeps - (segments - 1 - back) * SEGMENT, SEGMENT)
+        history_ptr -= (count + 1) * tokens * (2 * WIDE)
+        F, G = _kept(history_ptr, token)
+        K = _powers(x, F, G)
+        W = tl.zeros(K.shape, tl.float32)
+        for done in range(count):
+            at = history_ptr + (count - done) * tokens * (2 * WIDE)
+            p, w = _kept(at, token)
+            past_p, past_w = _kept(at - tokens * (2 * WIDE), token)
+            past_p = tl.where(done == count - 1, 1.0, past_p)
+            past_w = tl.where(done == count - 1, 1.0, past_w)
+            v = reciprocal(w)
+            past_u = reciprocal(past_p)
+            a = dF * reciprocal(p)
+            b = v * (dG - v * tl.sum(K * a[:, :, None], 1))
+            W += a[:, :, None] * v[:, None, :] + past_u[:, :, None] * b[:, None, :]
+            dF = options.eps * past_p * a - past_u * tl.sum(K * b[:, None, :], 2)
+            dG = options.eps * past_w * b
+        dx -= K * W
+    dx -= exp2(x) * dF[:, :, None]
+    softmax = exp2(_softmax(M))
+    share = tl.where(options.eps > 0, softmax * reciprocal(softmax + options.eps), 1.0)
+    dy = dx * share
+    return tl.where(options.n_iters > 0, dy - softmax * tl.sum(dy, 1)[:, None, :], dx)
