@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._ops.problem import Gradients, Outputs, Problem
-from . import attention, panel, registers, spectrum, stream, tile
+from . import attention, mhc, panel, registers, spectrum, stream, tile
 from .common.configuration import Configuration, recorded, recording
 
 __all__ = [
@@ -39,6 +39,7 @@ def configurations() -> list[Configuration]:
         stream.launch,
         spectrum.launch,
         attention.launch,
+        mhc.launch_post,
     )
     return [x for family in families for x in family.configurations()]
 
