@@ -188,3 +188,95 @@ def test_nothing_compiles_anew_for_tokens() -> None:
             used.add(tuple(identify(launch.configuration) for launch in launches))
         assert len(used) == 1
         assert set(*used) <= known
+
+
+def next_layer(n: int, channels: int) -> Tensor:
+    """fn of a layer behind, with rows of many sizes."""
+    return torch.randn(n * (n + 2), n * channels) * torch.logspace(-3, 1, n * (n + 2))[:, None]
+
+
+def check_partials(of: Layer, fn: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
+    """X' is that of post; of it as rounded, products and squares are as exact as float32, and h is within the budget."""
+    new, h, partials = launch_post.post_partials(*of, fn, given)
+    (tokens, _n, _), rows = new.shape, fn.shape[0]
+    assert torch.equal(new, launch_post.post(*of))
+    assert partials.shape[1:] == (tokens, -(-(rows + 1) // 8) * 8)
+    exact = new.double().flatten(1)
+    sums, squares = partials.double().sum(0)[:, :rows], partials.double().sum(0)[:, rows]
+    error = (sums - exact @ fn.double().T).abs() / (exact.abs() @ fn.double().abs().T)
+    assert error.max() < 3e-7
+    torch.testing.assert_close(squares, exact.square().sum(1), rtol=3e-7, atol=0)
+    assert (h is None) == (given is None)
+    if h is not None and given is not None:
+        assert h.dtype == new.dtype
+        truth, size = (torch.einsum("tn,tnc->tc", given.double(), x) for x in (new.double(), new.double().abs()))
+        assert_near(h, truth, torch.einsum("tn,tnc->tc", given, new.float()), size)
+    return new, h, partials
+
+
+@pytest.fixture
+def _many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are shared by several programs."""
+    monkeypatch.setattr(launch_post, "multiprocessors", lambda device: 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "channels"), [(1, 1, 8), (3, 4, 200), (37, 3, 64), (130, 2, 24)])
+def test_partials(tokens: int, n: int, channels: int, given: bool, dtype: torch.dtype) -> None:
+    """One program for all channels: the sums are those of one part."""
+    of = layer(tokens, n, channels, dtype)
+    _, _, partials = check_partials(of, next_layer(n, channels), torch.rand(tokens, n) if given else None)
+    assert partials.shape[0] == 1
+
+
+@pytest.mark.usefixtures("_many_parts")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts(dtype: torch.dtype) -> None:
+    """Parts of whole steps, the last one shorter; strided inputs between NaN."""
+    of = layer(3, 4, 200, dtype)
+    of = of._replace(x=sliced(of.x, 8), X=sliced(of.X, 8))
+    _, _, partials = check_partials(of, next_layer(4, 200), torch.rand(3, 4))
+    assert partials.shape[0] > 3
+
+
+def test_tokens_do_not_meet_behind_the_product() -> None:
+    of, fn, given = layer(6, 4, 40, torch.bfloat16), next_layer(4, 40), torch.rand(6, 4)
+    results = []
+    for value in (1.0, torch.nan):
+        of.X[2, 1, 3] = value
+        new, h, partials = launch_post.post_partials(*of, fn, given)
+        assert h is not None
+        results.append((new, h, partials.sum(0)[:, : len(fn) + 1]))
+    others = torch.arange(6) != 2
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[others], after[others])
+    assert bool(results[1][2][2].isnan().all())
+
+
+FUSED = [(4, 64, 0, True), (1, 8, 8, True), (5, 64, 0, False), (4, 5, 0, False), (4, 64, 3, False)]
+
+
+@pytest.mark.parametrize(("n", "channels", "before", "fuses"), FUSED)
+def test_what_is_fused(n: int, channels: int, before: int, fuses: bool) -> None:
+    """Up to four streams of whole vectors; the rest takes a launch for post and one for the product."""
+    of = layer(2, n, channels, torch.bfloat16)
+    X = sliced(of.X, before) if before else of.X
+    assert launch_post.fuses(of.x, X, next_layer(n, channels)) == fuses
+
+
+def test_lines_far_apart_are_not_fused() -> None:
+    """Offsets in a tile are of 32 bits."""
+    of = layer(2, 4, 8, torch.bfloat16)
+    X = torch.empty(1 << 24, dtype=torch.bfloat16).as_strided((1, 4, 8), (1 << 24, 8, 1))
+    assert not launch_post.fuses(of.x[:1], X, next_layer(4, 8))
+
+
+def test_parts_leave_few_multiprocessors_idle() -> None:
+    """All of a few tokens' channels at once; of many tokens no more parts than fill the device; waves that are full."""
+    assert launch_post._steps_of_part(1, 256, 132) == 8
+    assert launch_post._steps_of_part(4096, 256, 132) > 32
+    for blocks in (64, 79, 133, 200):
+        steps = launch_post._steps_of_part(blocks, 256, 132)
+        waves = -(-blocks * -(-256 // steps) // 132)
+        assert waves * steps * 132 < 1.3 * blocks * 256
