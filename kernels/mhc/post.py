@@ -1,7 +1,7 @@
 """The streams behind a branch: X'_new = post_new F + sum_old comb[old, new] X_old, F the branch's output.
 
 A row of a program's tile is a token and GROUP of its new streams (``streams.py``): all sources are loaded before the first
-product, so that each warp has n + 1 vectors on their way, and each is added to GROUP sums in float32.
+product, so that each warp has n + 1 vectors on their way, and added up in float32 in the order of the formula.
 """
 
 import triton.language as tl
@@ -32,21 +32,15 @@ def _mhc_post_fwd_kernel(
     token, first = token_and_group(tl.program_id(0) // parts, GROUPS, ROWS)
     columns = (tl.program_id(0) % parts) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     exists = token < tokens
-    branch = load_stream(branch_ptr + token * branch_stride_t, columns, channels, exists, ALIGNED)
-    streams = []
+    sources = [load_stream(branch_ptr + token * branch_stride_t, columns, channels, exists, ALIGNED)]
     for old in tl.static_range(GROUPS * GROUP):
         at = streams_ptr + token * stride_t + old * stride_n
-        streams = streams + [load_stream(at, columns, channels, exists & (old < n), ALIGNED)]
-    sums = []
+        sources = sources + [load_stream(at, columns, channels, exists & (old < n), ALIGNED)]
     for i in tl.static_range(GROUP):
-        sums = sums + [load_mix(post_ptr, token * n + first + i, exists & (first + i < n)) * branch.to(tl.float32)]
-    for old in tl.static_range(GROUPS * GROUP):
-        stream = streams[old].to(tl.float32)
-        added = []
-        for i in tl.static_range(GROUP):
-            there = exists & (old < n) & (first + i < n)
-            added = added + [sums[i] + load_mix(comb_ptr, (token * n + old) * n + first + i, there) * stream]
-        sums = added
-    for i in tl.static_range(GROUP):
-        at = new_streams_ptr + (token * n + first + i) * channels
-        store_stream(at, columns, channels, exists & (first + i < n), sums[i], ALIGNED)
+        new, there = first + i, exists & (first + i < n)
+        total = tl.zeros([ROWS, CHANNELS], tl.float32)
+        total += load_mix(post_ptr, token * n + new, there) * sources[0].to(tl.float32)
+        for old in tl.static_range(GROUPS * GROUP):
+            mix = load_mix(comb_ptr, (token * n + old) * n + new, there & (old < n))
+            total += mix * sources[old + 1].to(tl.float32)
+        store_stream(new_streams_ptr + (token * n + new) * channels, columns, channels, there, total, ALIGNED)

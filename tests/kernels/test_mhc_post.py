@@ -96,7 +96,7 @@ def check(of: Layer, grad: Tensor | None = None) -> None:
 
 
 SIZES = [
-    (1, 1, 1), (3, 1, 64), (37, 1, 5), (1, 3, 200), (3, 3, 1), (37, 3, 64), (3, 4, 5), (37, 4, 64), (3, 4, 200), (1, 4, 520),
+    (1, 1, 1), (3, 1, 64), (3, 1, 5), (1, 3, 200), (3, 3, 1), (37, 3, 5), (3, 4, 5), (37, 4, 64), (3, 4, 200), (1, 4, 520),
     (3, 8, 200), (3, 8, 5), (1, 16, 200), (2, 16, 64), (2, 11, 5),
 ]  # fmt: skip
 
@@ -221,8 +221,9 @@ def _many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize(("tokens", "n", "channels"), [(1, 1, 8), (3, 4, 200), (37, 3, 64), (130, 2, 24)])
+@pytest.mark.parametrize(
+    ("tokens", "n", "channels", "given"), [(1, 1, 8, False), (3, 4, 200, True), (37, 3, 64, False), (130, 2, 24, True)]
+)
 def test_partials(tokens: int, n: int, channels: int, given: bool, dtype: torch.dtype) -> None:
     """One program for all channels: the sums are those of one part."""
     of = layer(tokens, n, channels, dtype)
@@ -263,6 +264,12 @@ def test_what_is_fused(n: int, channels: int, before: int, fuses: bool) -> None:
     of = layer(2, n, channels, torch.bfloat16)
     X = sliced(of.X, before) if before else of.X
     assert launch_post.fuses(of.x, X, next_layer(n, channels)) == fuses
+
+
+def test_what_is_aligned() -> None:
+    """Where the first line starts counts, and no stride of an axis of one."""
+    assert not launch_post.aligned(torch.empty(65)[1:].view(1, 64))
+    assert launch_post.aligned(torch.empty(3, 64)[1:].view(2, 64), torch.empty(64).as_strided((1, 64), (3, 1)))
 
 
 def test_lines_far_apart_are_not_fused() -> None:
