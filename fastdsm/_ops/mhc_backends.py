@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..pytorch import mhc
 from .mixing import Mixing
+
+
+def _launch(backend: str, X: Tensor, mixing: Mixing | None = None) -> ModuleType | None:
+    """The kernels' calls, if they serve streams X (T, n, C) with these mixes."""
+    if backend != "triton" or X.dtype == torch.float64 or X.shape[0] == 0:
+        return None
+    if mixing is not None and mixing.sinkhorn_eps > 0.0 and not mixing.floored:
+        return None
+    from ..kernels.mhc import launch
+
+    return launch
+
+
+def _on_end(x: Tensor) -> Tensor:
+    """With a unit last stride, as kernels read streams."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def sweeps_with_eps(logits: Tensor, n_iters: int, columns_first: bool, eps: float, floored: bool, backend: str) -> Tensor:
@@ -15,29 +33,51 @@ def sweeps_with_eps(logits: Tensor, n_iters: int, columns_first: bool, eps: floa
     return mhc.sweeps_with_eps(logits, n_iters, columns_first, eps, floored)
 
 
-def sweeps_with_eps_backward(grad_plan: Tensor, logits: Tensor, *options: Any) -> Tensor:
+def sweeps_with_eps_backward(
+    grad_plan: Tensor, logits: Tensor, n_iters: int, columns_first: bool, eps: float, floored: bool, backend: str
+) -> Tensor:
     """Its gradient."""
-    return mhc.sweeps_with_eps_backward(grad_plan, logits, *options[:-1])
+    return mhc.sweeps_with_eps_backward(grad_plan, logits, n_iters, columns_first, eps, floored)
 
 
 def pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str) -> Any:
     """h, pre, post, comb and sums."""
-    return mhc.pre(X, fn, scale, base, mixing, given)
+    launch = _launch(backend, X, mixing)
+    if launch is None:
+        return mhc.pre(X, fn, scale, base, mixing, given)
+    return launch.pre(_on_end(X), fn, scale, base, mixing, given)
 
 
-def pre_backward(*inputs: Any) -> Any:
+def pre_backward(
+    d_h: Tensor | None, d_pre: Tensor | None, d_post: Tensor | None, d_comb: Tensor | None,
+    X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, sums: Tensor, mixing: Mixing,
+    given: Tensor | None, add: Tensor | None, backend: str,
+) -> Any:  # fmt: skip
     """Gradients in X, fn, scale, base and given."""
-    return mhc.pre_backward(*inputs[:-1])
+    launch = _launch(backend, X, mixing)
+    if launch is None:
+        return mhc.pre_backward(d_h, d_pre, d_post, d_comb, X, fn, scale, base, sums, mixing, given, add)
+    d_h = X.new_zeros((X.shape[0], X.shape[2])) if d_h is None else _on_end(d_h)
+    d_pre, d_post, d_comb = (None if x is None else x.contiguous() for x in (d_pre, d_post, d_comb))
+    add = None if add is None else _on_end(add)
+    return launch.pre_backward(d_h, d_pre, d_post, d_comb, _on_end(X), fn, scale, base, sums, mixing, given, add)
 
 
 def post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, backend: str) -> Tensor:
     """X'."""
-    return mhc.post(x, X, weights, comb)
+    launch = _launch(backend, X)
+    if launch is None:
+        return mhc.post(x, X, weights, comb)
+    mixed: Tensor = launch.post(_on_end(x), _on_end(X), weights.contiguous(), comb.contiguous())
+    return mixed
 
 
-def post_backward(*inputs: Any) -> Any:
+def post_backward(d_mixed: Tensor, x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, backend: str) -> Any:
     """Gradients in x, X, the weights and comb."""
-    return mhc.post_backward(*inputs[:-1])
+    launch = _launch(backend, X)
+    if launch is None:
+        return mhc.post_backward(d_mixed, x, X, weights, comb)
+    return launch.post_backward(_on_end(d_mixed), _on_end(x), _on_end(X), weights.contiguous(), comb.contiguous())
 
 
 def post_pre(
@@ -45,5 +85,9 @@ def post_pre(
     fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str,
 ) -> Any:  # fmt: skip
     """X' and all of :func:`pre` of it."""
-    mixed = post(x, X, weights, comb, backend)
-    return mixed, *pre(mixed, fn, scale, base, mixing, given, backend)
+    launch = _launch(backend, X, mixing)
+    if launch is None:
+        mixed = post(x, X, weights, comb, backend)
+        return mixed, *pre(mixed, fn, scale, base, mixing, given, backend)
+    written = _on_end(x), _on_end(X), weights.contiguous(), comb.contiguous()
+    return launch.post_pre(*written, fn, scale, base, mixing, given)

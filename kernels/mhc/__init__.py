@@ -1,4 +1,4 @@
-"""Mixes, collapse and expansion of an mHC layer's streams."""
+"""The residual streams of mHC layers: what reads a branch's input from them, mixes them, and writes its output to them."""
 
 from . import launch
 
