@@ -16,7 +16,7 @@ from ._ops.compilers import Compilers
 
 CALLS = (
     "sinkhorn", "sinkhorn_sigma2", "sigma2", "sigma2_bounds", "temperature_for_sigma2",
-    "sinkhorn_attention", "sinkhorn_attention_sigma2",
+    "sinkhorn_attention", "sinkhorn_attention_sigma2", "mhc_pre", "mhc_post", "mhc_post_pre", "mhc_head",
 )  # fmt: skip
 """The calls that launch kernels; modules, penalties and diagnostics launch those of the calls they are made of."""
 
@@ -51,9 +51,10 @@ def warmup(
         device: the CUDA device to compile for, by default the current one.
         target: "sm_80", "sm_90", "sm_100" or the like instead, which needs no device.
         calls: names of public calls, of ``fastdsm.warmup.CALLS``, forward and backward with every option; None for all.
-        dtypes: of logits, plans, query, key and value; None for all.
-        n: lines of the matrices, or (n, m) where they are rectangular, in attention queries and keys; None for any.
-        features: of attention's query, key and value; None for any.
+        dtypes: of logits, plans, query, key, value and streams; None for all.
+        n: lines of the matrices, or (n, m) where they are rectangular, in attention queries and keys, of an mHC layer its
+            streams; None for any.
+        features: of attention's query, key and value, or channels of a stream; None for any.
         jobs: processes; by default one for each processor.
         progress: called with the kernels done and those there are, after each.
 

@@ -21,6 +21,7 @@ from ..kernels.common.configuration import TARGETS, Configuration, recorded
 from ..kernels.registers.backward import MAX_BACKWARD_SWEEPS
 from ..kernels.stream import spectrum as stream_spectrum
 from . import backends, newton  # transforms: it makes the operators complete
+from .mixing import Mixing
 from .problem import compute_dtype
 
 Shape = tuple[int, int]
@@ -32,6 +33,9 @@ MATRICES: tuple[Shape, ...] = (
 )
 LINES: tuple[Shape, ...] = tuple((n, n) for n in (100, 200, 400, 600))
 FEATURES = (64, 128, 256)
+STREAMS: tuple[Shape, ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16))
+CHANNELS = (64,)
+_TOKENS = (1, 40, 70, 300)  # of an mHC layer, by which its product is cut
 
 _BATCH = 2
 _FEW, _MANY = 2, MAX_BACKWARD_SWEEPS + 1  # sweeps; the history of many does not fit into registers
@@ -47,8 +51,8 @@ def places(
 ) -> list[int]:
     """Where in ``kernels.configurations()`` stands what the public calls of these names can launch on ``target``, "sm_90".
 
-    calls: None for the whole table, whatever else is given. sizes: of matrices as they are passed, and of attention (queries,
-    keys); features: of query, key and value. None for any.
+    calls: None for the whole table, whatever else is given. sizes: of matrices as they are passed, of attention (queries, keys)
+    and of an mHC layer its streams, twice. features: of query, key and value, or of a stream. None for any.
     """
     table = kernels.configurations()
     if calls is None:
@@ -80,6 +84,9 @@ def _found(
             if call in ATTENTION:
                 for shape, d in itertools.product(sizes or LINES, features or FEATURES):
                     ATTENTION[call](shape, d, dtype)
+            elif call in LAYERS:
+                for shape, channels in itertools.product(sizes or STREAMS, features or CHANNELS):
+                    LAYERS[call](shape[0], channels, dtype)
             else:
                 for shape in sizes or MATRICES:
                     PROJECTIONS[call](shape, dtype)
@@ -198,6 +205,53 @@ def _sinkhorn_attention_sigma2(shape: Shape, d: int, dtype: torch.dtype) -> None
     _attend(shape, d, dtype, vector)
 
 
+def _streams(n: int, channels: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """Streams X, and x behind a branch, of token counts that are cut differently, aligned to 16 bytes and not."""
+    for tokens, offset in itertools.product(_TOKENS, (0, 1)):
+        X = torch.empty(tokens * n * channels + offset, dtype=dtype)[offset:].view(tokens, n, channels)
+        yield X, torch.empty(tokens, channels, dtype=dtype)
+
+
+def _layer(X: Tensor, head: bool) -> tuple[Any, ...]:
+    """fn, scale and base."""
+    n, channels = X.shape[1:]
+    rows, wide = n if head else n * (n + 2), compute_dtype(X.dtype)
+    shapes = (rows, n * channels), (1 if head else 3,), (rows,)
+    return tuple(torch.empty(shape, dtype=wide) for shape in shapes)
+
+
+def _weights(X: Tensor) -> tuple[Tensor, Tensor]:
+    """post and comb."""
+    tokens, n, _ = X.shape
+    wide = compute_dtype(X.dtype)
+    return torch.empty(tokens, n, dtype=wide), torch.empty(tokens, n, n, dtype=wide)
+
+
+def _mhc_pre(n: int, channels: int, dtype: torch.dtype, head: bool = False) -> None:
+    for X, x in _streams(n, channels, dtype):
+        inputs = (X, *_layer(X, head), None, *Mixing(), "triton")
+        _, pre, post, comb, sums = _OPERATORS.mhc_pre(*inputs)
+        _OPERATORS.mhc_pre_backward(x, pre, post, comb, None, sums, *inputs)
+
+
+def _mhc_head(n: int, channels: int, dtype: torch.dtype) -> None:
+    _mhc_pre(n, channels, dtype, head=True)
+
+
+def _mhc_post(n: int, channels: int, dtype: torch.dtype) -> None:
+    for X, x in _streams(n, channels, dtype):
+        mixed = _OPERATORS.mhc_post(x, X, *_weights(X), "triton")
+        _OPERATORS.mhc_post_backward(mixed, x, X, *_weights(X), "triton")
+
+
+def _mhc_post_pre(n: int, channels: int, dtype: torch.dtype) -> None:
+    _mhc_pre(n, channels, dtype)
+    _mhc_post(n, channels, dtype)
+    for X, x in _streams(n, channels, dtype):
+        for given in (None, _weights(X)[0]):
+            _OPERATORS.mhc_post_pre(x, X, *_weights(X), *_layer(X, False), given, *Mixing(), "triton")
+
+
 PROJECTIONS: dict[str, Callable[[Shape, torch.dtype], None]] = {
     "sinkhorn": _sinkhorn,
     "sinkhorn_sigma2": _sinkhorn_sigma2,
@@ -208,4 +262,10 @@ PROJECTIONS: dict[str, Callable[[Shape, torch.dtype], None]] = {
 ATTENTION: dict[str, Callable[[Shape, int, torch.dtype], None]] = {
     "sinkhorn_attention": _sinkhorn_attention,
     "sinkhorn_attention_sigma2": _sinkhorn_attention_sigma2,
+}
+LAYERS: dict[str, Callable[[int, int, torch.dtype], None]] = {
+    "mhc_pre": _mhc_pre,
+    "mhc_post": _mhc_post,
+    "mhc_post_pre": _mhc_post_pre,
+    "mhc_head": _mhc_head,
 }

@@ -105,6 +105,24 @@ def _temperature(n: int, m: int, dtype: torch.dtype) -> None:
     temperature.nansum().backward()
 
 
+def _layer(n: int, _: int, channels: int, dtype: torch.dtype) -> None:
+    for tokens in (2, 20):
+        X = torch.randn(tokens, n, channels, dtype=dtype, requires_grad=True)
+        fn, scale, base = (torch.randn(shape) for shape in ((n * (n + 2), n * channels), (3,), (n * (n + 2),)))
+        h, (post, comb) = fastdsm.mhc.mhc_pre(X, fn, scale, base, backend="triton")
+        mixed, h, _ = fastdsm.mhc.mhc_post_pre(h, X, post, comb, fn, scale, base, backend="triton")
+        mixed, h, _ = fastdsm.mhc.mhc_post_pre(
+            h, mixed, post, comb, fn, scale, base, mixes=torch.zeros(tokens, len(base)), backend="triton"
+        )
+        (mixed.sum() + h.sum()).backward()
+
+
+def _head(n: int, _: int, channels: int, dtype: torch.dtype) -> None:
+    X = torch.randn(3, n, channels, dtype=dtype, requires_grad=True)
+    fn, scale, base = (torch.randn(shape) for shape in ((n, n * channels), (1,), (n,)))
+    fastdsm.mhc.mhc_head(X, fn, scale, base, backend="triton").sum().backward()
+
+
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 CASES: list[tuple[str, tuple[int, int], int | None, torch.dtype, Callable[..., None]]] = [
     *(("sinkhorn", (n, m), None, dtype, partial(_projections, _sinkhorn)) for n, m, dtype in (
@@ -117,6 +135,9 @@ CASES: list[tuple[str, tuple[int, int], int | None, torch.dtype, Callable[..., N
     ("sinkhorn_attention", (5, 6), 8, FLOAT32, _attention),
     ("sinkhorn_attention", (5, 6), 8, BFLOAT16, _attention),
     ("sinkhorn_attention_sigma2", (5, 6), 8, BFLOAT16, _attention_sigma2),
+    ("mhc_post_pre", (4, 4), 16, BFLOAT16, _layer),
+    ("mhc_post_pre", (3, 3), 5, FLOAT32, _layer),
+    ("mhc_head", (3, 3), 5, FLOAT32, _head),
 ]  # fmt: skip
 
 
