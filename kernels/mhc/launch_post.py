@@ -70,6 +70,7 @@ def _configuration(kernel: Any, dtype: torch.dtype, groups: int, aligned: bool) 
         constants={"GROUPS": groups, "ROWS": WARPS, "CHANNELS": LANES * vector, "ALIGNED": aligned}
         | ({"LANES": LANES} if backward else {}),
         num_warps=WARPS,
+        maxnreg=255 if backward else None,
         matrices=WARPS // groups,
         label=f"mhc post{' backward' * backward} {TYPES[dtype]} {groups * GROUP.value} streams{' aligned' * aligned}",
     )

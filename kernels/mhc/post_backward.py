@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from ..common.configuration import finite_jit
-from .streams import GROUP, load_mix, load_stream, store_stream, token_and_group
+from .streams import GROUP, load_mix, load_stream, shifted, store_stream, token_and_group
 
 
 @triton.jit
 def _pulled(source, cotangents, sums, mix_ptr, offset, n, there, LANES: tl.constexpr):
-    """The gradient of a source whose mixes start at ``offset``, and the sums of its products with each of the cotangents."""
+    """The gradient of a source whose mixes are ``offset`` on, and the sums of its products with each of the cotangents."""
     VECTOR: tl.constexpr = source.shape[1] // LANES
     gradient = tl.zeros(source.shape, tl.float32)
     added = []
@@ -70,26 +70,34 @@ def _mhc_post_bwd_kernel(
     sums = []
     for _ in tl.static_range((GROUP + 1) * N):
         sums = sums + [tl.zeros([ROWS, LANES], tl.float32)]
+    columns = tl.arange(0, CHANNELS)[None, :]
+    branch_ptr = shifted(branch_ptr + token * branch_stride_t, columns, ALIGNED)
+    streams_ptr = shifted(streams_ptr + token * stride_t + first * stride_n, columns, ALIGNED)
+    grad_new_streams_ptr = shifted(grad_new_streams_ptr + token * grad_stride_t, columns, ALIGNED)
+    grad_branch_ptr = shifted(grad_branch_ptr + token * channels, columns, ALIGNED)
+    grad_streams_ptr = shifted(grad_streams_ptr + (token * n + first) * channels, columns, ALIGNED)
+    post_ptr += token * n
+    comb_ptr += (token * n + first) * n
     for start in range(0, channels, CHANNELS):
-        columns = start + tl.arange(0, CHANNELS)[None, :]
+        left = channels - start
         cotangents = []
         for new in tl.static_range(N):
-            at = grad_new_streams_ptr + token * grad_stride_t + new * grad_stride_n
-            cotangents = cotangents + [load_stream(at, columns, channels, exists & (new < n), ALIGNED).to(tl.float32)]
-        branch = load_stream(branch_ptr + token * branch_stride_t, columns, channels, exists, ALIGNED).to(tl.float32)
-        gradient, added = _pulled(branch, cotangents, sums[:N], post_ptr, token * n, n, exists, LANES)
-        store_stream(grad_branch_ptr + token * channels, columns, channels, leads, gradient, ALIGNED)
+            offset, there = new * grad_stride_n + start, exists & (new < n)
+            cotangents = cotangents + [load_stream(grad_new_streams_ptr, offset, there, columns, left, ALIGNED).to(tl.float32)]
+        branch = load_stream(branch_ptr, start, exists, columns, left, ALIGNED).to(tl.float32)
+        gradient, added = _pulled(branch, cotangents, sums[:N], post_ptr, 0, n, exists, LANES)
+        store_stream(grad_branch_ptr, start, leads, columns, left, gradient, ALIGNED)
         for i in tl.static_range(GROUP):
-            old, there = first + i, exists & (first + i < n)
-            stream = load_stream(streams_ptr + token * stride_t + old * stride_n, columns, channels, there, ALIGNED)
+            there = exists & (first + i < n)
+            stream = load_stream(streams_ptr, i * stride_n + start, there, columns, left, ALIGNED).to(tl.float32)
             mine = sums[(i + 1) * N : (i + 2) * N]
-            gradient, more = _pulled(stream.to(tl.float32), cotangents, mine, comb_ptr, (token * n + old) * n, n, there, LANES)
-            store_stream(grad_streams_ptr + (token * n + old) * channels, columns, channels, there, gradient, ALIGNED)
+            gradient, more = _pulled(stream, cotangents, mine, comb_ptr, i * n, n, there, LANES)
+            store_stream(grad_streams_ptr, i * channels + start, there, columns, left, gradient, ALIGNED)
             added = added + more
         sums = added
     entries = tl.arange(0, LANES)[None, :]
     tl.store(grad_post_ptr + token * n + entries, _totals(sums[:N], entries), mask=leads & (entries < n))
     for i in tl.static_range(GROUP):
-        old = first + i
-        totals = _totals(sums[(i + 1) * N : (i + 2) * N], entries)
-        tl.store(grad_comb_ptr + (token * n + old) * n + entries, totals, mask=exists & (old < n) & (entries < n))
+        pointers = grad_comb_ptr + (token * n + first + i) * n + entries
+        there = exists & (first + i < n) & (entries < n)
+        tl.store(pointers, _totals(sums[(i + 1) * N : (i + 2) * N], entries), mask=there)

@@ -109,15 +109,17 @@ def _mhc_post_pre_fwd_kernel(
     first = (tl.program_id(0) // parts).to(tl.int64) * TOKENS
     lines = tl.arange(0, TOKENS)[:, None]
     exists = first + lines < tokens
-    at = (first + lines) * n
+    post_ptr += (first + lines) * n
+    given_ptr += (first + lines) * n
+    comb_ptr += (first + lines) * (n * n)
     mixes, weights = [], []
     for new in tl.static_range(GROUP):
         there = exists & (new < n)
-        mixes = mixes + [load_mix(post_ptr, at + new, there)]
+        mixes = mixes + [load_mix(post_ptr, new, there)]
         for old in tl.static_range(GROUP):
-            mixes = mixes + [load_mix(comb_ptr, (at + old) * n + new, there & (old < n))]
+            mixes = mixes + [load_mix(comb_ptr, old * n + new, there & (old < n))]
         if GIVEN:
-            weights = weights + [load_mix(given_ptr, at + new, there)]
+            weights = weights + [load_mix(given_ptr, new, there)]
     row = tl.arange(0, ROWS)[:, None]
     branch_ptr += first * branch_stride_t
     streams_ptr += first * stride_t

@@ -22,32 +22,37 @@ def token_and_group(block, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_mix(ptr, offset, there):
-    """A mix of each row, 0 where not ``there``."""
+    """A mix of each row, ``offset`` from where its token's begin; 0 where not ``there``."""
     return tl.load(ptr + offset, mask=there, other=0.0)
 
 
 @triton.jit
-def _stream(ptr, columns, channels, there, ALIGNED: tl.constexpr):
-    """Addresses of ``columns`` of a stream that starts at ``ptr``, of each row, and which of them exist."""
-    pointers, inside = ptr + columns, there & (columns < channels)
+def shifted(ptr, offset, ALIGNED: tl.constexpr):
+    """Addresses ``offset`` on from ``ptr``, of adjacent columns; ALIGNED: streams are whole vectors of 16 bytes."""
+    pointers = ptr + offset
     if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, columns.shape[1]))
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, pointers.shape[1]))
+    return pointers
+
+
+@triton.jit
+def _inside(ptr, there, columns, channels, ALIGNED: tl.constexpr):
+    """Which ``columns`` of the rows that are ``there`` exist."""
+    inside = there & (columns < channels)
+    if ALIGNED:
         inside = tl.max_constancy(inside, (1, 128 // ptr.dtype.scalar.element_ty.primitive_bitwidth))
-    return pointers, inside
+    return inside
 
 
 @triton.jit
-def load_stream(ptr, columns, channels, there, ALIGNED: tl.constexpr):
-    """``columns`` of a stream of each row, in its dtype, 0 where not ``there`` and from ``channels`` on.
-
-    ALIGNED: streams start on 16 bytes and are made of whole vectors of as many.
-    """
-    pointers, inside = _stream(ptr, columns, channels, there, ALIGNED)
-    return tl.load(pointers, mask=inside, other=0.0)
+def load_stream(ptr, offset, there, columns, channels, ALIGNED: tl.constexpr):
+    """A stream's part of each row in its dtype, ``offset`` on from :func:`shifted`; 0 where there is none."""
+    inside = _inside(ptr, there, columns, channels, ALIGNED)
+    return tl.load(shifted(ptr, offset, ALIGNED), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_stream(ptr, columns, channels, there, values, ALIGNED: tl.constexpr):
+def store_stream(ptr, offset, there, columns, channels, values, ALIGNED: tl.constexpr):
     """The mirror of :func:`load_stream`, of float32, rounded once."""
-    pointers, inside = _stream(ptr, columns, channels, there, ALIGNED)
-    tl.store(pointers, narrow(values, ptr.dtype.scalar.element_ty), mask=inside)
+    inside = _inside(ptr, there, columns, channels, ALIGNED)
+    tl.store(shifted(ptr, offset, ALIGNED), narrow(values, ptr.dtype.scalar.element_ty), mask=inside)
