@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastdsm._verify.attention import AttentionCase
+from fastdsm._verify.mhc import MhcCase, verify_mhc_case
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import Case, Record, Target, verify_case
 
@@ -144,9 +145,23 @@ def _attentions(dtype: torch.dtype, precision: str, d: int) -> Iterator[Call]:
         yield call(sigma2, "col", replace(case(2.0, 3, option, FEW_LINES), shape=(1, 2, 2, *FEW_LINES, d, 20)))
 
 
+def layer_calls() -> Iterator[Call]:
+    """mHC layers by streams; by tokens, of which few are cut otherwise; channels of whole vectors, and not."""
+    for dtype in NARROW:
+        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
+            for option in ("deepseek", "paper", "head"):
+                yield _call(verify_mhc_case, MhcCase((3, n, 16), dtype, 1.0, 20, option))
+        for tokens, n in itertools.product((40, 70), (1, 2, 4, 6, 9)):
+            yield _call(verify_mhc_case, MhcCase((tokens, n, 8), dtype, 4.0, 3, "deepseek"))
+        for channels, option in itertools.product((16, 5), ("post pre", "shifted")):
+            yield _call(verify_mhc_case, MhcCase((130, 4, channels), dtype, 1.0, 20, option))
+        for n in (3, 7, 12):
+            yield _call(verify_mhc_case, MhcCase((5, n, 11), dtype, 16.0, 20, "liger"))
+
+
 def _noisy(calls: Callable[[], Iterator[Call]]) -> Callable[[], Iterator[Call]]:
     return lambda: (replace(call, noise=True) for call in calls())
 
 
-FAMILIES = (_noisy(register_calls), tile_calls, spectrum_calls, panel_calls, stream_calls, attention_calls)
+FAMILIES = (_noisy(register_calls), tile_calls, spectrum_calls, panel_calls, stream_calls, layer_calls, attention_calls)
 """By what they cost."""

@@ -121,9 +121,9 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
 def faults(row: Row) -> list[str]:
     """Why a row fails; empty when the kernel can be launched, spills nothing and does its work.
 
-    Every kernel stores results and takes exponentials, logarithms, roots or reciprocals: Triton has been seen to compile a
-    tile that was too large for it to nothing, without a word. On Hopper attention of 16 bits is to use the tensor-core
-    instructions of a whole warp group.
+    Every kernel stores results and takes exponentials, logarithms, roots or reciprocals, or of an mHC layer sums: Triton has
+    been seen to compile a tile that was too large for it to nothing, without a word. On Hopper attention of 16 bits is to use
+    the tensor-core instructions of a whole warp group.
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -131,7 +131,10 @@ def faults(row: Row) -> list[str]:
     limit = SHARED_LIMIT[row["target"]]
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
-    found += [f"no {name}: compiled to nothing" for name in ("STG", "MUFU") if not row["instructions"].get(name)]
+    work = ("MUFU", "FFMA", "FADD") if row["label"].startswith("mhc") else ("MUFU",)
+    for names in (("STG",), work):
+        if not any(row["instructions"].get(name) for name in names):
+            found.append(f"no {' or '.join(names)}: compiled to nothing")
     if row["target"] == "sm_90" and row["pointers"].get("operands.stream_ptr") in ("bf16", "fp16"):
         found += ["no HGMMA"] * (not row["instructions"].get("HGMMA"))
     return found
