@@ -18,8 +18,9 @@ import triton.language as tl
 from ..attention.tile import dot
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
+from ..registers.values import load_value, store_value
 from .collapse import matrix_logits, sigmoids
-from .mixes import MAX_LINES, Options, inverse_root, matrix_steps, project, project_adjoint
+from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, project, project_adjoint
 from .product import exact_product
 from .tiles import Strides, inside, load_tile, partly_summed, tokens_from, vectors
 from .wide import places, wide_adjoint, wide_logits, wide_project
@@ -56,9 +57,10 @@ def _mhc_dots_bwd_kernel(
 @triton.jit
 def add_parts(parts_ptr, stride, parts):
     """The sum of ``parts`` values, ``stride`` apart, for each token."""
-    total = tl.load(parts_ptr)
+    there = everywhere(parts_ptr)
+    total = load_value(parts_ptr, there, 0.0)
     for part in range(1, parts):
-        total += tl.load(parts_ptr + part * stride)
+        total += load_value(parts_ptr + part * stride, there, 0.0)
     return total
 
 
@@ -83,12 +85,12 @@ def _mhc_mix_bwd_kernel(
     for i in tl.static_range(LINES):
         if i < streams:
             at = token * streams + i
-            dpre = tl.load(dpre_ptr + at, mask=live & (has_dpre != 0), other=0.0)
+            dpre = load_value(dpre_ptr + at, live & (has_dpre != 0), 0.0)
             products = add_parts(dots_ptr + at, tokens * streams, parts)
             if has_given != 0:
-                tl.store(dgiven_ptr + at, products, mask=live)
+                store_value(dgiven_ptr + at, products, live)
             else:
-                tl.store(weights_ptr + at, pre[i] + options.pre_eps, mask=live)
+                store_value(weights_ptr + at, pre[i] + options.pre_eps, live)
                 dpre += products
             inner += leave(dpre * (pre[i] * (1.0 - pre[i])), i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
     if not HEAD:
@@ -96,8 +98,8 @@ def _mhc_mix_bwd_kernel(
         post = sigmoids(own_ptr + streams, q, factor, base_ptr + streams, streams, LINES)
         for i in tl.static_range(LINES):
             if i < streams:
-                dpost = tl.load(dpost_ptr + token * streams + i, mask=live & (has_dpost != 0), other=0.0) * options.post_mult
-                dl = dpost * (post[i] * (1.0 - post[i]))
+                dpost = load_value(dpost_ptr + token * streams + i, live & (has_dpost != 0), 0.0)
+                dl = options.post_mult * dpost * (post[i] * (1.0 - post[i]))
                 inner += leave(dl, streams + i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
         step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
         factor = tl.load(scale_ptr + 2)
@@ -111,19 +113,16 @@ def _mhc_mix_bwd_kernel(
             M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
             history_ptr += token
             x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
-            dP = []
-            for e in tl.static_range(LINES * LINES):
-                at = (e // LINES) * comb_a + (e % LINES) * comb_b
-                dP = dP + [tl.load(dcomb_ptr + at, mask=there, other=0.0)]
+            dP = load_matrix(dcomb_ptr, comb_a, comb_b, there, LINES)
             dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
             for e in tl.static_range(LINES * LINES):
                 at = (e // LINES) * step_a + (e % LINES) * step_b
                 inner += leave(dM[e], at, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
         else:
-            at, valid = places(step_a, step_b, streams)
+            at, valid = places(step_a, step_b, streams, LINES)
             M, s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
             x, K, p, w = wide_project(M, options, history_ptr, token, tokens, True)
-            comb_at, _valid = places(comb_a, comb_b, streams)
+            comb_at, _valid = places(comb_a, comb_b, streams, LINES)
             dP = tl.load(dcomb_ptr[:, None, None] + comb_at, mask=there[:, None, None] & valid, other=0.0)
             dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens)
             dM = tl.where(live[:, None, None] & valid, dM, 0.0)
@@ -141,9 +140,9 @@ def _mhc_mix_bwd_kernel(
 def leave(dl, d, own_ptr, q, factor, live, out_ptr, totals_ptr, rows):
     """Stores ds_d, and the block's sums; returns ds_d s_d."""
     dl = tl.where(live, dl, 0.0)
-    s = tl.load(own_ptr + d)
+    s = load_value(own_ptr + d, everywhere(q), 0.0)
     ds = factor * (q * dl)
-    tl.store(out_ptr + d, ds, mask=live)
+    store_value(out_ptr + d, ds, live)
     tl.store(totals_ptr + d, tl.sum(dl, 0))
     tl.store(totals_ptr + rows + d, tl.sum(tl.where(live, dl * (q * s), 0.0), 0))
     return ds * s
@@ -169,62 +168,82 @@ def add_product(total, ds, w):
     return total
 
 
+@triton.jit
+def load_fn(fn_ptr, k, row, rows, channel, channels, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Some rows of fn at some channels of a stream: WIDE, in float32, else in two pieces."""
+    w = load_tile(fn_ptr, k, row.to(tl.int64), row < rows, channel, channels, BLOCK_C)
+    return (w,) if WIDE else halves(w)
+
+
+@triton.jit
+def load_ds(ds_ptr, width, token, live, row, rows):
+    """ds of some rows, 0 of tokens that are not ``live``."""
+    pointers = (ds_ptr + token * width)[:, None] + row[None, :]
+    return tl.load(pointers, mask=live[:, None] & (row < rows)[None, :], other=0.0)
+
+
 @finite_jit
 def _mhc_streams_bwd_kernel(
     dh_ptr, X_ptr, fn_ptr, ds_ptr, weights_ptr, add_ptr, dX_ptr, dfn_ptr,
     tokens: tl.int64, streams: tl.int32, channels: tl.int32, rows: tl.int32, width: tl.int32,
     parts: tl.int32, tokens_of_part: tl.int64, dh_strides: Strides, X_strides: Strides, add_strides: Strides,
     has_add: tl.int32,
-    STREAMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
+    STREAMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """dX, and dfn (parts, rows, streams channels) of a part of the tokens; a program takes STREAMS streams."""
+    """dX, and dfn (parts, rows, streams channels) of a part of the tokens, STREAMS streams and BLOCK_D rows.
+
+    SINGLE: these are all rows. Else programs of the first rows make dX, and read all of fn for each block of tokens.
+    """
     groups = streams // STREAMS
+    row_blocks = tl.cdiv(rows, BLOCK_D)
     program = tl.program_id(0)
     first_stream = (program % groups) * STREAMS
-    part = (program // groups) % parts
-    channel = (program // (groups * parts)) * BLOCK_C
+    first_row = (program // groups % row_blocks) * BLOCK_D
+    part = program // (groups * row_blocks) % parts
+    channel = (program // (groups * row_blocks * parts)) * BLOCK_C
+    row = first_row + tl.arange(0, BLOCK_D)
     k = streams.to(tl.int64) * channels
-    wide: tl.constexpr = X_ptr.dtype.element_ty == tl.float32
+    WIDE: tl.constexpr = X_ptr.dtype.element_ty == tl.float32
     w = []
     dw = []
-    for e in tl.static_range(STREAMS * BLOCKS_D):
-        row = (e % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
-        fn_stream_ptr = fn_ptr + (first_stream + e // BLOCKS_D) * channels
-        tile = load_tile(fn_stream_ptr, k, row.to(tl.int64), row < rows, channel, channels, BLOCK_C)
-        w = w + [(tile,) if wide else halves(tile)]
+    for i in tl.static_range(STREAMS):
+        if SINGLE:
+            w = w + [load_fn(fn_ptr + (first_stream + i) * channels, k, row, rows, channel, channels, WIDE, BLOCK_C)]
         dw = dw + [tl.zeros([BLOCK_C, BLOCK_D], tl.float32)]
     end = tl.minimum((part + 1) * tokens_of_part, tokens)
     for start in range(part * tokens_of_part, end, BLOCK_T):
         token, live = tokens_from(start, tokens, BLOCK_T)
-        c = tl.load(ds_ptr + token * width + rows)
-        dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, channels, BLOCK_C).to(tl.float32)
-        ds = []
-        for d in tl.static_range(BLOCKS_D):
-            column = d * BLOCK_D + tl.arange(0, BLOCK_D)
-            pointers = (ds_ptr + token * width)[:, None] + column[None, :]
-            ds = ds + [tl.load(pointers, mask=live[:, None] & (column < rows)[None, :], other=0.0)]
+        ds = load_ds(ds_ptr, width, token, live, row, rows)
+        mask = inside(live, channel, channels, X_ptr, BLOCK_C)
         more = []
         for i in tl.static_range(STREAMS):
             stream = first_stream + i
             X_stream_ptr = X_ptr + stream * X_strides.stream
             x = load_tile(X_stream_ptr, X_strides.token, token, token >= 0, channel, channels, BLOCK_C)
-            weight = tl.load(weights_ptr + token * streams + stream)
-            dX = c[:, None] * x.to(tl.float32) + weight[:, None] * dh
-            for d in tl.static_range(BLOCKS_D):
-                dX = add_product(dX, ds[d], w[i * BLOCKS_D + d])
-                more = more + [dw[i * BLOCKS_D + d] + exact_product(tl.trans(x), tl.trans(ds[d]))]
-            mask = inside(live, channel, channels, X_ptr, BLOCK_C)
-            if has_add != 0:
-                add_stream_ptr = add_ptr + stream * add_strides.stream
-                dX += load_tile(add_stream_ptr, add_strides.token, token, live, channel, channels, BLOCK_C).to(tl.float32)
-            dX_pointers = vectors(dX_ptr + stream * channels, k, token, channel, BLOCK_C)
-            tl.store(dX_pointers, narrow(dX, X_ptr.dtype.element_ty), mask=mask)
+            more = more + [dw[i] + exact_product(tl.trans(x), tl.trans(ds))]
+            if SINGLE or first_row == 0:
+                dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, channels, BLOCK_C)
+                c = tl.load(ds_ptr + token * width + rows)
+                weight = tl.load(weights_ptr + token * streams + stream)
+                dX = c[:, None] * x.to(tl.float32) + weight[:, None] * dh.to(tl.float32)
+                if SINGLE:
+                    dX = add_product(dX, ds, w[i])
+                else:
+                    for first in range(0, rows, BLOCK_D):
+                        other = first + tl.arange(0, BLOCK_D)
+                        fn_stream_ptr = fn_ptr + stream * channels
+                        tile = load_fn(fn_stream_ptr, k, other, rows, channel, channels, WIDE, BLOCK_C)
+                        dX = add_product(dX, load_ds(ds_ptr, width, token, live, other, rows), tile)
+                if has_add != 0:
+                    add_stream_ptr = add_ptr + stream * add_strides.stream
+                    dX += load_tile(add_stream_ptr, add_strides.token, token, live, channel, channels, BLOCK_C).to(tl.float32)
+                dX_pointers = vectors(dX_ptr + stream * channels, k, token, channel, BLOCK_C)
+                tl.store(dX_pointers, narrow(dX, X_ptr.dtype.element_ty), mask=mask)
         dw = more
-    for e in tl.static_range(STREAMS * BLOCKS_D):
-        row = (e % BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
-        dfn_stream_ptr = dfn_ptr + (part.to(tl.int64) * rows) * k + (first_stream + e // BLOCKS_D) * channels
+    for i in tl.static_range(STREAMS):
+        dfn_stream_ptr = dfn_ptr + (part.to(tl.int64) * rows) * k + (first_stream + i) * channels
         mask = inside(row < rows, channel, channels, dfn_ptr, BLOCK_C)
-        tl.store(vectors(dfn_stream_ptr, k, row.to(tl.int64), channel, BLOCK_C), tl.trans(dw[e]), mask=mask)
+        tl.store(vectors(dfn_stream_ptr, k, row.to(tl.int64), channel, BLOCK_C), tl.trans(dw[i]), mask=mask)
 
 
 @triton.jit

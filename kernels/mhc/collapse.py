@@ -10,7 +10,9 @@ import triton.language as tl
 
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
-from .mixes import MAX_LINES, Options, inverse_root, matrix_steps, plan, project, sigmoid
+from ..registers.memory import load_line, store_line
+from ..registers.values import store_value
+from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, plan, project, sigmoid
 from .tiles import Strides, inside, load_tile, tokens_from, vectors
 from .wide import places, wide_logits, wide_plan, wide_project
 
@@ -30,21 +32,22 @@ def add_partials(partials_ptr, sums_ptr, token, live, tokens, columns, width, pa
 
 @triton.jit
 def sigmoids(own_ptr, q, factor, base_ptr, streams, LINES: tl.constexpr):
-    """sigmoid(factor q s + base) of each stream, 0 beyond."""
+    """sigmoid(factor q s + base) of each stream."""
+    s = load_line(own_ptr, 1, everywhere(q), streams, LINES)
     values = []
     for i in tl.static_range(LINES):
         base = tl.load(base_ptr + i, mask=i < streams, other=0.0)
-        values = values + [sigmoid(factor * (q * tl.load(own_ptr + i, mask=i < streams, other=0.0)) + base)]
+        values = values + [sigmoid(factor * (q * s[i]) + base)]
     return values
 
 
 @triton.jit
 def matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES: tl.constexpr):
     """M of each token."""
+    s = load_matrix(own_ptr, step_a, step_b, everywhere(q), LINES)
     M = []
     for e in tl.static_range(LINES * LINES):
-        at = (e // LINES) * step_a + (e % LINES) * step_b
-        M = M + [factor * (q * tl.load(own_ptr + at)) + tl.load(base_ptr + at)]
+        M = M + [factor * (q * s[e]) + tl.load(base_ptr + ((e // LINES) * step_a + (e % LINES) * step_b))]
     return M
 
 
@@ -75,8 +78,7 @@ def _mhc_mix_fwd_kernel(
     has_given: tl.int32,
     LINES: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. LINES: of n, or 16, where there may be
-    fewer. HEAD: pre alone."""
+    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. LINES: n, or more. HEAD: pre alone."""
     program = tl.program_id(0)
     token, live = tokens_from((program // channel_parts).to(tl.int64) * BLOCK_T, tokens, BLOCK_T)
     add_partials(partials_ptr, sums_ptr, token, live, tokens, rows + 1, width, parts)
@@ -84,12 +86,10 @@ def _mhc_mix_fwd_kernel(
     own_ptr = sums_ptr + token * (rows + 1)
     q = inverse_root(tl.load(own_ptr + rows), size, options.norm_eps)
     pre = sigmoids(own_ptr, q, tl.load(scale_ptr), base_ptr, streams, LINES)
-    for i in tl.static_range(LINES):
-        tl.store(pre_ptr + token * streams + i, pre[i] + options.pre_eps, mask=live & (i < streams))
+    store_line(pre_ptr + token * streams, 1, live, streams, [value + options.pre_eps for value in pre])
     if not HEAD:
         post = sigmoids(own_ptr + streams, q, tl.load(scale_ptr + 1), base_ptr + streams, streams, LINES)
-        for i in tl.static_range(LINES):
-            tl.store(post_ptr + token * streams + i, options.post_mult * post[i], mask=live & (i < streams))
+        store_line(post_ptr + token * streams, 1, live, streams, [options.post_mult * value for value in post])
         step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
         factor = tl.load(scale_ptr + 2)
         own_ptr += 2 * streams
@@ -100,12 +100,12 @@ def _mhc_mix_fwd_kernel(
             _x, K, p, w = project(M, options, sums_ptr, 0, LINES, False)
             comb = plan(K, p, w)
             for e in tl.static_range(LINES * LINES):
-                tl.store(comb_ptr + (e // LINES) * comb_a + (e % LINES) * comb_b, comb[e], mask=live)
+                store_value(comb_ptr + ((e // LINES) * comb_a + (e % LINES) * comb_b), comb[e], live)
         else:
-            at, valid = places(step_a, step_b, streams)
+            at, valid = places(step_a, step_b, streams, LINES)
             M, _s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
             _x, K, p, w = wide_project(M, options, sums_ptr, token, tokens, False)
-            at, valid = places(comb_a, comb_b, streams)
+            at, valid = places(comb_a, comb_b, streams, LINES)
             tl.store(comb_ptr[:, None, None] + at, wide_plan(K, p, w), mask=live[:, None, None] & valid)
     tl.debug_barrier()
     first = (program % channel_parts) * channels_of_part

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import torch
@@ -24,13 +23,18 @@ VECTOR = 8  # lines are made of so many channels, at least 16 bytes, as often as
 MAX_STREAMS = 16
 _PROGRAMS_PER_SM = 2
 _MAX_PARTS = 32
-_TOKENS = (16, 64, 256)  # of a program of the product
-_ROWS = (16, 32, 64, 128)  # of fn likewise
-_MIX_TOKENS = 32
-_WIDE_TOKENS = 8
+_ROWS = (16, 32, 64, 128)  # of fn, of a program of the product
+# Its tokens and channels at a time, by rows: what spills nowhere.
+_FEW = 16
+_MANY: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
+    torch.bfloat16: ((256, 64), (256, 32), (128, 32), (64, 32)),
+    torch.float16: ((256, 32), (256, 16), (128, 16), (64, 32)),
+    torch.float32: ((256, 32), (256, 16), (128, 16), (64, 16)),
+}
+_LINES = (1, 2, 3, 4, 8, 16)  # of the kernels that make mixes
 _DOT_TOKENS = 16
-_LINES = (4, 8, 16)  # streams that a program of the backward has room for
-_TILES = ((4, 32, 1), (4, 16, 1), (1, 16, 1), (1, 64, 1), (1, 64, 2), (1, 64, 5))  # streams, rows of fn, and how often these
+_DOT_LINES = (4, 8, 16)  # streams that a program has room for
+_GRADIENT_ROWS = (16, 32)  # of fn, of a program of its gradient that has them all
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -73,27 +77,33 @@ def block_of(size: int, blocks: tuple[int, ...]) -> int:
 
 
 def _kind(streams: int, head: bool) -> tuple[int, bool]:
-    """Lines, and whether there are only these, of the kernel that makes the mixes."""
-    return MAX_STREAMS if head or streams > MAX_LINES.value else streams, head
+    """Of the kernel that makes the mixes: lines, and whether these are all."""
+    return MAX_STREAMS if head else block_of(streams, _LINES), head
 
 
 @functools.cache
-def _product(dtype: torch.dtype, block_t: int, block_d: int) -> Configuration:
-    wide = dtype == torch.float32 or block_d > 32
+def _product(dtype: torch.dtype, many: bool, rows: int) -> Configuration:
+    block_t, block_k = _MANY[dtype][_ROWS.index(rows)] if many else (_FEW, 64 if dtype == torch.bfloat16 else 32)
     return Configuration(
         kernel=_mhc_product_fwd_kernel,
         pointers={"X_ptr": TYPES[dtype], "fn_ptr": "fp32", "partials_ptr": "fp32"},
-        constants={"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_K": 32 if wide else 64},
-        num_warps=8 if block_t == 256 else 4,
+        constants={"BLOCK_T": block_t, "BLOCK_D": rows, "BLOCK_K": block_k},
+        num_warps=8 if many else 4,
         num_stages=3,
+        maxnreg=255,
         matrices=block_t,
-        label=f"mhc product {TYPES[dtype]} {block_t} tokens {block_d} rows",
+        label=f"mhc product {TYPES[dtype]} {block_t} tokens {rows} rows",
     )
+
+
+def _mix_tokens(lines: int, head: bool) -> int:
+    """Tokens of a program that makes mixes."""
+    return 32 if head or lines <= MAX_LINES.value else 128 // lines
 
 
 @functools.cache
 def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
-    block = _WIDE_TOKENS if lines > MAX_LINES.value and not head else _MIX_TOKENS
+    block = _mix_tokens(lines, head)
     return Configuration(
         kernel=_mhc_mix_fwd_kernel,
         pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
@@ -121,29 +131,35 @@ def _dots(dtype: torch.dtype, lines: int) -> Configuration:
 
 @functools.cache
 def _mix_backward(lines: int, head: bool) -> Configuration:
-    wide = lines > MAX_LINES.value and not head
-    block = _WIDE_TOKENS if wide else _MIX_TOKENS
+    block = _mix_tokens(lines, head)
     return Configuration(
         kernel=_mhc_mix_bwd_kernel,
         pointers=dict.fromkeys(pointers_of(_mhc_mix_bwd_kernel), "fp32"),
         constants={"LINES": lines, "HEAD": head, "BLOCK_T": block},
-        num_warps=4 if wide else 1,
+        num_warps=1 if head or lines <= MAX_LINES.value else 4,
         matrices=block,
         label="mhc mix backward " + ("head" if head else f"{lines} streams"),
     )
 
 
+def _more_rows(dtype: torch.dtype) -> int:
+    """Rows of fn of a program that has not all of them."""
+    return 64 if dtype == torch.bfloat16 else 32
+
+
 @functools.cache
-def _streams(dtype: torch.dtype, streams: int, block_d: int, blocks_d: int) -> Configuration:
+def _streams(dtype: torch.dtype, streams: int, block_d: int, single: bool) -> Configuration:
+    few = streams > 1
+    block_t = 16 if few else 64 if single and dtype == torch.bfloat16 else 32
     return Configuration(
         kernel=_mhc_streams_bwd_kernel,
         pointers=dict.fromkeys(("dh_ptr", "X_ptr", "add_ptr", "dX_ptr"), TYPES[dtype])
         | dict.fromkeys(("fn_ptr", "ds_ptr", "weights_ptr", "dfn_ptr"), "fp32"),
-        constants={"STREAMS": streams, "BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_D": block_d, "BLOCKS_D": blocks_d},
-        num_warps=8,
+        constants={"STREAMS": streams, "BLOCK_T": block_t, "BLOCK_C": 64, "BLOCK_D": block_d, "SINGLE": single},
+        num_warps=4 if few else 8,
         num_stages=2,
-        matrices=64,
-        label=f"mhc streams backward {TYPES[dtype]} {streams} streams {block_d * blocks_d} rows",
+        matrices=block_t,
+        label=f"mhc streams backward {TYPES[dtype]} {streams} streams {block_d} rows" + " of more" * (not single),
     )
 
 
@@ -161,12 +177,15 @@ def _sum() -> Configuration:
 
 def configurations() -> list[Configuration]:
     """Every kernel that ``pre`` can launch."""
-    products = [_product(dtype, *blocks) for dtype in TYPES for blocks in itertools.product(_TOKENS, _ROWS)]
-    kinds = [(lines, False) for lines in (*range(1, MAX_LINES.value + 1), MAX_STREAMS)] + [(MAX_STREAMS, True)]
+    products = [_product(dtype, many, rows) for dtype in TYPES for many in (False, True) for rows in _ROWS]
+    kinds = [(lines, False) for lines in _LINES] + [(MAX_STREAMS, True)]
     mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
-    backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _LINES]
+    backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _DOT_LINES]
     backwards += [_mix_backward(*kind) for kind in kinds] + [_sum()]
-    return products + mixes + backwards + [_streams(dtype, *tile) for dtype in TYPES for tile in _TILES]
+    streams = [_streams(dtype, 1, rows, True) for dtype in TYPES for rows in _GRADIENT_ROWS]
+    streams += [_streams(dtype, 1, _more_rows(dtype), False) for dtype in TYPES]
+    streams += [_streams(torch.bfloat16, 4, rows, True) for rows in _GRADIENT_ROWS]
+    return products + mixes + backwards + streams
 
 
 def _split(size: int, step: int, programs: int, device: torch.device) -> int:
@@ -181,7 +200,7 @@ def product(X: Tensor, fn: Tensor) -> Tensor:
     rows = fn.shape[0]
     fn = aligned(fn.view(rows, streams, channels))
     X = aligned(X)
-    configuration = _product(X.dtype, block_of(tokens, _TOKENS), block_of(rows, _ROWS))
+    configuration = _product(X.dtype, tokens > 4 * _FEW, block_of(rows, _ROWS))
     block_k = configuration.constants["BLOCK_K"]
     programs = triton.cdiv(tokens, configuration.matrices) * triton.cdiv(rows, configuration.constants["BLOCK_D"])
     blocks = streams * triton.cdiv(X.shape[2], block_k)
@@ -314,7 +333,7 @@ def pre_backward(
 def _dot_products(dh: Tensor, X: Tensor) -> Tensor:
     """<dh, X_i> over parts of the channels (parts, T, n)."""
     tokens, streams, channels = X.shape
-    configuration = _dots(X.dtype, block_of(streams, _LINES))
+    configuration = _dots(X.dtype, block_of(streams, _DOT_LINES))
     blocks = triton.cdiv(tokens, configuration.matrices)
     channels_of_part = _split(channels, configuration.constants["BLOCK_C"], blocks, X.device)
     parts = triton.cdiv(channels, channels_of_part)
@@ -393,10 +412,12 @@ def _stream_gradients(
     """dX, and dfn over parts of the tokens (parts, D, n, C)."""
     tokens, streams, channels = X.shape
     rows = fn.shape[0]
-    together = 4 if streams == 4 else 1
-    configuration = _streams(X.dtype, *next(x for x in _TILES if x[0] == together and rows <= x[1] * x[2]))
+    together = 4 if streams == 4 and X.dtype == torch.bfloat16 else 1
+    single = rows <= _GRADIENT_ROWS[-1]
+    block_d = block_of(rows, _GRADIENT_ROWS) if single else _more_rows(X.dtype)
+    configuration = _streams(X.dtype, together, block_d, single)
     step = configuration.matrices
-    programs = streams // together * triton.cdiv(channels, configuration.constants["BLOCK_C"])
+    programs = triton.cdiv(rows, block_d) * streams // together * triton.cdiv(channels, configuration.constants["BLOCK_C"])
     tokens_of_part = _split(tokens, step, programs, X.device)
     parts = triton.cdiv(tokens, tokens_of_part)
     dX = torch.empty(X.shape, dtype=X.dtype, device=X.device)

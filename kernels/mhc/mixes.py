@@ -1,4 +1,4 @@
-"""The mixes of a block of tokens, one token a thread: sigmoids, the sweeps of an n x n matrix for n <= 8, and their adjoint.
+"""The mixes of a block of tokens, one token a thread: sigmoids, the sweeps of an n x n matrix for n <= 4, and their adjoint.
 
 A matrix M is a tuple of vectors, entry (a, b) at n a + b, turned so that its first side are the columns. In base 2, with
 potentials F of rows, G of columns, and x_ab 2^(F_a + G_b) the matrix after a half sweep,
@@ -14,7 +14,7 @@ are sweeps in the log domain. Between, sweeps are of factors: K = 2^(x + F + G) 
     w <- K^T (1 / p) + eps w,    p <- K (1 / w) + eps p,
 
 with F - log2 p, G - log2 w the potentials, the same recurrence whatever K has taken in. A column of K has an entry of 1 / n^2
-or more; a sweep changes sums by factors within [1 / n, n], so that after SEGMENT of them, of 8 lines, p and w are within 2^30.
+or more; a sweep changes sums by factors within [1 / n, n], so that after SEGMENT of them, of 16 lines, p and w are within 2^40.
 
 Adjoint, with dF, dG, dx the derivatives by potentials and x, first P dP and its sums; p', w' those before the sweep,
 
@@ -29,10 +29,12 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
+from ..registers.memory import load_line, store_line
 from ..registers.sweeps import ones, products, reciprocals_of, scaled, sums_over_cols, sums_over_rows, zeros
+from ..registers.values import load_value
 
 SEGMENT = tl.constexpr(10)
-MAX_LINES = tl.constexpr(8)
+MAX_LINES = tl.constexpr(4)
 
 
 class Options(NamedTuple):
@@ -164,14 +166,13 @@ def project(M, options, history_ptr, stride, LINES: tl.constexpr, KEEP: tl.const
         K = powers(x, F, G)
         p = ones(x[0], LINES)
         w = ones(x[0], LINES)
+        slot = done + done // SEGMENT
         if KEEP:
-            keep(history_ptr, stride, F, G)
-            history_ptr += 2 * LINES * stride
-        for _ in range(tl.minimum(sweeps - done, SEGMENT)):
+            keep(history_ptr, slot, stride, F, G)
+        for more in range(tl.minimum(sweeps - done, SEGMENT)):
             p, w = sweep(K, p, w, options.eps)
             if KEEP:
-                keep(history_ptr, stride, p, w)
-                history_ptr += 2 * LINES * stride
+                keep(history_ptr, slot + 1 + more, stride, p, w)
     return x, K, p, w
 
 
@@ -182,22 +183,37 @@ def plan(K, p, w):
 
 
 @triton.jit
-def keep(history_ptr, stride, F, G):
-    """F and G to memory."""
-    for i in tl.static_range(len(F)):
-        tl.store(history_ptr + i * stride, F[i])
-        tl.store(history_ptr + (len(F) + i) * stride, G[i])
+def everywhere(like):
+    """True for each token."""
+    return tl.full(like.shape, 1, tl.int1)
 
 
 @triton.jit
-def kept(history_ptr, stride, LINES: tl.constexpr):
+def keep(history_ptr, slot, stride, F, G):
+    """F and G to memory."""
+    COUNT: tl.constexpr = 2 * len(F)
+    store_line(history_ptr + slot * COUNT * stride, stride, everywhere(F[0]), COUNT, F + G)
+
+
+@triton.jit
+def kept(history_ptr, slot, stride, LINES: tl.constexpr):
     """F and G from memory."""
+    values = load_line(history_ptr + slot * (2 * LINES) * stride, stride, everywhere(history_ptr), 2 * LINES, 2 * LINES)
     F = []
     G = []
     for i in tl.static_range(LINES):
-        F = F + [tl.load(history_ptr + i * stride)]
-        G = G + [tl.load(history_ptr + (LINES + i) * stride)]
+        F = F + [values[i]]
+        G = G + [values[LINES + i]]
     return F, G
+
+
+@triton.jit
+def load_matrix(ptr, step_a, step_b, there, LINES: tl.constexpr):
+    """The matrix of each token that is ``there``, else 0."""
+    values = []
+    for e in tl.static_range(LINES * LINES):
+        values = values + [load_value(ptr + ((e // LINES) * step_a + (e % LINES) * step_b), there, 0.0)]
+    return values
 
 
 @triton.jit
@@ -219,17 +235,16 @@ def project_adjoint(M, dP, x, K, p, w, options, history_ptr, stride, LINES: tl.c
     dG = sums_over_rows(dx, one, zero)
     sweeps = tl.maximum(options.n_iters - 1, 0)
     segments = tl.cdiv(sweeps, SEGMENT)
-    history_ptr += (sweeps + segments) * (2 * LINES) * stride
     for back in range(segments):
-        count = tl.minimum(sweeps - (segments - 1 - back) * SEGMENT, SEGMENT)
-        history_ptr -= (count + 1) * (2 * LINES) * stride
-        F, G = kept(history_ptr, stride, LINES)
+        segment = segments - 1 - back
+        count = tl.minimum(sweeps - segment * SEGMENT, SEGMENT)
+        F, G = kept(history_ptr, segment * (SEGMENT + 1), stride, LINES)
         K = powers(x, F, G)
         W = zeros(x[0], LINES * LINES)
         for done in range(count):
-            at = history_ptr + (count - done) * (2 * LINES) * stride
-            p, w = kept(at, stride, LINES)
-            past_p, past_w = kept(at - 2 * LINES * stride, stride, LINES)
+            slot = segment * (SEGMENT + 1) + count - done
+            p, w = kept(history_ptr, slot, stride, LINES)
+            past_p, past_w = kept(history_ptr, slot - 1, stride, LINES)
             past_p = [tl.where(done == count - 1, 1.0, value) for value in past_p]
             past_w = [tl.where(done == count - 1, 1.0, value) for value in past_w]
             u = reciprocals_of(p)

@@ -1,6 +1,6 @@
-"""The sweeps of ``mixes.py`` and their adjoint for n from 9 to 16: matrices as tiles (tokens, 16, 16), symbols as there.
+"""The sweeps of ``mixes.py`` and their adjoint for n > 4: matrices as tiles (tokens, L, L), L = 8 or 16, symbols as there.
 
-What 16 lines have beyond n is a unit matrix of its own, exp(M) = 1 on the diagonal and 0 else, which sweeps leave alone.
+What L lines have beyond n is a unit matrix of its own, exp(M) = 1 on the diagonal and 0 else, which sweeps leave alone.
 """
 
 import triton
@@ -9,13 +9,11 @@ import triton.language as tl
 from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
 from .mixes import SEGMENT
 
-WIDE = tl.constexpr(16)
-
 
 @triton.jit
-def places(step_a, step_b, streams):
-    """Where the entries of a matrix lie, (1, 16, 16), and which there are."""
-    line = tl.arange(0, WIDE)
+def places(step_a, step_b, streams, LINES: tl.constexpr):
+    """Where the entries of a matrix lie, (1, L, L), and which there are."""
+    line = tl.arange(0, LINES)
     at = line[:, None] * step_a + line[None, :] * step_b
     valid = (line < streams)[:, None] & (line < streams)[None, :]
     return at[None, :, :], valid[None, :, :]
@@ -26,7 +24,7 @@ def wide_logits(own_ptr, q, factor, base_ptr, at, valid):
     """M of each token, and the sums s."""
     s = tl.load(own_ptr[:, None, None] + at, mask=valid, other=0.0)
     M = factor * (q[:, None, None] * s) + tl.load(base_ptr + at, mask=valid, other=0.0)
-    line = tl.arange(0, WIDE)
+    line = tl.arange(0, at.shape[1])
     rest = tl.where(line[:, None] == line[None, :], 0.0, float("-inf"))
     return tl.where(valid, M, rest[None, :, :]), s
 
@@ -56,20 +54,23 @@ def _first_rows(M, options):
 
 
 @triton.jit
-def _slot(history_ptr, token):
-    """Pointers to 16 values of each token."""
-    return history_ptr + token[:, None] * (2 * WIDE) + tl.arange(0, WIDE)[None, :]
+def _slot(history_ptr, slot, token, tokens, LINES: tl.constexpr):
+    """Pointers to the two lines of each token."""
+    pointers = history_ptr + ((slot * tokens + token) * (2 * LINES))[:, None] + tl.arange(0, LINES)[None, :]
+    return pointers, pointers + LINES
 
 
 @triton.jit
-def _keep(history_ptr, token, F, G):
-    tl.store(_slot(history_ptr, token), F)
-    tl.store(_slot(history_ptr, token) + WIDE, G)
+def _keep(history_ptr, slot, token, tokens, F, G):
+    F_pointers, G_pointers = _slot(history_ptr, slot, token, tokens, F.shape[1])
+    tl.store(F_pointers, F)
+    tl.store(G_pointers, G)
 
 
 @triton.jit
-def _kept(history_ptr, token):
-    return tl.load(_slot(history_ptr, token)), tl.load(_slot(history_ptr, token) + WIDE)
+def _kept(history_ptr, slot, token, tokens, LINES: tl.constexpr):
+    F_pointers, G_pointers = _slot(history_ptr, slot, token, tokens, LINES)
+    return tl.load(F_pointers), tl.load(G_pointers)
 
 
 @triton.jit
@@ -80,29 +81,28 @@ def wide_plan(K, p, w):
 
 @triton.jit
 def wide_project(M, options, history_ptr, token, tokens, KEEP: tl.constexpr):
-    """x, K, p and w as ``project``; KEEP: lines go to history_ptr (slots, tokens, 2, 16)."""
+    """x, K, p and w as ``project``; KEEP: lines go to history_ptr (slots, tokens, 2, L)."""
     x = _first_rows(M, options)
-    F = tl.zeros([M.shape[0], WIDE], tl.float32)
-    G = tl.zeros([M.shape[0], WIDE], tl.float32)
+    F = tl.zeros([M.shape[0], M.shape[1]], tl.float32)
+    G = tl.zeros([M.shape[0], M.shape[1]], tl.float32)
     K = _powers(x, F, G)
-    p = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
-    w = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+    p = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
+    w = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
     sweeps = tl.maximum(options.n_iters - 1, 0)
     for done in range(0, sweeps, SEGMENT):
         F -= log2(p)
         G -= log2(w)
         K = _powers(x, F, G)
-        p = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
-        w = tl.full([M.shape[0], WIDE], 1.0, tl.float32)
+        p = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
+        w = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
+        slot = done + done // SEGMENT
         if KEEP:
-            _keep(history_ptr, token, F, G)
-            history_ptr += tokens * (2 * WIDE)
-        for _ in range(tl.minimum(sweeps - done, SEGMENT)):
+            _keep(history_ptr, slot, token, tokens, F, G)
+        for more in range(tl.minimum(sweeps - done, SEGMENT)):
             w = tl.sum(K * reciprocal(p)[:, :, None], 1) + options.eps * w
             p = tl.sum(K * reciprocal(w)[:, None, :], 2) + options.eps * p
             if KEEP:
-                _keep(history_ptr, token, p, w)
-                history_ptr += tokens * (2 * WIDE)
+                _keep(history_ptr, slot + 1 + more, token, tokens, p, w)
     return x, K, p, w
 
 
@@ -114,17 +114,16 @@ def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
     dG = tl.sum(dx, 1)
     sweeps = tl.maximum(options.n_iters - 1, 0)
     segments = tl.cdiv(sweeps, SEGMENT)
-    history_ptr += (sweeps + segments) * tokens * (2 * WIDE)
     for back in range(segments):
-        count = tl.minimum(sweeps - (segments - 1 - back) * SEGMENT, SEGMENT)
-        history_ptr -= (count + 1) * tokens * (2 * WIDE)
-        F, G = _kept(history_ptr, token)
+        segment = segments - 1 - back
+        count = tl.minimum(sweeps - segment * SEGMENT, SEGMENT)
+        F, G = _kept(history_ptr, segment * (SEGMENT + 1), token, tokens, K.shape[1])
         K = _powers(x, F, G)
         W = tl.zeros(K.shape, tl.float32)
         for done in range(count):
-            at = history_ptr + (count - done) * tokens * (2 * WIDE)
-            p, w = _kept(at, token)
-            past_p, past_w = _kept(at - tokens * (2 * WIDE), token)
+            slot = segment * (SEGMENT + 1) + count - done
+            p, w = _kept(history_ptr, slot, token, tokens, K.shape[1])
+            past_p, past_w = _kept(history_ptr, slot - 1, token, tokens, K.shape[1])
             past_p = tl.where(done == count - 1, 1.0, past_p)
             past_w = tl.where(done == count - 1, 1.0, past_w)
             v = reciprocal(w)
