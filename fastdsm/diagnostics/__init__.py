@@ -16,12 +16,14 @@ from .noise import (
 )
 from .prior import logit_diameter, random_sigma2, sigma2_prior_bound
 from .report import spectral_report
+from .streams import StreamRow
 from .summary import PlanSummary, summarize
 
 __all__ = [
     "PlanSummary",
     "Row",
     "SpectralMonitor",
+    "StreamRow",
     "chi2",
     "cosine_with_layernorm",
     "critical_depth",

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import arguments
-from ..nn import SinkhornAttention, SinkhornProjection
+from ..mhc.arguments import MOST_STREAMS
+from ..nn import HyperConnection, SinkhornAttention, SinkhornProjection
 from .measured import Pending, Row, Thresholds, groups_of
 from .sinks import sinks_of
+from .streams import Mixed, PendingStreams, StreamRow, cosine_of
 
 # Of the plans of one layer at one step, at most this many entries are kept: four heads of 512 x 512.
 _MAX_ENTRIES = 1 << 20
@@ -48,6 +50,9 @@ class SpectralMonitor:
     Attributes:
         rows: a list of :class:`fastdsm.diagnostics.Row` of all steps recorded, as far as they have reached the host;
             they stay in memory, some 300 bytes each.
+        stream_rows: of every :class:`fastdsm.nn.HyperConnection` of up to 16 streams beside that a
+            :class:`fastdsm.diagnostics.StreamRow`, in the order of their calls: the singular values of its mix and of the
+            product of all mixes so far, and the cosine between its streams.
         step: forwards counted so far.
 
     Forwards inside ``torch.func`` (vmap, grad, jvp, ...) are not steps, and layers inside it are not recorded: what these see
@@ -76,6 +81,7 @@ class SpectralMonitor:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.rows: list[Row] = []
+        self.stream_rows: list[StreamRow] = []
         self.step = 0
         self._every, self._sample = arguments.count_of(every, "every", 1), arguments.count_of(sample, "sample", 1)
         self._thresholds = Thresholds(uniform, identity)
@@ -84,12 +90,16 @@ class SpectralMonitor:
         self._lock = threading.Lock()
         self._training_only = training_only
         self._pending: deque[Pending] = deque()
+        self._pending_streams: deque[PendingStreams] = deque()
         self._hooks = [module.register_forward_pre_hook(_Hook(self._begin))]
         for name, layer in module.named_modules():
             if isinstance(layer, SinkhornProjection):
                 self._hooks.append(layer.register_forward_hook(_Hook(self._of_projection(name))))
             elif isinstance(layer, SinkhornAttention):
                 self._hooks.append(layer.register_forward_hook(_Hook(self._of_attention(name)), with_kwargs=True))
+            elif isinstance(layer, HyperConnection) and layer.streams <= MOST_STREAMS:
+                hook = _Hook(self._of_connection(name, layer.mixing.transposed))
+                self._hooks.append(layer.projection.register_forward_hook(hook, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(_Hook(self._end)))  # after those of the layers: module may be one
 
     def record(self, name: str, plan: Tensor, heads: bool = False) -> None:
@@ -132,15 +142,17 @@ class SpectralMonitor:
         draw(self.rows, Path(path))
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        self._forward.kept = {}
+        self._forward.kept, self._forward.mixed = {}, []
         self._forward.recorded = self._counts(module) and self.step % self._every == 0
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if not self._counts(module):
             return
-        groups = groups_of(self._forward.kept)
-        self._forward.kept, self._forward.recorded = {}, False
+        groups, mixed = groups_of(self._forward.kept), self._forward.mixed
+        self._forward.kept, self._forward.mixed, self._forward.recorded = {}, [], False
         with self._lock:
+            if mixed:
+                self._pending_streams.append(PendingStreams.of(self.step, mixed))
             for group in groups:
                 self._pending.append(Pending.of(self.step, group))
             self.step += 1
@@ -168,8 +180,23 @@ class SpectralMonitor:
 
         return hook
 
+    def _of_connection(self, name: str, transposed: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], plan: Tensor) -> None:
+            streams, forward = kwargs.get("streams"), self._forward
+            if streams is None or not forward.recorded or any(layer.layer == name for layer in forward.mixed):
+                return
+            plans = plan.detach().reshape(-1, *plan.shape[-2:])
+            stride = _stride(len(plans), self._sample, plans[0].numel() if len(plans) else 1)
+            if len(plans):
+                mixes = (plans.mT if transposed else plans)[::stride].to(torch.float32, copy=True)
+                forward.mixed.append(Mixed(name, mixes, cosine_of(streams.detach()[::stride])))
+
+        return hook
+
     def _write(self, wait: bool) -> None:
         """Turn what has arrived on the host into rows, in order."""
+        while self._pending_streams and (wait or self._pending_streams[0].arrived):
+            self.stream_rows += self._pending_streams.popleft().rows()
         while self._pending and (wait or self._pending[0].arrived):
             rows = self._pending.popleft().rows(self._thresholds)
             self.rows += rows
@@ -182,6 +209,7 @@ class _Forward(threading.local):
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
+        self.mixed: list[Mixed] = []
         self.recorded = False
 
 

@@ -153,7 +153,7 @@ class HyperConnection(nn.Module):
         if mixing is None:
             return *self._read_apart(X, fn, scale, base, tokens), X
         read, _, post, comb, X = mhc_calls.pre_through(X, fn, scale, base, None, *mixing, self.backend_for(X))
-        return read, post, self._shown(comb, tokens), X
+        return read, post, self._shown(comb, X, tokens), X
 
     def read_behind(
         self, written: Tensor, X: Tensor, post: Tensor, comb: Tensor, tokens: torch.Size | None = None
@@ -165,15 +165,15 @@ class HyperConnection(nn.Module):
             return X, *self._read_apart(X, fn, scale, base, tokens)
         options = (None, *mixing, self.backend_for(X))
         X, read, _, post, comb, *_ = mhc_calls.post_pre(written, X, post, comb, fn, scale, base, *options)
-        return X, read, post, self._shown(comb, tokens)
+        return X, read, post, self._shown(comb, X, tokens)
 
-    def _shown(self, comb: Tensor, tokens: torch.Size | None) -> Tensor:
+    def _shown(self, comb: Tensor, X: Tensor, tokens: torch.Size | None) -> Tensor:
         """comb, after hooks of the projection have seen its plan."""
         if not self.projection._forward_hooks:
             return comb
         plan = comb if self.mixing.transposed else comb.mT
         shape = plan.shape if tokens is None else (*tokens, *plan.shape[1:])
-        plan = self.projection(None, projected=plan.reshape(shape)).reshape(plan.shape)
+        plan = self.projection(None, projected=plan.reshape(shape), streams=X).reshape(plan.shape)
         return plan if self.mixing.transposed else plan.mT
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Mixing | None]:
@@ -200,7 +200,7 @@ class HyperConnection(nn.Module):
             a * z + b for a, z, b in zip(scale, z.split([n, n, n * n], -1), base.split([n, n, n * n]), strict=True)
         )
         shape = (*(mix.shape[:1] if tokens is None else tokens), n, n)
-        plan = self.projection(mix.reshape(shape)).reshape(-1, n, n)
+        plan = self.projection(mix.reshape(shape), streams=X).reshape(-1, n, n)
         read = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
         return read, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
 

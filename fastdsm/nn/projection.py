@@ -85,8 +85,18 @@ class SinkhornProjection(nn.Module):
         with torch.no_grad():
             self.temperature.copy_(self._start)
 
-    def forward(self, logits: Tensor | None, mask: Tensor | None = None, *, projected: Tensor | None = None) -> Tensor:
-        """The plan of ``logits``; ``projected``: their plan as another call has found it, which is for hooks to see."""
+    def forward(
+        self,
+        logits: Tensor | None,
+        mask: Tensor | None = None,
+        *,
+        projected: Tensor | None = None,
+        streams: Tensor | None = None,
+    ) -> Tensor:
+        """The plan of ``logits``.
+
+        For hooks: ``projected``, their plan as another call has found it, and ``streams`` (T, n, C), which it will mix.
+        """
         if projected is not None:
             return projected
         assert logits is not None

@@ -20,8 +20,8 @@ from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
 from ..registers.values import load_value, store_value
 from .collapse import matrix_logits, sigmoids
+from .exact import exact_product
 from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, project, project_adjoint
-from .product import exact_product
 from .tiles import Strides, inside, load_tile, partly_summed, tokens_from, vectors
 from .wide import places, wide_adjoint, wide_logits, wide_project
 

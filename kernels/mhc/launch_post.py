@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdsm._ops.mixing import Mixing
 
 from ..common.configuration import Configuration, multiprocessors
+from .launch_pre import mix, product
 from .post import _mhc_post_fwd_kernel
 from .post_backward import _mhc_post_bwd_kernel
 from .post_pre import _mhc_post_pre_fwd_kernel
@@ -146,22 +147,22 @@ def post_pre(
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """X', and of it h (T, C), pre, post (T, n), comb (T, n, n) and sums (T, D + 1); given (T, n): h is collapsed by it."""
-    from .launch_pre import mix
-
     new_streams, h, partials = _partials(x, X, post, comb, fn, given)
-    collapsed, *mixes = mix(partials, new_streams, scale, base, mixing, given, collapse=h is None)
-    return new_streams, collapsed if h is None else h, *mixes
+    collapsed, pre, next_post, next_comb, sums = mix(partials, new_streams, scale, base, mixing, given, collapse=h is None)
+    h = collapsed if h is None else h
+    assert h is not None
+    assert next_post is not None
+    assert next_comb is not None
+    return new_streams, h, pre, next_post, next_comb, sums
 
 
 def _partials(
-    x: Tensor, X: Tensor, mix: Tensor, comb: Tensor, fn: Tensor, given: Tensor | None
+    x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, fn: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """X', h if it comes with it, and partial sums: in one launch, or in that of :func:`post` and that of ``pre``'s product."""
     if fuses(x, X, fn):
-        return post_partials(x, X, mix, comb, fn, given)
-    from .launch_pre import product
-
-    new_streams = post(x, X, mix, comb)
+        return post_partials(x, X, weights, comb, fn, given)
+    new_streams = post(x, X, weights, comb)
     return new_streams, None, product(new_streams, fn)
 
 

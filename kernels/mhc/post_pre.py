@@ -5,43 +5,17 @@ X' as in ``post.py``. Of X' as rounded, which is what is read later, a program l
     partial_d = sum_{i, c} fn_d,ic X'_ic,    partial_D = sum_{i, c} X'_ic^2,    and, weights given, h = sum_i given_i X'_i.
 
 A thread has a vector of one token, so that the mixes of that token stay in its registers; X' goes on to the tensor cores by way
-of shared memory. The product is as exact as float32: for bfloat16 fn is the sum of three bfloat16 pieces, else both are TF32 in
-two pieces. Tensor cores cut off what they add to a sum; so each stream's is begun anew, and added to the others in float32.
+of shared memory. The product is as exact as float32 (``exact.py``). Tensor cores cut off what they add to a sum; so each step's
+is begun anew, and added to the others in float32.
 """
 
 import triton
 import triton.language as tl
 
-from ..attention.tile import dot
-from ..common.arithmetic import INTERPRET, narrow
+from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
+from .exact import exact_product, kept
 from .streams import GROUP, load_mix
-
-
-@triton.jit
-def _kept(x):
-    """x, which the compiler takes for something that it cannot make once more in another layout."""
-    if INTERPRET:
-        y = x
-    elif x.dtype.primitive_bitwidth == 32:
-        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=1)
-    else:
-        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=2)
-    return y
-
-
-@triton.jit
-def _exact_product(x, w):
-    """x w^T to float32's accuracy, w in float32."""
-    total = tl.zeros([x.shape[0], w.shape[0]], tl.float32)
-    if x.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
-            piece = _kept(narrow(w, tl.bfloat16))
-            total = dot(x, tl.trans(piece), total, "ieee")
-            w -= piece.to(tl.float32)
-    else:
-        total = dot(x.to(tl.float32), tl.trans(w), total, "tf32x3")
-    return total
 
 
 @triton.jit
@@ -141,7 +115,7 @@ def _mhc_post_pre_fwd_kernel(
             total = tl.zeros([TOKENS, CHANNELS], tl.float32)
             for source in tl.static_range(GROUP + 1):
                 total += mixes[new * (GROUP + 1) + source] * sources[source].to(tl.float32)
-            stream = _kept(narrow(total, new_streams_ptr.dtype.element_ty))
+            stream = kept(narrow(total, new_streams_ptr.dtype.element_ty))
             store_lines(new_streams_ptr + new * channels + start, n * channels, exists & (new < n), left, stream, CHANNELS)
             total = stream.to(tl.float32)
             squares += tl.sum(tl.reshape(total * total, (TOKENS, CHANNELS // VECTOR, VECTOR)), axis=2)
@@ -151,7 +125,7 @@ def _mhc_post_pre_fwd_kernel(
             fns = fns + [load_lines(fn_ptr + new * channels + start, n * channels, (row < rows) & (new < n), left, CHANNELS)]
         if GIVEN:
             store_lines(h_ptr + start, channels, exists, left, narrow(h, h_ptr.dtype.element_ty), CHANNELS)
-        acc += _exact_product(_joined(news), _joined(fns))
+        acc += exact_product(_joined(news), _joined(fns))
     column = tl.arange(0, ROWS)[None, :]
     found = tl.where(column == rows, tl.sum(squares, axis=1)[:, None], acc)
     pointers = partials_ptr + (part * tokens.to(tl.int64) + first + lines) * width + column

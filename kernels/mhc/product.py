@@ -1,32 +1,15 @@
 """fn vec X and the sum of squares of each token, in partial sums over parts of k = n C: X is read once.
 
 A program takes BLOCK_T tokens and one part; blocks of BLOCK_K channels do not cross streams. fn is float32 and the product
-must be as exact: where X is bfloat16, fn is the sum of three bfloat16 pieces, else both are float32 and go to tensor cores as
-TF32 in two pieces each, float16 in one. Tensor cores cut off what they add to a sum, always towards zero; so each block's sum
-is begun anew and added to the others by the rounding of float32.
+must be as exact (``exact.py``). Tensor cores cut off what they add to a sum, always towards zero; so each block's sum is begun
+anew and added to the others by the rounding of float32.
 """
 
-import triton
 import triton.language as tl
 
-from ..attention.tile import dot
-from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
+from .exact import exact_product
 from .tiles import Strides, load_tile, partly_summed, tokens_from
-
-
-@triton.jit
-def exact_product(x, w):
-    """x w^T to float32's accuracy, w in float32."""
-    total = tl.zeros([x.shape[0], w.shape[0]], tl.float32)
-    if x.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
-            piece = narrow(w, tl.bfloat16)
-            total = dot(x, tl.trans(piece), total, "ieee")
-            w -= piece.to(tl.float32)
-    else:
-        total = dot(x.to(tl.float32), tl.trans(w), total, "tf32x3")
-    return total
 
 
 @finite_jit

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastdsm
 from fastdsm.diagnostics import Row, SpectralMonitor, distance_to_identity, distance_to_uniform, spectral_report
-from fastdsm.nn import HyperConnection, SinkhornAttention, SinkhornProjection
+from fastdsm.nn import HyperConnection, HyperConnections, SinkhornAttention, SinkhornProjection
 
 
 class Network(nn.Module):
@@ -345,3 +345,32 @@ def test_copies_are_not_watched() -> None:
         assert monitor.step == 1
         model.train()(x)
         assert monitor.step == 2
+
+
+@pytest.mark.parametrize("variant", ["paper", "deepseek"])
+def test_streams_of_connections(variant: str) -> None:
+    """Spectra of the mixes, of their product in the order of the layers, and cosines, against direct measurement."""
+    stack = HyperConnections([nn.Linear(6, 6) for _ in range(3)], 6, 3, variant=variant, offset=1.0)
+    combs: list[Tensor] = []
+    streams: list[Tensor] = []
+    for layer in stack.layers:
+
+        def keep(_: nn.Module, __: Any, kwargs: dict[str, Tensor], plan: Tensor, layer: HyperConnection = layer) -> None:
+            combs.append(plan.detach().flatten(0, 1) if not layer.mixing.transposed else plan.detach().flatten(0, 1).mT)
+            streams.append(kwargs["streams"].detach())
+
+        layer.projection.register_forward_hook(keep, with_kwargs=True)
+    monitor = SpectralMonitor(stack)
+    stack(torch.randn(2, 5, 6)).sum().backward()
+    assert [(row.step, row.layer) for row in monitor.stream_rows] == [(0, f"layers.{i}") for i in range(3)]
+    product = torch.eye(3)
+    for row, mix, X in zip(monitor.stream_rows, combs, streams, strict=True):
+        product = mix @ product
+        for found, matrices in ((row.singular_values, mix), (row.through_depth, product)):
+            assert found == pytest.approx(torch.linalg.svdvals(matrices.double()).mean(0)[1:].tolist(), rel=1e-5, abs=1e-7)
+        pairs = [torch.cosine_similarity(X[:, i], X[:, j], dim=-1).mean() for i in range(3) for j in range(i)]
+        assert row.cosine == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+        assert row.to_identity == pytest.approx(distance_to_identity(mix).mean().item(), rel=1e-4)
+        assert row.to_uniform == pytest.approx(distance_to_uniform(mix).mean().item(), rel=1e-4)
+    assert monitor.stream_rows[0].cosine == pytest.approx(1.0)  # equal streams at first
+    assert len(monitor.rows) == 3

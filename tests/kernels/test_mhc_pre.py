@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdsm._ops.mixing import Mixing
 from fastdsm._verify.sinkhorn import budget
 from fastdsm.kernels.common.configuration import recorded
-from fastdsm.kernels.mhc import launch
+from fastdsm.kernels.mhc import launch, launch_pre
 
 DEEPSEEK = Mixing()
 PLAIN = Mixing(sinkhorn_eps=0.0)
@@ -212,9 +212,9 @@ def test_a_broken_token_leaves_the_others_their_bits(n: int) -> None:
 def test_parts_are_added_in_order_and_mixed_without_collapse() -> None:
     case = Case(channels=16, tokens=5)
     X, fn, scale, base, _given = case.inputs()
-    partials = torch.stack([launch.product(X, fn).sum(0) * weight for weight in (0.5, -0.25, 0.75)])
+    partials = torch.stack([launch_pre.product(X, fn).sum(0) * weight for weight in (0.5, -0.25, 0.75)])
     partials[..., 25:] = torch.nan
-    h, pre, _post, comb, sums = launch.mix(partials, X, scale, base, case.mixing, collapse=False)
+    h, pre, _post, comb, sums = launch_pre.mix(partials, X, scale, base, case.mixing, collapse=False)
     _h, other_pre, _post, other_comb, other_sums = launch.pre(X, fn, scale, base, case.mixing)
     assert h is None
     assert torch.equal(sums, (partials[0] + partials[1] + partials[2])[:, :25])
