@@ -28,12 +28,14 @@ def trap(
         typer.Option(help="Folder for the report, the figures and the numbers.", file_okay=False, callback=writable_folder),
     ] = Path("trap_output"),
     trained: Annotated[bool, typer.Option("--trained", help="Also train small networks on digits, some minutes.")] = False,
+    mhc: Annotated[bool, typer.Option("--mhc", help="Also train small mHC language models, some minutes.")] = False,
 ) -> None:
     """Measure the homogeneity trap: temperature, depth, noise, residual connections, and sigma2 held at a floor.
 
     Five experiments, each with measured beside predicted, on random logits and on the attention of all-MiniLM-L6-v2. Seeds are
     fixed. Offline, on the CPU, in minutes. With --trained a sixth: deep networks that learn handwritten digits, their tokens
-    mixed by softmax, by Sinkhorn, and by Sinkhorn with a floor under sigma2.
+    mixed by softmax, by Sinkhorn, and by Sinkhorn with a floor under sigma2. With --mhc a character language model on mHC
+    streams: plain, mHC, mHC with a floor, and streams that are never mixed.
 
     Needs the extra: pip install 'fastdsm\\[demo]'
 
@@ -44,7 +46,7 @@ def trap(
         fastdsm trap --trained --out results
     """
     from ..demo.model import DemoUnavailableError, attention_logits, require_extra
-    from ..trap import depth, digits, floor, noise, residual, temperature
+    from ..trap import depth, digits, floor, language, noise, residual, temperature
     from ..trap.report import write
 
     console = Console()
@@ -62,6 +64,8 @@ def trap(
     }
     if trained:
         experiments["training on digits"] = digits.run
+    if mhc:
+        experiments["language models on mHC streams"] = language.run
     start, results = time.perf_counter(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with torch.no_grad(), Progress(*columns, console=console, transient=True) as progress:

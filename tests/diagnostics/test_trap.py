@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from fastdsm.cli import app
 from fastdsm.demo import model
-from fastdsm.trap import depth, digits, floor, noise, report, residual, temperature
+from fastdsm.trap import depth, digits, floor, language, noise, report, residual, temperature
 from fastdsm.trap.result import Result
 
 
@@ -118,6 +120,25 @@ def test_digits(trained: Result, tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 5000
 
 
+def test_language_models_on_streams(tmp_path: Path) -> None:
+    with torch.no_grad():
+        result = language.run(seeds=1, steps=4, blocks=1)
+    found = {row[0]: row[1:] for row in result.rows}
+    assert list(found) == list(language.WAYS)
+    train, held, kinds = language.text()
+    assert len(train) > 8 * len(held) > 100_000
+    for mean, least, most, start, *_ in found.values():
+        assert least == mean == most < start < 1.1 * math.log(kinds)  # from about log(kinds) on
+    plain, mixed, floor, identity = (row[4:] for row in found.values())
+    assert all(math.isnan(x) for x in plain)
+    assert mixed[0] < 0.5 < floor[0] + 1e-3  # sigma2 of a mix without and with the floor
+    assert identity[:4] == pytest.approx((1.0,) * 4, abs=1e-6)
+    assert 0 < mixed[3] <= mixed[2] < floor[2]  # of the product of both layers' mixes
+    pytest.importorskip("matplotlib")
+    report.write([result], "one machine", tmp_path)
+    assert (tmp_path / "language.png").stat().st_size > 5000
+
+
 def test_command_trains_only_if_asked(results: dict[str, Result], trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (temperature, depth, noise, residual, floor):
         known = results[module.__name__.rpartition(".")[2]]
@@ -132,10 +153,11 @@ def test_command_trains_only_if_asked(results: dict[str, Result], trained: Resul
         return out
 
     monkeypatch.setattr(report, "write", write)
-    for arguments in ([], ["--trained"]):
+    monkeypatch.setattr(language, "run", lambda: replace(trained, name="language"))
+    for arguments in ([], ["--trained"], ["--mhc"]):
         found = CliRunner().invoke(app, ["trap", *arguments])
         assert found.exit_code == 0, found.output
-    assert written == [[*results], [*results, "digits"]]
+    assert written == [[*results], [*results, "digits"], [*results, "language"]]
 
 
 def test_digits_networks_side_by_side_train_as_each_alone() -> None:
