@@ -251,22 +251,22 @@ def sum_blocks(
     block_sums_ptr, dbase_ptr, dscale_ptr, blocks, rows, streams, LINES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """dbase, and dscale, of the rows that each scales."""
-    d = tl.arange(0, BLOCK_D)
-    base = tl.zeros([LINES, BLOCK_D], tl.float32)
-    scaled = tl.zeros([LINES, BLOCK_D], tl.float32)
-    for first in range(0, blocks, LINES):
-        block = first + tl.arange(0, LINES)
-        mask = (block < blocks)[:, None] & (d < rows)[None, :]
-        pointers = block_sums_ptr + block[:, None].to(tl.int64) * (2 * rows) + d[None, :]
-        base += tl.load(pointers, mask=mask, other=0.0)
-        scaled += tl.load(pointers + rows, mask=mask, other=0.0)
-    tl.store(dbase_ptr + d, tl.sum(base, 0), mask=d < rows)
-    of_row = tl.sum(scaled, 0)
-    group = tl.minimum(d // streams, 2)
-    tl.store(dscale_ptr, tl.sum(tl.where(group == 0, of_row, 0.0), 0))
-    if rows > streams:
-        tl.store(dscale_ptr + 1, tl.sum(tl.where(group == 1, of_row, 0.0), 0))
-        tl.store(dscale_ptr + 2, tl.sum(tl.where(group == 2, of_row, 0.0), 0))
+    of_scale = tl.zeros([4, BLOCK_D], tl.float32)
+    for first_row in range(0, rows, BLOCK_D):
+        row = first_row + tl.arange(0, BLOCK_D)
+        base = tl.zeros([LINES, BLOCK_D], tl.float32)
+        scaled = tl.zeros([LINES, BLOCK_D], tl.float32)
+        for first in range(0, blocks, LINES):
+            block = first + tl.arange(0, LINES)
+            mask = (block < blocks)[:, None] & (row < rows)[None, :]
+            pointers = block_sums_ptr + block[:, None].to(tl.int64) * (2 * rows) + row[None, :]
+            base += tl.load(pointers, mask=mask, other=0.0)
+            scaled += tl.load(pointers + rows, mask=mask, other=0.0)
+        tl.store(dbase_ptr + row, tl.sum(base, 0), mask=row < rows)
+        mine = tl.minimum(row // streams, 2)[None, :] == tl.arange(0, 4)[:, None]
+        of_scale += tl.where(mine, tl.sum(scaled, 0)[None, :], 0.0)
+    scale = tl.arange(0, 4)
+    tl.store(dscale_ptr + scale, tl.sum(of_scale, 1), mask=scale < tl.where(rows > streams, 3, 1))
 
 
 @finite_jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdsm._ops.mixing import Mixing
 
 from ..common.configuration import multiprocessors
-from .mixes import SEGMENT, Options
+from .mixes import WIDE_SEGMENT, Options
 from .table_pre import configurations, dots_of, mix_backward_of, mix_of, product_of, streams_of, sum_backward
 from .tiles import Strides
 
@@ -245,7 +245,9 @@ def _mix_gradients(
     weights, dgiven = (new((tokens, streams)), None) if given is None else (given, new((tokens, streams)))
     ds, block_sums = new((tokens, width_of(rows))), new((blocks, 2, rows))
     sweeps = max(mixing.n_iters - 1, 0)
-    history = None if head else new((sweeps + triton.cdiv(sweeps, SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
+    history = (
+        None if head else new((sweeps + triton.cdiv(sweeps, WIDE_SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
+    )
     configuration.launch(
         blocks,
         dots_ptr=dots,

@@ -121,7 +121,7 @@ def sum_backward() -> Configuration:
     return Configuration(
         kernel=_mhc_sum_bwd_kernel,
         pointers=dict.fromkeys(pointers_of(_mhc_sum_bwd_kernel), "fp32"),
-        constants={"BLOCK": 1024, "LINES": 8, "BLOCK_D": 512},
+        constants={"BLOCK": 1024, "LINES": 64, "BLOCK_D": 32},
         num_warps=4,
         matrices=1024,
         label="mhc sum backward",
