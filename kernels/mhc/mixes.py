@@ -32,7 +32,7 @@ import triton.language as tl
 from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
 from ..registers.memory import load_line, store_line
 from ..registers.sweeps import ones, products, reciprocals_of, scaled, sums_over_cols, sums_over_rows, zeros
-from ..registers.values import load_value
+from ..registers.values import load_value, store_value
 
 SEGMENT, WIDE_SEGMENT = tl.constexpr(20), tl.constexpr(10)  # sweeps of a segment, of 4 lines and of 16 at most
 MAX_LINES = tl.constexpr(4)
@@ -218,6 +218,13 @@ def load_matrix(ptr, step_a, step_b, there, LINES: tl.constexpr):
 
 
 @triton.jit
+def store_matrix(ptr, step_a, step_b, live, values, LINES: tl.constexpr):
+    """The mirror of :func:`load_matrix`."""
+    for e in tl.static_range(LINES * LINES):
+        store_value(ptr + ((e // LINES) * step_a + (e % LINES) * step_b), values[e], live)
+
+
+@triton.jit
 def products_less(x, K, W):
     """x - K W, entry by entry."""
     values = []
@@ -246,8 +253,11 @@ def project_adjoint(M, dP, x, K, p, w, options, history_ptr, stride, LINES: tl.c
         p, w = kept(history_ptr, first + count, stride, LINES)
         u = reciprocals_of(p)
         v = reciprocals_of(w)
+        before_p, before_w = kept(history_ptr, first + count - 1, stride, LINES)
         for done in range(count):
-            past_p, past_w = kept(history_ptr, first + count - 1 - done, stride, LINES)
+            past_p = before_p
+            past_w = before_w
+            before_p, before_w = kept(history_ptr, tl.maximum(first + count - 2 - done, first), stride, LINES)
             past_p = [tl.where(done == count - 1, 1.0, value) for value in past_p]
             past_w = [tl.where(done == count - 1, 1.0, value) for value in past_w]
             past_u = reciprocals_of(past_p)

@@ -89,6 +89,7 @@ def _mix_backward(lines: int, head: bool) -> Configuration:
         pointers=dict.fromkeys(pointers_of(_mhc_mix_bwd_kernel), "fp32"),
         constants={"LINES": lines, "HEAD": head, "BLOCK_T": block},
         num_warps=1 if head or lines <= MAX_LINES.value else 4,
+        maxnreg=255,
         matrices=block,
         label="mhc mix backward " + ("head" if head else f"{lines} streams"),
     )

@@ -21,12 +21,12 @@ def places(step_a, step_b, streams, LINES: tl.constexpr):
 
 @triton.jit
 def wide_logits(own_ptr, q, factor, base_ptr, at, valid):
-    """M of each token, and the sums s."""
+    """M of each token."""
     s = tl.load(own_ptr[:, None, None] + at, mask=valid, other=0.0)
     M = factor * (q[:, None, None] * s) + tl.load(base_ptr + at, mask=valid, other=0.0)
     line = tl.arange(0, at.shape[1])
     rest = tl.where(line[:, None] == line[None, :], 0.0, float("-inf"))
-    return tl.where(valid, M, rest[None, :, :]), s
+    return tl.where(valid, M, rest[None, :, :])
 
 
 @triton.jit
