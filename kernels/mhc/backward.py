@@ -220,6 +220,8 @@ def _mhc_streams_bwd_kernel(
     for start in range(part * tokens_of_part, end, BLOCK_T):
         token, live = tokens_from(start, tokens, BLOCK_T)
         ds = load_ds(ds_ptr, width, token, live, row, rows)
+        there = (token >= 0) & (first_row == 0)
+        dh = load_tile(dh_ptr, dh_strides.token, token, there, channel, channels, BLOCK_C)
         mask = inside(live, channel, channels, X_ptr, BLOCK_C)
         more = []
         for i in tl.static_range(STREAMS):
@@ -228,7 +230,6 @@ def _mhc_streams_bwd_kernel(
             x = load_tile(X_stream_ptr, X_strides.token, token, token >= 0, channel, channels, BLOCK_C)
             more = more + [dw[i] + exact_product(tl.trans(x), tl.trans(ds))]
             if SINGLE or first_row == 0:
-                dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, channels, BLOCK_C)
                 c = tl.load(ds_ptr + token * width + rows)
                 weight = tl.load(weights_ptr + token * streams + stream)
                 dX = c[:, None] * x.to(tl.float32) + weight[:, None] * dh.to(tl.float32)

@@ -151,9 +151,9 @@ def pre(
     X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """h (T, C), pre, post (T, n), comb (T, n, n), and the sums (T, D + 1) that the backward wants; see :func:`mix`."""
-    h, *rest = mix(product(X, fn), X, scale, base, mixing, given)
+    h, pre, post, comb, sums = mix(product(X, fn), X, scale, base, mixing, given)
     assert h is not None
-    return h, *rest
+    return h, pre, post, comb, sums
 
 
 def pre_backward(

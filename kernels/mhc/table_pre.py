@@ -55,13 +55,19 @@ def _mix_tokens(lines: int, head: bool) -> int:
 @functools.cache
 def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
     block = _mix_tokens(lines, head)
+    block_c = 128 if lines <= 4 else 64 if dtype.itemsize == 2 else 32
     return Configuration(
         kernel=_mhc_mix_fwd_kernel,
         pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
         | dict.fromkeys(
             ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "sums_ptr"), "fp32"
         ),
-        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block, "BLOCK_C": 128 if lines <= 4 else 64},
+        constants={
+            "LINES": lines,
+            "HEAD": head,
+            "BLOCK_T": block,
+            "BLOCK_C": block_c,
+        },
         num_warps=4,
         maxnreg=255,
         matrices=block,
