@@ -18,10 +18,22 @@ import triton.language as tl
 from ..attention.tile import dot
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
+from ..registers.memory import load_line, store_line
+from ..registers.sweeps import products as products_of
 from ..registers.values import load_value, store_value
 from .collapse import matrix_logits, sigmoids
 from .exact import exact_product
-from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, project, project_adjoint
+from .mixes import (
+    MAX_LINES,
+    Options,
+    everywhere,
+    inverse_root,
+    load_matrix,
+    matrix_steps,
+    project,
+    project_adjoint,
+    store_matrix,
+)
 from .tiles import Strides, inside, load_tile, partly_summed, tokens_from, vectors
 from .wide import places, wide_adjoint, wide_logits, wide_project
 
@@ -64,6 +76,26 @@ def add_parts(parts_ptr, stride, parts):
     return total
 
 
+@triton.jit
+def leave(ds_ptr, sums_ptr, scale_ptr, totals_ptr, token, live, streams, rows, width, size, norm_eps):
+    """From dl, which is in the place of ds: ds, c, and sums over the tokens of dl and of dl q s."""
+    q = inverse_root(tl.load(sums_ptr + token * (rows + 1) + rows), size, norm_eps)
+    inner = tl.zeros([token.shape[0]], tl.float32)
+    for first in range(0, rows, 8):
+        d = first + tl.arange(0, 8)
+        mask = live[:, None] & (d < rows)[None, :]
+        factor = tl.load(scale_ptr + tl.minimum(d // streams, 2), mask=d < rows, other=0.0)
+        s = tl.load((sums_ptr + token * (rows + 1))[:, None] + d[None, :], mask=mask, other=0.0)
+        pointers = (ds_ptr + token * width)[:, None] + d[None, :]
+        dl = tl.load(pointers, mask=mask, other=0.0)
+        ds = factor[None, :] * (q[:, None] * dl)
+        tl.store(pointers, ds, mask=mask)
+        inner += tl.sum(ds * s, 1)
+        tl.store(totals_ptr + d, tl.sum(dl, 0), mask=d < rows)
+        tl.store(totals_ptr + rows + d, tl.sum(dl * (q[:, None] * s), 0), mask=d < rows)
+    tl.store(ds_ptr + token * width + rows, -(q * q) / size * inner, mask=live)
+
+
 @finite_jit
 def _mhc_mix_bwd_kernel(
     dots_ptr, dpre_ptr, dpost_ptr, dcomb_ptr, sums_ptr, scale_ptr, base_ptr,
@@ -77,11 +109,8 @@ def _mhc_mix_bwd_kernel(
     token, live = tokens_from(block * BLOCK_T, tokens, BLOCK_T)
     own_ptr = sums_ptr + token * (rows + 1)
     out_ptr = ds_ptr + token * width
-    totals_ptr = block_sums_ptr + block * 2 * rows
     q = inverse_root(tl.load(own_ptr + rows), size, options.norm_eps)
-    inner = tl.zeros([BLOCK_T], tl.float32)
-    factor = tl.load(scale_ptr)
-    pre = sigmoids(own_ptr, q, factor, base_ptr, streams, LINES)
+    pre = sigmoids(own_ptr, q, tl.load(scale_ptr), base_ptr, streams, LINES)
     for i in tl.static_range(LINES):
         if i < streams:
             at = token * streams + i
@@ -92,22 +121,18 @@ def _mhc_mix_bwd_kernel(
             else:
                 store_value(weights_ptr + at, pre[i] + options.pre_eps, live)
                 dpre += products
-            inner += leave(dpre * (pre[i] * (1.0 - pre[i])), i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+            store_value(out_ptr + i, dpre * (pre[i] * (1.0 - pre[i])), live)
     if not HEAD:
-        factor = tl.load(scale_ptr + 1)
-        post = sigmoids(own_ptr + streams, q, factor, base_ptr + streams, streams, LINES)
-        for i in tl.static_range(LINES):
-            if i < streams:
-                dpost = load_value(dpost_ptr + token * streams + i, live & (has_dpost != 0), 0.0)
-                dl = options.post_mult * dpost * (post[i] * (1.0 - post[i]))
-                inner += leave(dl, streams + i, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+        post = sigmoids(own_ptr + streams, q, tl.load(scale_ptr + 1), base_ptr + streams, streams, LINES)
+        dpost = load_line(dpost_ptr + token * streams, 1, live & (has_dpost != 0), streams, LINES)
+        slopes = [options.post_mult * (value * (1.0 - value)) for value in post]
+        store_line(out_ptr + streams, 1, live, streams, products_of(dpost, slopes))
         step_a, step_b, comb_a, comb_b = matrix_steps(options, streams)
         factor = tl.load(scale_ptr + 2)
         base_ptr += 2 * streams
-        dcomb_ptr += token * (streams * streams)
         own_ptr += 2 * streams
         out_ptr += 2 * streams
-        totals_ptr += 2 * streams
+        dcomb_ptr += token * (streams * streams)
         there = live & (has_dcomb != 0)
         if LINES <= MAX_LINES:
             M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
@@ -115,37 +140,18 @@ def _mhc_mix_bwd_kernel(
             x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
             dP = load_matrix(dcomb_ptr, comb_a, comb_b, there, LINES)
             dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
-            for e in tl.static_range(LINES * LINES):
-                at = (e // LINES) * step_a + (e % LINES) * step_b
-                inner += leave(dM[e], at, own_ptr, q, factor, live, out_ptr, totals_ptr, rows)
+            store_matrix(out_ptr, step_a, step_b, live, dM, LINES)
         else:
             at, valid = places(step_a, step_b, streams, LINES)
-            M, s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
+            M = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
             x, K, p, w = wide_project(M, options, history_ptr, token, tokens, True)
             comb_at, _valid = places(comb_a, comb_b, streams, LINES)
             dP = tl.load(dcomb_ptr[:, None, None] + comb_at, mask=there[:, None, None] & valid, other=0.0)
             dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens)
-            dM = tl.where(live[:, None, None] & valid, dM, 0.0)
-            ds = factor * (q[:, None, None] * dM)
-            tl.store(out_ptr[:, None, None] + at, ds, mask=live[:, None, None] & valid)
-            tl.store(totals_ptr + at, tl.sum(dM, 0)[None, :, :], mask=valid)
-            scaled = tl.where(live[:, None, None], dM * (q[:, None, None] * s), 0.0)
-            tl.store(totals_ptr + rows + at, tl.sum(scaled, 0)[None, :, :], mask=valid)
-            inner += tl.sum(tl.sum(ds * s, 2), 1)
-        out_ptr -= 2 * streams
-    tl.store(out_ptr + rows, -(q * q) / size * inner, mask=live)
-
-
-@triton.jit
-def leave(dl, d, own_ptr, q, factor, live, out_ptr, totals_ptr, rows):
-    """Stores ds_d, and the block's sums; returns ds_d s_d."""
-    dl = tl.where(live, dl, 0.0)
-    s = load_value(own_ptr + d, everywhere(q), 0.0)
-    ds = factor * (q * dl)
-    store_value(out_ptr + d, ds, live)
-    tl.store(totals_ptr + d, tl.sum(dl, 0))
-    tl.store(totals_ptr + rows + d, tl.sum(tl.where(live, dl * (q * s), 0.0), 0))
-    return ds * s
+            tl.store(out_ptr[:, None, None] + at, dM, mask=live[:, None, None] & valid)
+    tl.debug_barrier()
+    totals_ptr = block_sums_ptr + block * 2 * rows
+    leave(ds_ptr, sums_ptr, scale_ptr, totals_ptr, token, live, streams, rows, width, size, options.norm_eps)
 
 
 @triton.jit
@@ -214,6 +220,8 @@ def _mhc_streams_bwd_kernel(
     for start in range(part * tokens_of_part, end, BLOCK_T):
         token, live = tokens_from(start, tokens, BLOCK_T)
         ds = load_ds(ds_ptr, width, token, live, row, rows)
+        there = (token >= 0) & (first_row == 0)
+        dh = load_tile(dh_ptr, dh_strides.token, token, there, channel, channels, BLOCK_C)
         mask = inside(live, channel, channels, X_ptr, BLOCK_C)
         more = []
         for i in tl.static_range(STREAMS):
@@ -222,7 +230,6 @@ def _mhc_streams_bwd_kernel(
             x = load_tile(X_stream_ptr, X_strides.token, token, token >= 0, channel, channels, BLOCK_C)
             more = more + [dw[i] + exact_product(tl.trans(x), tl.trans(ds))]
             if SINGLE or first_row == 0:
-                dh = load_tile(dh_ptr, dh_strides.token, token, token >= 0, channel, channels, BLOCK_C)
                 c = tl.load(ds_ptr + token * width + rows)
                 weight = tl.load(weights_ptr + token * streams + stream)
                 dX = c[:, None] * x.to(tl.float32) + weight[:, None] * dh.to(tl.float32)
@@ -251,22 +258,22 @@ def sum_blocks(
     block_sums_ptr, dbase_ptr, dscale_ptr, blocks, rows, streams, LINES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """dbase, and dscale, of the rows that each scales."""
-    d = tl.arange(0, BLOCK_D)
-    base = tl.zeros([LINES, BLOCK_D], tl.float32)
-    scaled = tl.zeros([LINES, BLOCK_D], tl.float32)
-    for first in range(0, blocks, LINES):
-        block = first + tl.arange(0, LINES)
-        mask = (block < blocks)[:, None] & (d < rows)[None, :]
-        pointers = block_sums_ptr + block[:, None].to(tl.int64) * (2 * rows) + d[None, :]
-        base += tl.load(pointers, mask=mask, other=0.0)
-        scaled += tl.load(pointers + rows, mask=mask, other=0.0)
-    tl.store(dbase_ptr + d, tl.sum(base, 0), mask=d < rows)
-    of_row = tl.sum(scaled, 0)
-    group = tl.minimum(d // streams, 2)
-    tl.store(dscale_ptr, tl.sum(tl.where(group == 0, of_row, 0.0), 0))
-    if rows > streams:
-        tl.store(dscale_ptr + 1, tl.sum(tl.where(group == 1, of_row, 0.0), 0))
-        tl.store(dscale_ptr + 2, tl.sum(tl.where(group == 2, of_row, 0.0), 0))
+    of_scale = tl.zeros([4, BLOCK_D], tl.float32)
+    for first_row in range(0, rows, BLOCK_D):
+        row = first_row + tl.arange(0, BLOCK_D)
+        base = tl.zeros([LINES, BLOCK_D], tl.float32)
+        scaled = tl.zeros([LINES, BLOCK_D], tl.float32)
+        for first in range(0, blocks, LINES):
+            block = first + tl.arange(0, LINES)
+            mask = (block < blocks)[:, None] & (row < rows)[None, :]
+            pointers = block_sums_ptr + block[:, None].to(tl.int64) * (2 * rows) + row[None, :]
+            base += tl.load(pointers, mask=mask, other=0.0)
+            scaled += tl.load(pointers + rows, mask=mask, other=0.0)
+        tl.store(dbase_ptr + row, tl.sum(base, 0), mask=row < rows)
+        mine = tl.minimum(row // streams, 2)[None, :] == tl.arange(0, 4)[:, None]
+        of_scale += tl.where(mine, tl.sum(scaled, 0)[None, :], 0.0)
+    scale = tl.arange(0, 4)
+    tl.store(dscale_ptr + scale, tl.sum(of_scale, 1), mask=scale < tl.where(rows > streams, 3, 1))
 
 
 @finite_jit

@@ -11,8 +11,7 @@ import triton.language as tl
 from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
 from ..registers.memory import load_line, store_line
-from ..registers.values import store_value
-from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, plan, project, sigmoid
+from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, plan, project, sigmoid, store_matrix
 from .tiles import Strides, inside, load_tile, tokens_from, vectors
 from .wide import places, wide_logits, wide_plan, wide_project
 
@@ -98,12 +97,10 @@ def _mhc_mix_fwd_kernel(
         if LINES <= MAX_LINES:
             M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
             _x, K, p, w = project(M, options, sums_ptr, 0, LINES, False)
-            comb = plan(K, p, w)
-            for e in tl.static_range(LINES * LINES):
-                store_value(comb_ptr + ((e // LINES) * comb_a + (e % LINES) * comb_b), comb[e], live)
+            store_matrix(comb_ptr, comb_a, comb_b, live, plan(K, p, w), LINES)
         else:
             at, valid = places(step_a, step_b, streams, LINES)
-            M, _s = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
+            M = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
             _x, K, p, w = wide_project(M, options, sums_ptr, token, tokens, False)
             at, valid = places(comb_a, comb_b, streams, LINES)
             tl.store(comb_ptr[:, None, None] + at, wide_plan(K, p, w), mask=live[:, None, None] & valid)

@@ -11,38 +11,24 @@ from torch import Tensor
 
 from fastdsm._ops.mixing import Mixing
 
-from ..common.configuration import Configuration, multiprocessors, pointers_of
-from .backward import _mhc_dots_bwd_kernel, _mhc_mix_bwd_kernel, _mhc_streams_bwd_kernel, _mhc_sum_bwd_kernel
-from .collapse import _mhc_mix_fwd_kernel
-from .mixes import MAX_LINES, SEGMENT, Options
-from .product import _mhc_product_fwd_kernel
+from ..common.configuration import multiprocessors
+from .mixes import WIDE_SEGMENT, Options
+from .table_pre import configurations, dots_of, mix_backward_of, mix_of, product_of, streams_of, sum_backward
 from .tiles import Strides
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-VECTOR = 8  # lines are made of so many channels, at least 16 bytes, as often as it takes
-MAX_STREAMS = 16
+__all__ = ["configurations", "mix", "pre", "pre_backward", "product"]
+
+_VECTOR = 8  # lines are made of so many channels, at least 16 bytes, as often as it takes
 _PROGRAMS_PER_SM = 2
 _MAX_PARTS = 32
-_ROWS = (16, 32, 64, 128)  # of fn, of a program of the product
-# Its tokens and channels at a time, by rows: what spills nowhere.
-_FEW = 16
-_MANY: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
-    torch.bfloat16: ((256, 64), (256, 32), (128, 32), (64, 32)),
-    torch.float16: ((256, 32), (256, 16), (128, 16), (64, 32)),
-    torch.float32: ((256, 32), (256, 16), (128, 16), (64, 16)),
-}
-_LINES = (1, 2, 3, 4, 8, 16)  # of the kernels that make mixes
-_DOT_TOKENS = 16
-_DOT_LINES = (4, 8, 16)  # streams that a program has room for
-_GRADIENT_ROWS = (16, 32)  # of fn, of a program of its gradient that has them all
 
 
 def aligned(x: Tensor) -> Tensor:
     """``x`` if its lines can be moved in pieces of 16 bytes; else a copy that can, with zeros behind each line."""
     steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    if not (any(number % VECTOR for number in (x.shape[-1], *steps)) or x.data_ptr() % 16):
+    if not (any(number % _VECTOR for number in (x.shape[-1], *steps)) or x.data_ptr() % 16):
         return x
-    copy = x.new_zeros((*x.shape[:-1], -(-x.shape[-1] // VECTOR) * VECTOR))
+    copy = x.new_zeros((*x.shape[:-1], -(-x.shape[-1] // _VECTOR) * _VECTOR))
     copy[..., : x.shape[-1]] = x
     return copy
 
@@ -71,123 +57,6 @@ def width_of(rows: int) -> int:
     return -(-(rows + 1) // 8) * 8
 
 
-def block_of(size: int, blocks: tuple[int, ...]) -> int:
-    """The smallest block that holds ``size``, or the largest."""
-    return next((block for block in blocks if size <= block), blocks[-1])
-
-
-def _kind(streams: int, head: bool) -> tuple[int, bool]:
-    """Of the kernel that makes the mixes: lines, and whether these are all."""
-    return MAX_STREAMS if head else block_of(streams, _LINES), head
-
-
-@functools.cache
-def _product(dtype: torch.dtype, many: bool, rows: int) -> Configuration:
-    block_t, block_k = _MANY[dtype][_ROWS.index(rows)] if many else (_FEW, 64 if dtype == torch.bfloat16 else 32)
-    return Configuration(
-        kernel=_mhc_product_fwd_kernel,
-        pointers={"X_ptr": TYPES[dtype], "fn_ptr": "fp32", "partials_ptr": "fp32"},
-        constants={"BLOCK_T": block_t, "BLOCK_D": rows, "BLOCK_K": block_k},
-        num_warps=8 if many else 4,
-        num_stages=3,
-        maxnreg=255,
-        matrices=block_t,
-        label=f"mhc product {TYPES[dtype]} {block_t} tokens {rows} rows",
-    )
-
-
-def _mix_tokens(lines: int, head: bool) -> int:
-    """Tokens of a program that makes mixes."""
-    return 32 if head or lines <= MAX_LINES.value else 128 // lines
-
-
-@functools.cache
-def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
-    block = _mix_tokens(lines, head)
-    return Configuration(
-        kernel=_mhc_mix_fwd_kernel,
-        pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
-        | dict.fromkeys(
-            ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "sums_ptr"), "fp32"
-        ),
-        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block, "BLOCK_C": 128 if lines <= 4 else 64},
-        num_warps=4,
-        matrices=block,
-        label=f"mhc mix {TYPES[dtype]} " + ("head" if head else f"{lines} streams"),
-    )
-
-
-@functools.cache
-def _dots(dtype: torch.dtype, lines: int) -> Configuration:
-    return Configuration(
-        kernel=_mhc_dots_bwd_kernel,
-        pointers=dict.fromkeys(("dh_ptr", "X_ptr"), TYPES[dtype]) | {"dots_ptr": "fp32"},
-        constants={"LINES": lines, "BLOCK_T": _DOT_TOKENS, "BLOCK_C": 128 if lines <= 4 else 64},
-        num_warps=4,
-        matrices=_DOT_TOKENS,
-        label=f"mhc dots {TYPES[dtype]} {lines} streams",
-    )
-
-
-@functools.cache
-def _mix_backward(lines: int, head: bool) -> Configuration:
-    block = _mix_tokens(lines, head)
-    return Configuration(
-        kernel=_mhc_mix_bwd_kernel,
-        pointers=dict.fromkeys(pointers_of(_mhc_mix_bwd_kernel), "fp32"),
-        constants={"LINES": lines, "HEAD": head, "BLOCK_T": block},
-        num_warps=1 if head or lines <= MAX_LINES.value else 4,
-        matrices=block,
-        label="mhc mix backward " + ("head" if head else f"{lines} streams"),
-    )
-
-
-def _more_rows(dtype: torch.dtype) -> int:
-    """Rows of fn of a program that has not all of them."""
-    return 64 if dtype == torch.bfloat16 else 32
-
-
-@functools.cache
-def _streams(dtype: torch.dtype, streams: int, block_d: int, single: bool) -> Configuration:
-    few = streams > 1
-    block_t = 16 if few else 64 if single and dtype == torch.bfloat16 else 32
-    return Configuration(
-        kernel=_mhc_streams_bwd_kernel,
-        pointers=dict.fromkeys(("dh_ptr", "X_ptr", "add_ptr", "dX_ptr"), TYPES[dtype])
-        | dict.fromkeys(("fn_ptr", "ds_ptr", "weights_ptr", "dfn_ptr"), "fp32"),
-        constants={"STREAMS": streams, "BLOCK_T": block_t, "BLOCK_C": 64, "BLOCK_D": block_d, "SINGLE": single},
-        num_warps=4 if few else 8,
-        num_stages=2,
-        matrices=block_t,
-        label=f"mhc streams backward {TYPES[dtype]} {streams} streams {block_d} rows" + " of more" * (not single),
-    )
-
-
-@functools.cache
-def _sum() -> Configuration:
-    return Configuration(
-        kernel=_mhc_sum_bwd_kernel,
-        pointers=dict.fromkeys(pointers_of(_mhc_sum_bwd_kernel), "fp32"),
-        constants={"BLOCK": 1024, "LINES": 8, "BLOCK_D": 512},
-        num_warps=4,
-        matrices=1024,
-        label="mhc sum backward",
-    )
-
-
-def configurations() -> list[Configuration]:
-    """Every kernel that ``pre`` can launch."""
-    products = [_product(dtype, many, rows) for dtype in TYPES for many in (False, True) for rows in _ROWS]
-    kinds = [(lines, False) for lines in _LINES] + [(MAX_STREAMS, True)]
-    mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
-    backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _DOT_LINES]
-    backwards += [_mix_backward(*kind) for kind in kinds] + [_sum()]
-    streams = [_streams(dtype, 1, rows, True) for dtype in TYPES for rows in _GRADIENT_ROWS]
-    streams += [_streams(dtype, 1, _more_rows(dtype), False) for dtype in TYPES]
-    streams += [_streams(torch.bfloat16, 4, rows, True) for rows in _GRADIENT_ROWS]
-    return products + mixes + backwards + streams
-
-
 def _split(size: int, step: int, programs: int, device: torch.device) -> int:
     """How much of ``size``, in whole steps, each takes of so many that ``programs`` of each fill the device."""
     wanted = max(_PROGRAMS_PER_SM * multiprocessors(device) // programs, 1)
@@ -200,7 +69,7 @@ def product(X: Tensor, fn: Tensor) -> Tensor:
     rows = fn.shape[0]
     fn = aligned(fn.view(rows, streams, channels))
     X = aligned(X)
-    configuration = _product(X.dtype, tokens > 4 * _FEW, block_of(rows, _ROWS))
+    configuration = product_of(X.dtype, tokens, rows)
     block_k = configuration.constants["BLOCK_K"]
     programs = triton.cdiv(tokens, configuration.matrices) * triton.cdiv(rows, configuration.constants["BLOCK_D"])
     blocks = streams * triton.cdiv(X.shape[2], block_k)
@@ -241,7 +110,7 @@ def mix(
     rows = base.shape[0]
     head = rows == streams
     X = aligned(X) if collapse else X
-    configuration = _mix(X.dtype, *_kind(streams, head))
+    configuration = mix_of(X.dtype, streams, head)
     new = functools.partial(torch.empty, dtype=torch.float32, device=X.device)
     pre, sums = new((tokens, streams)), new((tokens, rows + 1))
     post, comb = (None, None) if head else (new((tokens, streams)), new((tokens, streams, streams)))
@@ -313,7 +182,7 @@ def pre_backward(
     weights, dgiven, ds, block_sums = _mix_gradients(dots, dpre, dpost, dcomb, scale, base, sums, mixing, given, channels)
     dX, dfn_parts = _stream_gradients(dh, X, fn, ds, weights, add)
     dfn, dbase, dscale = torch.empty_like(fn), torch.empty_like(base), torch.empty_like(scale)
-    configuration = _sum()
+    configuration = sum_backward()
     configuration.launch(
         triton.cdiv(fn.numel(), configuration.matrices),
         dfn_parts_ptr=dfn_parts,
@@ -333,7 +202,7 @@ def pre_backward(
 def _dot_products(dh: Tensor, X: Tensor) -> Tensor:
     """<dh, X_i> over parts of the channels (parts, T, n)."""
     tokens, streams, channels = X.shape
-    configuration = _dots(X.dtype, block_of(streams, _DOT_LINES))
+    configuration = dots_of(X.dtype, streams)
     blocks = triton.cdiv(tokens, configuration.matrices)
     channels_of_part = _split(channels, configuration.constants["BLOCK_C"], blocks, X.device)
     parts = triton.cdiv(channels, channels_of_part)
@@ -370,13 +239,15 @@ def _mix_gradients(
     parts, tokens, streams = dots.shape
     rows = base.shape[0]
     head = rows == streams
-    configuration = _mix_backward(*_kind(streams, head))
+    configuration = mix_backward_of(streams, head)
     blocks = triton.cdiv(tokens, configuration.matrices)
     new = functools.partial(torch.empty, dtype=torch.float32, device=dots.device)
     weights, dgiven = (new((tokens, streams)), None) if given is None else (given, new((tokens, streams)))
     ds, block_sums = new((tokens, width_of(rows))), new((blocks, 2, rows))
     sweeps = max(mixing.n_iters - 1, 0)
-    history = None if head else new((sweeps + triton.cdiv(sweeps, SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
+    history = (
+        None if head else new((sweeps + triton.cdiv(sweeps, WIDE_SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
+    )
     configuration.launch(
         blocks,
         dots_ptr=dots,
@@ -412,12 +283,11 @@ def _stream_gradients(
     """dX, and dfn over parts of the tokens (parts, D, n, C)."""
     tokens, streams, channels = X.shape
     rows = fn.shape[0]
-    together = 4 if streams == 4 and X.dtype == torch.bfloat16 else 1
-    single = rows <= _GRADIENT_ROWS[-1]
-    block_d = block_of(rows, _GRADIENT_ROWS) if single else _more_rows(X.dtype)
-    configuration = _streams(X.dtype, together, block_d, single)
+    configuration = streams_of(X.dtype, streams, rows)
     step = configuration.matrices
-    programs = triton.cdiv(rows, block_d) * streams // together * triton.cdiv(channels, configuration.constants["BLOCK_C"])
+    sizes = configuration.constants
+    groups = triton.cdiv(rows, sizes["BLOCK_D"]) * (streams // sizes["STREAMS"])
+    programs = groups * triton.cdiv(channels, sizes["BLOCK_C"])
     tokens_of_part = _split(tokens, step, programs, X.device)
     parts = triton.cdiv(tokens, tokens_of_part)
     dX = torch.empty(X.shape, dtype=X.dtype, device=X.device)

@@ -14,7 +14,8 @@ are sweeps in the log domain. Between, sweeps are of factors: K = 2^(x + F + G) 
     w <- K^T (1 / p) + eps w,    p <- K (1 / w) + eps p,
 
 with F - log2 p, G - log2 w the potentials, the same recurrence whatever K has taken in. A column of K has an entry of 1 / n^2
-or more; a sweep changes sums by factors within [1 / n, n], so that after SEGMENT of them, of 16 lines, p and w are within 2^40.
+or more; a sweep changes sums by factors within [1 / n, n], so that p and w stay within 2^40 in a segment of
+sweeps, after which F, G and K are made anew.
 
 Adjoint, with dF, dG, dx the derivatives by potentials and x, first P dP and its sums; p', w' those before the sweep,
 
@@ -31,9 +32,9 @@ import triton.language as tl
 from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
 from ..registers.memory import load_line, store_line
 from ..registers.sweeps import ones, products, reciprocals_of, scaled, sums_over_cols, sums_over_rows, zeros
-from ..registers.values import load_value
+from ..registers.values import load_value, store_value
 
-SEGMENT = tl.constexpr(10)
+SEGMENT, WIDE_SEGMENT = tl.constexpr(20), tl.constexpr(10)  # sweeps of a segment, of 4 lines and of 16 at most
 MAX_LINES = tl.constexpr(4)
 
 
@@ -217,6 +218,13 @@ def load_matrix(ptr, step_a, step_b, there, LINES: tl.constexpr):
 
 
 @triton.jit
+def store_matrix(ptr, step_a, step_b, live, values, LINES: tl.constexpr):
+    """The mirror of :func:`load_matrix`."""
+    for e in tl.static_range(LINES * LINES):
+        store_value(ptr + ((e // LINES) * step_a + (e % LINES) * step_b), values[e], live)
+
+
+@triton.jit
 def products_less(x, K, W):
     """x - K W, entry by entry."""
     values = []
@@ -238,17 +246,20 @@ def project_adjoint(M, dP, x, K, p, w, options, history_ptr, stride, LINES: tl.c
     for back in range(segments):
         segment = segments - 1 - back
         count = tl.minimum(sweeps - segment * SEGMENT, SEGMENT)
-        F, G = kept(history_ptr, segment * (SEGMENT + 1), stride, LINES)
+        first = segment * (SEGMENT + 1)
+        F, G = kept(history_ptr, first, stride, LINES)
         K = powers(x, F, G)
         W = zeros(x[0], LINES * LINES)
+        p, w = kept(history_ptr, first + count, stride, LINES)
+        u = reciprocals_of(p)
+        v = reciprocals_of(w)
+        before_p, before_w = kept(history_ptr, first + count - 1, stride, LINES)
         for done in range(count):
-            slot = segment * (SEGMENT + 1) + count - done
-            p, w = kept(history_ptr, slot, stride, LINES)
-            past_p, past_w = kept(history_ptr, slot - 1, stride, LINES)
+            past_p = before_p
+            past_w = before_w
+            before_p, before_w = kept(history_ptr, tl.maximum(first + count - 2 - done, first), stride, LINES)
             past_p = [tl.where(done == count - 1, 1.0, value) for value in past_p]
             past_w = [tl.where(done == count - 1, 1.0, value) for value in past_w]
-            u = reciprocals_of(p)
-            v = reciprocals_of(w)
             past_u = reciprocals_of(past_p)
             a = products(u, dF)
             b = products(v, products_less(dG, v, sums_over_rows(K, a, zero)))
@@ -260,6 +271,8 @@ def project_adjoint(M, dP, x, K, p, w, options, history_ptr, stride, LINES: tl.c
             dF = [options.eps * value for value in products(past_p, a)]
             dF = products_less(dF, past_u, Kb)
             dG = [options.eps * value for value in products(past_w, b)]
+            u = past_u
+            v = reciprocals_of(past_w)
         dx = products_less(dx, K, W)
     return softmax_adjoint(M, rows_adjoint(dx, dF, x), options, LINES)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
-from .mixes import SEGMENT
+from .mixes import WIDE_SEGMENT
 
 
 @triton.jit
@@ -21,12 +21,12 @@ def places(step_a, step_b, streams, LINES: tl.constexpr):
 
 @triton.jit
 def wide_logits(own_ptr, q, factor, base_ptr, at, valid):
-    """M of each token, and the sums s."""
+    """M of each token."""
     s = tl.load(own_ptr[:, None, None] + at, mask=valid, other=0.0)
     M = factor * (q[:, None, None] * s) + tl.load(base_ptr + at, mask=valid, other=0.0)
     line = tl.arange(0, at.shape[1])
     rest = tl.where(line[:, None] == line[None, :], 0.0, float("-inf"))
-    return tl.where(valid, M, rest[None, :, :]), s
+    return tl.where(valid, M, rest[None, :, :])
 
 
 @triton.jit
@@ -89,16 +89,16 @@ def wide_project(M, options, history_ptr, token, tokens, KEEP: tl.constexpr):
     p = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
     w = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
     sweeps = tl.maximum(options.n_iters - 1, 0)
-    for done in range(0, sweeps, SEGMENT):
+    for done in range(0, sweeps, WIDE_SEGMENT):
         F -= log2(p)
         G -= log2(w)
         K = _powers(x, F, G)
         p = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
         w = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
-        slot = done + done // SEGMENT
+        slot = done + done // WIDE_SEGMENT
         if KEEP:
             _keep(history_ptr, slot, token, tokens, F, G)
-        for more in range(tl.minimum(sweeps - done, SEGMENT)):
+        for more in range(tl.minimum(sweeps - done, WIDE_SEGMENT)):
             w = tl.sum(K * reciprocal(p)[:, :, None], 1) + options.eps * w
             p = tl.sum(K * reciprocal(w)[:, None, :], 2) + options.eps * p
             if KEEP:
@@ -113,15 +113,15 @@ def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
     dF = tl.sum(dx, 2)
     dG = tl.sum(dx, 1)
     sweeps = tl.maximum(options.n_iters - 1, 0)
-    segments = tl.cdiv(sweeps, SEGMENT)
+    segments = tl.cdiv(sweeps, WIDE_SEGMENT)
     for back in range(segments):
         segment = segments - 1 - back
-        count = tl.minimum(sweeps - segment * SEGMENT, SEGMENT)
-        F, G = _kept(history_ptr, segment * (SEGMENT + 1), token, tokens, K.shape[1])
+        count = tl.minimum(sweeps - segment * WIDE_SEGMENT, WIDE_SEGMENT)
+        F, G = _kept(history_ptr, segment * (WIDE_SEGMENT + 1), token, tokens, K.shape[1])
         K = _powers(x, F, G)
         W = tl.zeros(K.shape, tl.float32)
         for done in range(count):
-            slot = segment * (SEGMENT + 1) + count - done
+            slot = segment * (WIDE_SEGMENT + 1) + count - done
             p, w = _kept(history_ptr, slot, token, tokens, K.shape[1])
             past_p, past_w = _kept(history_ptr, slot - 1, token, tokens, K.shape[1])
             past_p = tl.where(done == count - 1, 1.0, past_p)
