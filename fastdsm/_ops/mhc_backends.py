@@ -12,11 +12,9 @@ from ..pytorch import mhc
 from .mixing import Mixing
 
 
-def _launch(backend: str, X: Tensor, mixing: Mixing | None = None) -> ModuleType | None:
-    """The kernels' calls, if they serve streams X (T, n, C) with these mixes."""
+def _launch(backend: str, X: Tensor) -> ModuleType | None:
+    """The kernels' calls, if they serve streams X (T, n, C)."""
     if backend != "triton" or X.dtype == torch.float64 or X.shape[0] == 0:
-        return None
-    if mixing is not None and mixing.sinkhorn_eps > 0.0 and not mixing.floored:
         return None
     from ..kernels.mhc import launch
 
@@ -42,7 +40,7 @@ def sweeps_with_eps_backward(
 
 def pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str) -> Any:
     """h, pre, post, comb and sums."""
-    launch = _launch(backend, X, mixing)
+    launch = _launch(backend, X)
     if launch is None:
         return mhc.pre(X, fn, scale, base, mixing, given)
     return launch.pre(_on_end(X), fn, scale, base, mixing, given)
@@ -54,7 +52,7 @@ def pre_backward(
     given: Tensor | None, add: Tensor | None, backend: str,
 ) -> Any:  # fmt: skip
     """Gradients in X, fn, scale, base and given."""
-    launch = _launch(backend, X, mixing)
+    launch = _launch(backend, X)
     if launch is None:
         return mhc.pre_backward(d_h, d_pre, d_post, d_comb, X, fn, scale, base, sums, mixing, given, add)
     d_h = X.new_zeros((X.shape[0], X.shape[2])) if d_h is None else _on_end(d_h)
@@ -85,7 +83,7 @@ def post_pre(
     fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str,
 ) -> Any:  # fmt: skip
     """X' and all of :func:`pre` of it."""
-    launch = _launch(backend, X, mixing)
+    launch = _launch(backend, X)
     if launch is None:
         mixed = post(x, X, weights, comb, backend)
         return mixed, *pre(mixed, fn, scale, base, mixing, given, backend)

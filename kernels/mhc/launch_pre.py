@@ -40,12 +40,15 @@ def strides(x: Tensor) -> Strides:
 
 def options(mixing: Mixing) -> Options:
     """As the kernels take them."""
+    log2_eps = math.log2(mixing.sinkhorn_eps) if mixing.sinkhorn_eps > 0 else -math.inf
     return Options(
         n_iters=mixing.n_iters,
         columns_first=int(mixing.columns_first),
         transposed=int(mixing.transposed),
         eps=mixing.sinkhorn_eps,
-        log2_eps=math.log2(mixing.sinkhorn_eps) if mixing.sinkhorn_eps > 0 else -math.inf,
+        log2_eps=log2_eps,
+        floor=mixing.sinkhorn_eps if mixing.floored else 0.0,
+        log2_first=-math.inf if mixing.floored else log2_eps,
         pre_eps=mixing.pre_eps,
         post_mult=mixing.post_mult,
         norm_eps=mixing.norm_eps,

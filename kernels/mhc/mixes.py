@@ -3,12 +3,13 @@
 A matrix M is a tuple of vectors, entry (a, b) at n a + b, turned so that its first side are the columns. In base 2, with
 potentials F of rows, G of columns, and x_ab 2^(F_a + G_b) the matrix after a half sweep,
 
-    y_ab = log2(e) M_ab - log2 sum_a e^M_ab,   x = log2(2^y + eps)                  softmax of columns; x = M without sweeps
+    y_ab = log2(e) M_ab - log2(sum_a e^M_ab),   x = log2(2^y + eps)                 softmax of columns; x = M without sweeps
     F_a <- -log2(sum_b 2^(x_ab + G_b) + eps 2^-F_a)                                 rows, from F = G = 0
     G_b <- -log2(sum_a 2^(x_ab + F_a) + eps 2^-G_b),  then rows again               n_iters - 1 times,
 
 which is division by the sums + eps: 2^F / (2^F s + eps) = 1 / (s + eps 2^-F), the same recurrence whatever of F and G goes
-into x: the first F do, so that neither x where it matters nor potentials are large, whatever the logits. With eps = 0 these
+into x: the first F do, so that neither x where it matters nor potentials are large, whatever the logits. Not floored, eps is
+added to the sum in y, relative to the largest e^M_ab, in place of 2^y (``floor`` is then 0). With eps = 0 these
 are sweeps in the log domain. Between, sweeps are of factors: K = 2^(x + F + G) of row sums 1, p = w = 1,
 
     w <- K^T (1 / p) + eps w,    p <- K (1 / w) + eps p,
@@ -39,13 +40,15 @@ MAX_LINES = tl.constexpr(4)
 
 
 class Options(NamedTuple):
-    """``Mixing`` as the kernels take it; ``log2_eps`` is that of sinkhorn_eps, -inf of 0."""
+    """``Mixing`` as the kernels take it; log2_eps: -inf of no eps; log2_first: of what is added to the first sums."""
 
     n_iters: tl.int32
     columns_first: tl.int32
     transposed: tl.int32
     eps: tl.float32
     log2_eps: tl.float32
+    floor: tl.float32
+    log2_first: tl.float32
     pre_eps: tl.float32
     post_mult: tl.float32
     norm_eps: tl.float32
@@ -97,7 +100,7 @@ def powers(x, F, G):
 
 
 @triton.jit
-def first_softmax(M, LINES: tl.constexpr):
+def first_softmax(M, options, LINES: tl.constexpr):
     """y: maxima are taken off before anything is rounded at their size."""
     y = M
     for b in tl.static_range(LINES):
@@ -107,7 +110,7 @@ def first_softmax(M, LINES: tl.constexpr):
         column = []
         for a in tl.static_range(LINES):
             column = column + [(M[LINES * a + b] - top) * LOG2_E]
-        height = log_sum(column)
+        height = log_sum(column + [tl.full(top.shape, options.log2_first, tl.float32)])
         lifted = []
         for e in tl.static_range(LINES * LINES):
             lifted = lifted + [column[e // LINES] - height if e % LINES == b else y[e]]
@@ -118,13 +121,13 @@ def first_softmax(M, LINES: tl.constexpr):
 @triton.jit
 def first_rows(M, options, LINES: tl.constexpr):
     """x, its first row potentials taken in."""
-    y = first_softmax(M, LINES)
+    y = first_softmax(M, options, LINES)
     x = []
     for a in tl.static_range(LINES):
         row = []
         for b in tl.static_range(LINES):
             value = y[LINES * a + b]
-            value = tl.where(options.eps > 0, log2(exp2(value) + options.eps), value)
+            value = tl.where(options.floor > 0, log2(exp2(value) + options.floor), value)
             row = row + [tl.where(options.n_iters > 0, value, M[LINES * a + b] * LOG2_E)]
         height = log_sum(row + [tl.full(row[0].shape, options.log2_eps, tl.float32)])
         x = x + [value - height for value in row]
@@ -290,10 +293,10 @@ def rows_adjoint(dx, dF, x):
 @triton.jit
 def softmax_adjoint(M, dx, options, LINES: tl.constexpr):
     """dM of log2(2^y + eps); without sweeps this is M."""
-    softmax = [exp2(value) for value in first_softmax(M, LINES)]
+    softmax = [exp2(value) for value in first_softmax(M, options, LINES)]
     dy = []
     for e in tl.static_range(LINES * LINES):
-        share = tl.where(options.eps > 0, softmax[e] * reciprocal(softmax[e] + options.eps), 1.0)
+        share = tl.where(options.floor > 0, softmax[e] * reciprocal(softmax[e] + options.floor), 1.0)
         dy = dy + [dx[e] * share]
     sums = sums_over_rows(dy, ones(dx[0], LINES), zeros(dx[0], LINES))
     dM = []

@@ -30,10 +30,10 @@ def wide_logits(own_ptr, q, factor, base_ptr, at, valid):
 
 
 @triton.jit
-def _softmax(M):
+def _softmax(M, options):
     """y."""
     y = (M - tl.max(M, 1)[:, None, :]) * LOG2_E
-    return y - log2(tl.sum(exp2(y), 1))[:, None, :]
+    return y - log2(tl.sum(exp2(y), 1) + exp2(options.log2_first))[:, None, :]
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def _powers(x, F, G):
 @triton.jit
 def _first_rows(M, options):
     """x, its first row potentials taken in."""
-    y = _softmax(M)
-    x = tl.where((options.eps > 0) & (y > float("-inf")), log2(exp2(y) + options.eps), y)
+    y = _softmax(M, options)
+    x = tl.where((options.floor > 0) & (y > float("-inf")), log2(exp2(y) + options.floor), y)
     x = tl.where(options.n_iters > 0, x, M * LOG2_E)
     top = tl.max(x, 2)
     total = tl.sum(exp2(x - top[:, :, None]), 2) + exp2(options.log2_eps - top)
@@ -135,7 +135,7 @@ def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
             dG = options.eps * past_w * b
         dx -= K * W
     dx -= exp2(x) * dF[:, :, None]
-    softmax = exp2(_softmax(M))
-    share = tl.where(options.eps > 0, softmax * reciprocal(softmax + options.eps), 1.0)
+    softmax = exp2(_softmax(M, options))
+    share = tl.where(options.floor > 0, softmax * reciprocal(softmax + options.floor), 1.0)
     dy = dx * share
     return tl.where(options.n_iters > 0, dy - softmax * tl.sum(dy, 1)[:, None, :], dx)

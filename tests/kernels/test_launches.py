@@ -45,6 +45,21 @@ def _attend(n: int, d: int, dtype: torch.dtype) -> None:
     fastdsm.sinkhorn_attention_sigma2(query, key, **on)[0].sum().backward()
 
 
+def _layer(n: int, dtype: torch.dtype) -> None:
+    """What lies on whole vectors, and by two tokens of few, many streams."""
+    on = {"backend": "triton"}
+    wide = DOUBLE if dtype == DOUBLE else SINGLE
+    rows, channels = n * (n + 2), 16
+    X, x = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((3, n, channels), (3, channels)))
+    fn, base = (torch.randn(*shape, dtype=wide) for shape in ((rows, n * channels), (rows,)))
+    scale, mixes = torch.ones(3, dtype=wide), torch.randn(3, rows, dtype=wide)
+    h, (post, comb) = fastdsm.mhc.mhc_pre(X, fn, scale, base, **on)
+    for given in (None, mixes):
+        mixed, h, _ = fastdsm.mhc.mhc_post_pre(h + x, X, post, comb, fn, scale, base, mixes=given, **on)
+    fastdsm.mhc.mhc_post(h, mixed, post, comb, **on).sum().backward()
+    fastdsm.mhc.mhc_head(X, fn[:n], scale[:1], base[:n], **on).sum().backward()
+
+
 def test_every_kernel_is_launched_with_the_types_it_is_compiled_for() -> None:
     launched, found = set(), []
 
@@ -59,5 +74,8 @@ def test_every_kernel_is_launched_with_the_types_it_is_compiled_for() -> None:
         for dtype in (HALF, BRAIN, SINGLE):
             for n, d in ((33, 16), (300, 100), (520, 200)):
                 _attend(n, d, dtype)
+        for dtype in (HALF, BRAIN, SINGLE, DOUBLE):
+            for n in (2, 4, 9):
+                _layer(n, dtype)
     assert found == []
     assert launched == {kernel_name(configuration) for configuration in kernels.configurations()}

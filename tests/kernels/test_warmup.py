@@ -188,7 +188,7 @@ def test_all_is_what_a_target_can_launch() -> None:
 
 
 def test_the_calls_that_can_be_named_are_those_that_launch() -> None:
-    assert {*launchable.PROJECTIONS, *launchable.ATTENTION} == set(CALLS)
+    assert {*launchable.PROJECTIONS, *launchable.ATTENTION, *launchable.LAYERS} == set(CALLS)
 
 
 class _Driver(DriverBase):
