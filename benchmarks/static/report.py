@@ -131,7 +131,7 @@ def faults(row: Row) -> list[str]:
     limit = SHARED_LIMIT[row["target"]]
     if row["shared_bytes"] > limit:
         found.append(f"shared_bytes = {row['shared_bytes']}, the device has {limit}")
-    work = ("MUFU", "FFMA", "FADD") if row["label"].startswith("mhc") else ("MUFU",)
+    work = ("MUFU", "FFMA", "FADD") if row.get("label", "").startswith("mhc") else ("MUFU",)
     for names in (("STG",), work):
         if not any(row["instructions"].get(name) for name in names):
             found.append(f"no {' or '.join(names)}: compiled to nothing")

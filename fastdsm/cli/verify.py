@@ -128,7 +128,7 @@ def _table(target: Target, records: list[Record]) -> Table:
     for record in records:
         if record.target == str(target):
             rows.setdefault((record.group, str(record.case.dtype).removeprefix("torch.")), []).append(record)
-    for group in ("forward", "gradient", "sigma2", "bounds", "newton", "attention"):
+    for group in ("forward", "gradient", "sigma2", "bounds", "newton", "attention", "mhc"):
         for row in [row for row in rows if row[0] == group]:
             worst = max(rows[row], key=lambda record: record.share)
             misses = sum(not record.ok for record in rows[row])

@@ -232,6 +232,9 @@ class HyperConnection(nn.Module):
     def from_liger(cls, branch: nn.Module, weights: nn.Module | Mapping[str, Tensor], **options: Any) -> HyperConnection:
         """LigerMHC's layer: a module, or its state, with phi (n C, n (n + 2)), b, alpha_pre, alpha_post and alpha_res."""
         state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+        missing = [name for name in ("phi", "b", "alpha_pre", "alpha_post", "alpha_res") if name not in state]
+        if missing:
+            raise ValueError(f"weights must have phi, b, alpha_pre, alpha_post and alpha_res, got none of {', '.join(missing)}")
         scale = torch.stack([state[name].reshape(()) for name in ("alpha_pre", "alpha_post", "alpha_res")])
         options = {"variant": "liger", "norm_eps": getattr(weights, "rms_eps", 1e-6)} | options
         return cls.from_deepseek(branch, state["phi"].mT, scale, state["b"].flatten(), **options)

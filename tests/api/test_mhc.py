@@ -333,6 +333,8 @@ class TestHyperConnection:
         layer = HyperConnection.from_transformer_engine(nn.Tanh(), beside[0], scale, base[None], beside[1])
         h, (post, comb) = mhc.mhc_pre(x, fn, scale, base, variant="transformer_engine", norm_weight=weight)
         torch.testing.assert_close(layer(x.mT), mhc.mhc_post(h.tanh(), x, post, comb).mT)
+        with pytest.raises(ValueError, match="got none of alpha_pre"):
+            HyperConnection.from_liger(nn.Identity(), {name: x for name, x in state.items() if name != "alpha_pre"})
         with pytest.raises(ValueError, match="fn must have shape"):
             HyperConnection.from_deepseek(nn.Identity(), fn[:23], scale, base)
 

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 import fastdsm
 from fastdsm import reference
 from fastdsm._verify import attention as attention_verification
+from fastdsm._verify import mhc as mhc_verification
 from fastdsm._verify import newton as newton_verification
 from fastdsm._verify import sinkhorn as verification
 from fastdsm._verify.attention import AttentionCase
+from fastdsm._verify.mhc import MhcCase
 from fastdsm._verify.newton import NewtonCase, verify_newton_case
 from fastdsm._verify.sinkhorn import Case, Target, budget, gradient_size, half_ulp, verify_case
 from fastdsm.cli import app
@@ -33,6 +35,7 @@ TINY = [
 TINY_ATTENTION = [AttentionCase((1, 2, 1, 5, 4, 3, 2), torch.float32, 2.0, 3, option) for option in ("", "mask", "padding")]
 
 TINY_NEWTON = [NewtonCase((2, 4, 4), torch.float32, 2.0, 30), NewtonCase((2, 3, 8), torch.float64, 1.0, 30, "marginals")]
+TINY_LAYERS = [MhcCase((2, 3, 4), torch.float32, 1.0, 5, "paper")]
 
 
 def run(*arguments):
@@ -44,6 +47,7 @@ def tiny_grid(monkeypatch):
     monkeypatch.setattr(verification, "cases", lambda target, quick: TINY)
     monkeypatch.setattr(attention_verification, "attention_cases", lambda target, quick: TINY_ATTENTION)
     monkeypatch.setattr(newton_verification, "newton_cases", lambda target, quick: TINY_NEWTON)
+    monkeypatch.setattr(mhc_verification, "mhc_cases", lambda target, quick: TINY_LAYERS)
     monkeypatch.setattr(verification, "targets", lambda: [CPU])
 
 
@@ -145,7 +149,7 @@ def test_verify_passes_and_writes_json(tmp_path):
     result = run("verify", "--json", str(path))
     assert result.exit_code == 0, result.output
     assert "every one within its budget" in result.output
-    for word in ("forward", "gradient", "sigma2", "bounds", "newton", "bfloat16"):
+    for word in ("forward", "gradient", "sigma2", "bounds", "newton", "mhc", "bfloat16"):
         assert word in result.output
     rows = json.loads(path.read_text())["comparisons"]
     assert {row["dtype"] for row in rows} == {"float32", "float64", "bfloat16"}

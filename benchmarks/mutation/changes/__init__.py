@@ -4,9 +4,10 @@ from .diagnostics import DIAGNOSTICS
 from .doors import DOORS
 from .judges import JUDGES
 from .kernels import KERNELS
+from .layers import LAYERS
 from .modes import MODES
 from .paths import PATHS
 from .potentials import POTENTIALS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *JUDGES]

@@ -357,10 +357,10 @@ MODULES = [
     ),
     Change(
         "fastdsm/nn/hyper_connection.py",
-        "return pre.sigmoid(), 2 * post.sigmoid()",
-        "return pre.sigmoid(), post.sigmoid()",
-        (_NN,),
-        "half of what a branch writes",
+        "return read, mixing.post_mult * post.sigmoid(), ",
+        "return read, post.sigmoid(), ",
+        ("tests/api/test_mhc.py::TestHyperConnection::test_temperatures_and_hooks",),
+        "half of what a branch writes, where the projection is a module",
     ),
     Change(
         "fastdsm/nn/hyper_connection.py",

@@ -1,0 +1,117 @@
+"""Bytes that the compiled kernels of an mHC layer move, counted as they run: python -m benchmarks.execution.moved [tokens]
+
+bfloat16 streams, n = 4, C = 4096, by default 256 tokens: as many as a program of the product takes, so that fn costs a token
+what it costs of 8,192. Counted are the sectors of 32 bytes that a warp touches in one instruction, which is what it has from L2
+or sends there, by tensor. Streams and their gradients stand beside the least bytes, what is not theirs (fn, mixes, partial
+sums, history, fn's gradient) beside these as well. Rows replace benchmarks/results/moved.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # while kernels are imported
+
+import numpy as np
+import torch
+
+from fastdsm._ops.mixing import Mixing
+from fastdsm.kernels.mhc import launch
+
+from ..rows import RESULTS
+from .global_memory import GlobalMemory
+from .hook import Execution
+from .regions import Region
+
+_N, _C, _SECTOR = 4, 4096, 32
+_STREAMS = {
+    "X_ptr", "h_ptr", "dh_ptr", "dX_ptr", "add_ptr", "branch_ptr", "streams_ptr", "new_streams_ptr", "grad_new_streams_ptr",
+    "grad_branch_ptr", "grad_streams_ptr",
+}  # fmt: skip
+# In bytes a token of X, n C, and of F, h and their like, C; and how much more there may be.
+_LEAST = {
+    "pre": (2, 1, 1.15),
+    "post": (2, 1, 1.05),
+    "post_pre": (3, 2, 1.1),
+    "post_pre, shifted": (2, 2, 1.1),
+    "post_backward": (3, 2, 1.25),
+    "pre_backward": (3, 2, 1.25),
+    "pre_backward, added": (4, 2, 1.25),
+}
+
+
+def counting(moved: Counter[str]) -> None:
+    """Count from now on, by pointer."""
+
+    def count(region: Region, a: np.ndarray, lanes: np.ndarray, width: int) -> None:
+        first, last = a // _SECTOR, (a + width - 1) // _SECTOR
+        warps = (lanes // 32).astype(np.int64) << 48
+        moved[region.name] += _SECTOR * len(np.unique(np.concatenate([warps + first, warps + last])))
+
+    def around(name: str, width_of: Callable[..., int]) -> None:
+        original = getattr(GlobalMemory, name)
+
+        def counted(memory: GlobalMemory, region: Region, a: np.ndarray, lanes: np.ndarray, *others: Any) -> Any:
+            count(region, a, lanes, width_of(*others))
+            return original(memory, region, a, lanes, *others)
+
+        setattr(GlobalMemory, name, counted)
+
+    around("check_read", lambda width, _: width)
+    around("_store", lambda kind, values, _: int(kind[1:]) // 8 * len(values))
+
+
+def main() -> None:
+    """Run each call once, print and record."""
+    tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    execution, moved = Execution("sm_90"), Counter[str]()
+    execution.install()
+    counting(moved)
+    torch.manual_seed(0)
+    rows = _N * (_N + 2)
+    X, mixed, add = torch.randn(3, tokens, _N, _C).bfloat16().unbind()
+    x, dh = torch.randn(2, tokens, _C).bfloat16().unbind()
+    fn, scale, base = torch.randn(rows, _N * _C) / 128, torch.ones(3), torch.randn(rows)
+    layer, mixing = (fn, scale, base), Mixing()
+    _, pre, post, comb, sums = launch.pre(X, *layer, mixing)
+    assert post is not None
+    assert comb is not None
+    written = x, X, post, comb
+    cotangents = dh, None, post, comb
+    calls: dict[str, Callable[[], Any]] = {
+        "pre": lambda: launch.pre(X, *layer, mixing),
+        "post": lambda: launch.post(*written),
+        "post_pre": lambda: launch.post_pre(*written, *layer, mixing),
+        "post_pre, shifted": lambda: launch.post_pre(*written, *layer, mixing, pre),
+        "post_backward": lambda: launch.post_backward(mixed, *written),
+        "pre_backward": lambda: launch.pre_backward(*cotangents, X, *layer, sums, mixing),
+        "pre_backward, added": lambda: launch.pre_backward(*cotangents, X, *layer, sums, mixing, add=add),
+    }
+    found = []
+    print(f"{tokens} tokens, n = {_N}, C = {_C}, bfloat16, sm_90; KB a token")
+    print(f"{'':22}{'streams':>9}{'least':>8}{'ratio':>8}{'allowed':>9}{'others':>8}{'share':>8}")
+    for name, call in calls.items():
+        moved.clear()
+        call()
+        of_streams = sum(count for pointer, count in moved.items() if pointer in _STREAMS) / tokens
+        others = moved.total() / tokens - of_streams
+        whole, lines, allowed = _LEAST[name]
+        least = 2 * _C * (whole * _N + lines)
+        row = {"call": name, "tokens": tokens, "streams": of_streams, "least": least, "ratio": of_streams / least}
+        found.append(row | {"allowed": allowed, "others": others, "share": others / least, "by_pointer": dict(moved)})
+        print(
+            f"{name:22}{of_streams / 1024:9.1f}{least / 1024:8.1f}{of_streams / least:8.3f}{allowed:9.2f}"
+            f"{others / 1024:8.1f}{others / least:8.3f}",
+            flush=True,
+        )
+    (RESULTS / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    print(f"issues: {len(execution.report.issues)}")
+
+
+if __name__ == "__main__":
+    main()
