@@ -34,7 +34,8 @@ def block_of(size: int, blocks: tuple[int, ...]) -> int:
 
 @functools.cache
 def _product(dtype: torch.dtype, many: bool, rows: int) -> Configuration:
-    block_t, block_k = _MANY[dtype][_ROWS.index(rows)] if many else (_FEW, 64 if dtype == torch.bfloat16 else 32)
+    few = _FEW, 64 if dtype == torch.bfloat16 and rows < _ROWS[-1] else 32
+    block_t, block_k = _MANY[dtype][_ROWS.index(rows)] if many else few
     return Configuration(
         kernel=_mhc_product_fwd_kernel,
         pointers={"X_ptr": TYPES[dtype], "fn_ptr": "fp32", "partials_ptr": "fp32"},
@@ -101,11 +102,6 @@ def _mix_backward(lines: int, head: bool) -> Configuration:
     )
 
 
-def _more_rows(dtype: torch.dtype) -> int:
-    """Rows of fn of a program that has not all of them."""
-    return 64 if dtype == torch.bfloat16 else 32
-
-
 @functools.cache
 def _streams(dtype: torch.dtype, streams: int, block_d: int, single: bool) -> Configuration:
     few = streams > 1
@@ -159,7 +155,7 @@ def streams_of(dtype: torch.dtype, streams: int, rows: int) -> Configuration:
     """What makes dX and fn's gradient: of all rows if there are few, of four streams together where these fit."""
     together = 4 if streams == 4 and dtype == torch.bfloat16 and rows <= _GRADIENT_ROWS[-1] else 1
     single = rows <= _GRADIENT_ROWS[-1]
-    return _streams(dtype, together, block_of(rows, _GRADIENT_ROWS) if single else _more_rows(dtype), single)
+    return _streams(dtype, together, block_of(rows, _GRADIENT_ROWS), single)
 
 
 def configurations() -> list[Configuration]:
@@ -172,6 +168,6 @@ def configurations() -> list[Configuration]:
     # From 17 to 32 rows are those of four streams alone.
     few = [(dtype, rows) for dtype in TYPES for rows in _GRADIENT_ROWS if (dtype, rows) != (torch.bfloat16, _GRADIENT_ROWS[-1])]
     streams = [_streams(dtype, 1, rows, True) for dtype, rows in few]
-    streams += [_streams(dtype, 1, _more_rows(dtype), False) for dtype in TYPES]
+    streams += [_streams(dtype, 1, _GRADIENT_ROWS[-1], False) for dtype in TYPES]
     streams += [_streams(torch.bfloat16, 4, rows, True) for rows in _GRADIENT_ROWS]
     return products + mixes + backwards + streams

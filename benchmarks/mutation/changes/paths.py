@@ -359,7 +359,7 @@ MODULES = [
         "fastdsm/nn/hyper_connection.py",
         "return read, mixing.post_mult * post.sigmoid(), ",
         "return read, post.sigmoid(), ",
-        ("tests/api/test_mhc.py::TestHyperConnection::test_temperatures_and_hooks",),
+        ("tests/api/test_mhc.py::TestHyperConnection",),
         "half of what a branch writes, where the projection is a module",
     ),
     Change(
