@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..attention.tile import dot
-from ..common.arithmetic import narrow
+from ..common.arithmetic import narrow, rounded_product
 from ..common.configuration import finite_jit
 from ..registers.memory import load_line, store_line
 from ..registers.sweeps import products as products_of
@@ -78,7 +78,7 @@ def add_parts(parts_ptr, stride, parts):
 
 @triton.jit
 def leave(ds_ptr, sums_ptr, scale_ptr, totals_ptr, token, live, streams, rows, width, size, norm_eps):
-    """From dl, which is in the place of ds: ds, c, and sums over the tokens of dl and of dl q s."""
+    """From dl, which is in the place of ds: ds, c, and sums over the tokens of dl and of dl q s, whose copies are one."""
     q = inverse_root(tl.load(sums_ptr + token * (rows + 1) + rows), size, norm_eps)
     inner = tl.zeros([token.shape[0]], tl.float32)
     for first in range(0, rows, 8):
@@ -89,10 +89,11 @@ def leave(ds_ptr, sums_ptr, scale_ptr, totals_ptr, token, live, streams, rows, w
         pointers = (ds_ptr + token * width)[:, None] + d[None, :]
         dl = tl.load(pointers, mask=mask, other=0.0)
         ds = factor[None, :] * (q[:, None] * dl)
+        tl.debug_barrier()  # every lane that holds a copy has loaded it
         tl.store(pointers, ds, mask=mask)
-        inner += tl.sum(ds * s, 1)
+        inner += tl.sum(rounded_product(ds, s), 1)
         tl.store(totals_ptr + d, tl.sum(dl, 0), mask=d < rows)
-        tl.store(totals_ptr + rows + d, tl.sum(dl * (q[:, None] * s), 0), mask=d < rows)
+        tl.store(totals_ptr + rows + d, tl.sum(rounded_product(dl, q[:, None] * s), 0), mask=d < rows)
     tl.store(ds_ptr + token * width + rows, -(q * q) / size * inner, mask=live)
 
 
@@ -107,6 +108,8 @@ def _mhc_mix_bwd_kernel(
     """ds and, behind it, c (tokens, width); sums over a block of dl and of dl q s (blocks, 2, rows); pre or dgiven."""
     block = tl.program_id(0).to(tl.int64)
     token, live = tokens_from(block * BLOCK_T, tokens, BLOCK_T)
+    own = block * BLOCK_T + tl.arange(0, BLOCK_T)  # of the history: what lies beyond the last token has its own, too
+    count = tl.num_programs(0).to(tl.int64) * BLOCK_T
     own_ptr = sums_ptr + token * (rows + 1)
     out_ptr = ds_ptr + token * width
     q = inverse_root(tl.load(own_ptr + rows), size, options.norm_eps)
@@ -136,18 +139,19 @@ def _mhc_mix_bwd_kernel(
         there = live & (has_dcomb != 0)
         if LINES <= MAX_LINES:
             M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
-            history_ptr += token
-            x, K, p, w = project(M, options, history_ptr, tokens, LINES, True)
+            history_ptr += own
+            x, K, p, w = project(M, options, history_ptr, count, LINES, True)
             dP = load_matrix(dcomb_ptr, comb_a, comb_b, there, LINES)
-            dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, tokens, LINES)
+            dM = project_adjoint(M, dP, x, K, p, w, options, history_ptr, count, LINES)
             store_matrix(out_ptr, step_a, step_b, live, dM, LINES)
         else:
             at, valid = places(step_a, step_b, streams, LINES)
             M = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
-            x, K, p, w = wide_project(M, options, history_ptr, token, tokens, True)
+            x, K, p, w = wide_project(M, options, history_ptr, own, count, True)
             comb_at, _valid = places(comb_a, comb_b, streams, LINES)
             dP = tl.load(dcomb_ptr[:, None, None] + comb_at, mask=there[:, None, None] & valid, other=0.0)
-            dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens)
+            tl.debug_barrier()  # lines of the history have come from other lanes
+            dM = wide_adjoint(M, dP, x, K, p, w, options, history_ptr, own, count)
             tl.store(out_ptr[:, None, None] + at, dM, mask=live[:, None, None] & valid)
     tl.debug_barrier()
     totals_ptr = block_sums_ptr + block * 2 * rows

@@ -248,9 +248,8 @@ def _mix_gradients(
     weights, dgiven = (new((tokens, streams)), None) if given is None else (given, new((tokens, streams)))
     ds, block_sums = new((tokens, width_of(rows))), new((blocks, 2, rows))
     sweeps = max(mixing.n_iters - 1, 0)
-    history = (
-        None if head else new((sweeps + triton.cdiv(sweeps, WIDE_SEGMENT.value), 2 * configuration.constants["LINES"], tokens))
-    )
+    slots, lines = sweeps + triton.cdiv(sweeps, WIDE_SEGMENT.value), 2 * configuration.constants["LINES"]
+    history = None if head else new((slots, lines, blocks * configuration.matrices))
     configuration.launch(
         blocks,
         dots_ptr=dots,

@@ -1,12 +1,13 @@
 """The sweeps of ``mixes.py`` and their adjoint for n > 4: matrices as tiles (tokens, L, L), L = 8 or 16, symbols as there.
 
 What L lines have beyond n is a unit matrix of its own, exp(M) = 1 on the diagonal and 0 else, which sweeps leave alone.
+Products that lanes add up are rounded by themselves, so that all copies of a sum are one.
 """
 
 import triton
 import triton.language as tl
 
-from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal
+from ..common.arithmetic import LOG2_E, exp2, log2, reciprocal, rounded_product
 from .mixes import WIDE_SEGMENT
 
 
@@ -54,22 +55,22 @@ def _first_rows(M, options):
 
 
 @triton.jit
-def _slot(history_ptr, slot, token, tokens, LINES: tl.constexpr):
+def _slot(history_ptr, slot, own, stride, LINES: tl.constexpr):
     """Pointers to the two lines of each token."""
-    pointers = history_ptr + ((slot * tokens + token) * (2 * LINES))[:, None] + tl.arange(0, LINES)[None, :]
+    pointers = history_ptr + ((slot * stride + own) * (2 * LINES))[:, None] + tl.arange(0, LINES)[None, :]
     return pointers, pointers + LINES
 
 
 @triton.jit
-def _keep(history_ptr, slot, token, tokens, F, G):
-    F_pointers, G_pointers = _slot(history_ptr, slot, token, tokens, F.shape[1])
+def _keep(history_ptr, slot, own, stride, F, G):
+    F_pointers, G_pointers = _slot(history_ptr, slot, own, stride, F.shape[1])
     tl.store(F_pointers, F)
     tl.store(G_pointers, G)
 
 
 @triton.jit
-def _kept(history_ptr, slot, token, tokens, LINES: tl.constexpr):
-    F_pointers, G_pointers = _slot(history_ptr, slot, token, tokens, LINES)
+def _kept(history_ptr, slot, own, stride, LINES: tl.constexpr):
+    F_pointers, G_pointers = _slot(history_ptr, slot, own, stride, LINES)
     return tl.load(F_pointers), tl.load(G_pointers)
 
 
@@ -80,8 +81,8 @@ def wide_plan(K, p, w):
 
 
 @triton.jit
-def wide_project(M, options, history_ptr, token, tokens, KEEP: tl.constexpr):
-    """x, K, p and w as ``project``; KEEP: lines go to history_ptr (slots, tokens, 2, L)."""
+def wide_project(M, options, history_ptr, own, stride, KEEP: tl.constexpr):
+    """x, K, p and w as ``project``; KEEP: lines go to history_ptr (slots, stride, 2, L), each token's to its ``own``."""
     x = _first_rows(M, options)
     F = tl.zeros([M.shape[0], M.shape[1]], tl.float32)
     G = tl.zeros([M.shape[0], M.shape[1]], tl.float32)
@@ -97,19 +98,19 @@ def wide_project(M, options, history_ptr, token, tokens, KEEP: tl.constexpr):
         w = tl.full([M.shape[0], M.shape[1]], 1.0, tl.float32)
         slot = done + done // WIDE_SEGMENT
         if KEEP:
-            _keep(history_ptr, slot, token, tokens, F, G)
+            _keep(history_ptr, slot, own, stride, F, G)
         for more in range(tl.minimum(sweeps - done, WIDE_SEGMENT)):
-            w = tl.sum(K * reciprocal(p)[:, :, None], 1) + options.eps * w
-            p = tl.sum(K * reciprocal(w)[:, None, :], 2) + options.eps * p
+            w = tl.sum(rounded_product(K, reciprocal(p)[:, :, None]), 1) + options.eps * w
+            p = tl.sum(rounded_product(K, reciprocal(w)[:, None, :]), 2) + options.eps * p
             if KEEP:
-                _keep(history_ptr, slot + 1 + more, token, tokens, p, w)
+                _keep(history_ptr, slot + 1 + more, own, stride, p, w)
     return x, K, p, w
 
 
 @triton.jit
-def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
+def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, own, stride):
     """dM, as ``project_adjoint``."""
-    dx = wide_plan(K, p, w) * dP
+    dx = rounded_product(wide_plan(K, p, w), dP)
     dF = tl.sum(dx, 2)
     dG = tl.sum(dx, 1)
     sweeps = tl.maximum(options.n_iters - 1, 0)
@@ -117,25 +118,25 @@ def wide_adjoint(M, dP, x, K, p, w, options, history_ptr, token, tokens):
     for back in range(segments):
         segment = segments - 1 - back
         count = tl.minimum(sweeps - segment * WIDE_SEGMENT, WIDE_SEGMENT)
-        F, G = _kept(history_ptr, segment * (WIDE_SEGMENT + 1), token, tokens, K.shape[1])
+        F, G = _kept(history_ptr, segment * (WIDE_SEGMENT + 1), own, stride, K.shape[1])
         K = _powers(x, F, G)
         W = tl.zeros(K.shape, tl.float32)
         for done in range(count):
             slot = segment * (WIDE_SEGMENT + 1) + count - done
-            p, w = _kept(history_ptr, slot, token, tokens, K.shape[1])
-            past_p, past_w = _kept(history_ptr, slot - 1, token, tokens, K.shape[1])
+            p, w = _kept(history_ptr, slot, own, stride, K.shape[1])
+            past_p, past_w = _kept(history_ptr, slot - 1, own, stride, K.shape[1])
             past_p = tl.where(done == count - 1, 1.0, past_p)
             past_w = tl.where(done == count - 1, 1.0, past_w)
             v = reciprocal(w)
             past_u = reciprocal(past_p)
             a = dF * reciprocal(p)
-            b = v * (dG - v * tl.sum(K * a[:, :, None], 1))
+            b = v * (dG - v * tl.sum(rounded_product(K, a[:, :, None]), 1))
             W += a[:, :, None] * v[:, None, :] + past_u[:, :, None] * b[:, None, :]
-            dF = options.eps * past_p * a - past_u * tl.sum(K * b[:, None, :], 2)
+            dF = options.eps * past_p * a - past_u * tl.sum(rounded_product(K, b[:, None, :]), 2)
             dG = options.eps * past_w * b
         dx -= K * W
     dx -= exp2(x) * dF[:, :, None]
     softmax = exp2(_softmax(M, options))
     share = tl.where(options.floor > 0, softmax * reciprocal(softmax + options.floor), 1.0)
-    dy = dx * share
+    dy = rounded_product(dx, share)
     return tl.where(options.n_iters > 0, dy - softmax * tl.sum(dy, 1)[:, None, :], dx)
