@@ -1,9 +1,10 @@
 """Bytes that the compiled kernels of an mHC layer move, counted as they run: python -m benchmarks.execution.moved [tokens]
 
 bfloat16 streams, n = 4, C = 4096, by default 256 tokens: as many as a program of the product takes, so that fn costs a token
-what it costs of 8,192. Counted are the sectors of 32 bytes that a warp touches in one instruction, which is what it has from L2
-or sends there, by tensor. Streams and their gradients stand beside the least bytes, what is not theirs (fn, mixes, partial
-sums, history, fn's gradient) beside these as well. Rows replace benchmarks/results/moved.jsonl.
+what it costs of 8,192. Streams are counted by what a warp has from L2 in one instruction, sectors of 32 bytes, other tensors by
+the sectors that a program reads at all, as it keeps these in L1; stores by their bytes. Streams and their gradients stand
+beside the least bytes, what is not theirs (fn, mixes, partial sums, history, fn's gradient) beside these as well. Rows replace
+benchmarks/results/moved.jsonl.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastdsm._ops.mixing import Mixing
 from fastdsm.kernels.mhc import launch
 
 from ..rows import RESULTS
+from .elements import SIZE
 from .global_memory import GlobalMemory
 from .hook import Execution
 from .regions import Region
@@ -45,33 +47,65 @@ _LEAST = {
 }
 
 
-def counting(moved: Counter[str]) -> None:
-    """Count from now on, by pointer."""
+class Moved:
+    """Bytes by pointer since the last :meth:`clear`."""
 
-    def count(region: Region, a: np.ndarray, lanes: np.ndarray, width: int) -> None:
-        first, last = a // _SECTOR, (a + width - 1) // _SECTOR
-        warps = (lanes // 32).astype(np.int64) << 48
-        moved[region.name] += _SECTOR * len(np.unique(np.concatenate([warps + first, warps + last])))
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._held: dict[str, list[np.ndarray]] = {}
 
-    def around(name: str, width_of: Callable[..., int]) -> None:
-        original = getattr(GlobalMemory, name)
+    def clear(self) -> None:
+        """Begin anew."""
+        self._counts.clear()
+        self._held.clear()
 
-        def counted(memory: GlobalMemory, region: Region, a: np.ndarray, lanes: np.ndarray, *others: Any) -> Any:
-            count(region, a, lanes, width_of(*others))
-            return original(memory, region, a, lanes, *others)
+    def read(self, name: str, launch: int, ctas: np.ndarray, warps: np.ndarray, a: np.ndarray, width: int) -> None:
+        """Lanes read ``width`` bytes at ``a``."""
+        sectors = np.concatenate([a // _SECTOR, (a + width - 1) // _SECTOR])
+        who = np.concatenate([warps, warps] if name in _STREAMS else [ctas, ctas]).astype(np.int64)
+        found = np.unique((who << 44) + sectors % (1 << 44))
+        if name in _STREAMS:
+            self._counts[name] += _SECTOR * len(found)
+        else:
+            self._held.setdefault(f"{name} {launch}", []).append(found)
 
-        setattr(GlobalMemory, name, counted)
+    def written(self, name: str, a: np.ndarray, width: int) -> None:
+        """Lanes write ``width`` bytes at ``a``."""
+        self._counts[name] += width * len(np.unique(a))
 
-    around("check_read", lambda width, _: width)
-    around("_store", lambda kind, values, _: int(kind[1:]) // 8 * len(values))
+    def totals(self) -> Counter[str]:
+        """By pointer."""
+        totals = self._counts.copy()
+        for key, arrays in self._held.items():
+            totals[key.split()[0]] += _SECTOR * len(np.unique(np.concatenate(arrays)))
+        return totals
+
+
+def counting(moved: Moved, execution: Execution) -> None:
+    """Count from now on."""
+    read, store = GlobalMemory.check_read, GlobalMemory._store
+
+    def counted_read(memory: GlobalMemory, region: Region, a: np.ndarray, lanes: np.ndarray, width: int, i: Any) -> None:
+        ctas = (memory.lanes.ids[lanes] - 1) // memory.lanes.threads
+        moved.read(region.name, execution.report.launches, ctas, lanes // 32, a, width)
+        read(memory, region, a, lanes, width, i)
+
+    def counted_store(
+        memory: GlobalMemory, region: Region, a: np.ndarray, lanes: np.ndarray, kind: str, values: list[Any], i: Any
+    ) -> None:
+        moved.written(region.name, a, SIZE[kind] * len(values))
+        store(memory, region, a, lanes, kind, values, i)
+
+    setattr(GlobalMemory, "check_read", counted_read)  # noqa: B010 (mypy takes methods for final)
+    setattr(GlobalMemory, "_store", counted_store)  # noqa: B010
 
 
 def main() -> None:
     """Run each call once, print and record."""
     tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 256
-    execution, moved = Execution("sm_90"), Counter[str]()
+    execution, moved = Execution("sm_90"), Moved()
     execution.install()
-    counting(moved)
+    counting(moved, execution)
     torch.manual_seed(0)
     rows = _N * (_N + 2)
     X, mixed, add = torch.randn(3, tokens, _N, _C).bfloat16().unbind()
@@ -98,12 +132,13 @@ def main() -> None:
     for name, call in calls.items():
         moved.clear()
         call()
-        of_streams = sum(count for pointer, count in moved.items() if pointer in _STREAMS) / tokens
-        others = moved.total() / tokens - of_streams
+        totals = moved.totals()
+        of_streams = sum(count for pointer, count in totals.items() if pointer in _STREAMS) / tokens
+        others = totals.total() / tokens - of_streams
         whole, lines, allowed = _LEAST[name]
         least = 2 * _C * (whole * _N + lines)
         row = {"call": name, "tokens": tokens, "streams": of_streams, "least": least, "ratio": of_streams / least}
-        found.append(row | {"allowed": allowed, "others": others, "share": others / least, "by_pointer": dict(moved)})
+        found.append(row | {"allowed": allowed, "others": others, "share": others / least, "by_pointer": dict(totals)})
         print(
             f"{name:22}{of_streams / 1024:9.1f}{least / 1024:8.1f}{of_streams / least:8.3f}{allowed:9.2f}"
             f"{others / 1024:8.1f}{others / least:8.3f}",
