@@ -30,8 +30,9 @@ WIDE_ROWS, WIDE_BLOCK_M, WIDE_WARPS = 4, 2048, 8
 PLAIN_ROWS = {(1, 4096): 1, (2, 0): 1}
 # Of aligned rows only these, on sm_90: kernel, element, columns.
 SPILLING = {(_sinkhorn_stream_sweep_fwd_kernel, element, 4096) for element in ("fp16", "bf16")}
-# Two vectors and two sums for each column: of the longest rows a program takes the registers of a whole SM, pipelined or not.
-ALONE = {_sigma2_stream_gram_fwd_kernel}
+# Of the longest rows a program of these takes the registers of a whole SM, pipelined or not: two vectors and two sums for each
+# column; a sweep of rows that do not start on 16 bytes, which spills otherwise.
+ALONE = {_sigma2_stream_gram_fwd_kernel, _sinkhorn_stream_sweep_fwd_kernel}
 # The first column step needs no whole rows.
 START_ROWS, START_BLOCK_M, START_WARPS = 8, 512, 4
 # A program of a reduction adds CHUNK columns, PARTS partial sums at once; there are at most MAX_PARTS of each.
