@@ -43,7 +43,8 @@ def cases() -> Iterator[Case]:
         nn.init.constant_(layer.scale, 0.5)
         parameters = [layer.fn, layer.scale, layer.base]
         streams, cotangent = torch.randn(2, tokens, 4, channels).unbind()
-        compiled = torch.compile(eager, fullgraph=True)
+        torch.compiler.reset()
+        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
         loops = {
             "mHC layer, eager": lambda x: eager(x, *parameters),  # noqa: B023 (both are used before the next size)
             "mHC layer, torch.compile": lambda x: compiled(x, *parameters),  # noqa: B023
