@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .._ops import mhc_calls
-from .._ops.arguments import count_of, resolve_backend
+from .._ops.arguments import check_choice, count_of, resolve_backend
 from .._ops.mixing import Mixing
 from .._ops.problem import compute_dtype
+from ..projection import sinkhorn
+from ..reference import mhc as oracle
 from .arguments import of_tokens, parameter, streams_of
 from .variants import mixing_of
 
@@ -41,6 +43,7 @@ def mhc_pre(
     n_splits: int | None = None,
     variant: str = "deepseek",
     transposed: bool | None = None,
+    solver: str = "sinkhorn",
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The input of a branch, and how its output will be written: the streams' product with fn, the projection, the collapse.
@@ -57,6 +60,8 @@ def mhc_pre(
         sinkhorn_repeat: sweeps, >= 1, without eps >= 0.
         n_splits: accepted and not needed.
         transposed: None for the variant's: whether the mix is read as [old, new], as DeepSeek does, or as [new, old].
+        solver: "sinkhorn", or of a variant without eps "newton": the converged mix, at most ``sinkhorn_repeat`` steps, with its
+            implicit gradient (:func:`fastdsm.sinkhorn`); made of several calls.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -71,8 +76,12 @@ def mhc_pre(
     n, channels = streams_of(residual, mhc_mult)
     options = _mixing(variant, transposed, norm_eps, post_mult_value, pre_eps, sinkhorn_eps, sinkhorn_repeat)
     layer = _layer(residual, fn, scale, base, norm_weight, options, backend, n * (n + 2), 3)
+    check_choice(solver, "solver", ("sinkhorn", "newton"))
     X = residual.reshape(-1, n, channels)
-    h, _, post, comb, *_ = mhc_calls.pre(X, *layer[:3], None, *layer.mixing, layer.backend)
+    if solver == "newton":
+        h, post, comb = _converged(X, layer)
+    else:
+        h, _, post, comb, *_ = mhc_calls.pre(X, *layer[:3], None, *layer.mixing, layer.backend)
     return _restored(residual, h, (channels,)), _written(residual, post, comb)
 
 
@@ -152,6 +161,23 @@ def mhc_post_pre(
     inputs = _post_inputs(x, residual, post_layer_mix, comb_res_mix)
     mixed, h, _, post, comb, *_ = mhc_calls.post_pre(*inputs, *layer[:3], given, *layer.mixing, layer.backend)
     return _restored(residual, mixed, (n, channels)), _restored(residual, h, (channels,)), _written(residual, post, comb)
+
+
+def _converged(X: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """h, post and comb with the fixed point of the projection."""
+    n, mixing = X.shape[1], layer.mixing
+    if mixing.sinkhorn_eps > 0.0:
+        raise ValueError(
+            f'solver="newton" converges a projection without eps, got sinkhorn_eps={mixing.sinkhorn_eps}; '
+            'use variant="paper" or "transformer_engine"'
+        )
+    sizes = [n, n, n * n]
+    mixes = oracle.mixes(X, layer.fn, mixing.norm_eps).split(sizes, -1)
+    pre, post, mix = (a * z + b for a, z, b in zip(layer.scale, mixes, layer.base.split(sizes), strict=True))
+    first = "col" if mixing.columns_first else "row"
+    plan = sinkhorn(mix.unflatten(-1, (n, n)), n_iters=mixing.n_iters, first=first, solver="newton", backend=layer.backend)
+    h = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
+    return h, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
 
 
 def _mixing(

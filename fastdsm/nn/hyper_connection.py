@@ -213,6 +213,12 @@ class HyperConnection(nn.Module):
         """The mean of the streams, to (..., C)."""
         return x.mean(-1 if self.channels_first else -2)
 
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        mixing = {name: getattr(self.mixing, name) for name in ("pre_eps", "post_mult", "norm_eps", "transposed")}
+        shown = {"dim": self.dim, "streams": self.streams, **mixing}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
     @classmethod
     def from_deepseek(cls, branch: nn.Module, fn: Tensor, scale: Tensor, base: Tensor, **options: Any) -> HyperConnection:
         """DeepSeek's layer with its weights, fn (n (n + 2), n C), scale (3,), base (n (n + 2),)."""

@@ -114,4 +114,5 @@ class SinkhornProjection(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = self.options | ({"eps": self.eps} if self.eps > 0.0 else {})
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
