@@ -51,8 +51,8 @@ LAYERS = [
     ),
     Change(
         "fastdsm/pytorch/mhc/layer.py",
-        "            grad += add[where]",
-        "            grad = grad",
+        "grad = of_sums @ fn if add is None else",
+        "grad = of_sums @ fn if True else",
         (f"{_API}::TestHyperConnection",),
         "the gradient of streams that go on is lost",
     ),

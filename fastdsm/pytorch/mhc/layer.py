@@ -65,11 +65,11 @@ def pre_backward(
     def gradient(where: slice) -> tuple[Tensor]:
         flat = _wide(X[where]).reshape(-1, width)
         d_fn.addmm_(slopes.sums[where].mT, flat)
-        grad = (slopes.sums[where] @ fn).addcmul_(flat, slopes.factor[where]).view(-1, *X.shape[1:])
+        of_sums = slopes.sums[where]
+        grad = of_sums @ fn if add is None else torch.addmm(_wide(add[where]).reshape(-1, width), of_sums, fn)
+        grad = grad.addcmul_(flat, slopes.factor[where]).view(-1, *X.shape[1:])
         if d_h is not None and weights is not None:
             grad.addcmul_(weights[where].unsqueeze(2), _wide(d_h[where]).unsqueeze(1))
-        if add is not None:
-            grad += add[where]
         return (grad.to(X.dtype),)
 
     (d_X,) = _joined(gradient, X)
