@@ -212,10 +212,12 @@ def _text(rows: Sequence[Sequence[float | str]], seeds: int, steps: int, layers:
     seen = "; ".join(f"{row[0]}: {row[1]:.3f} ({row[2]:.3f} to {row[3]:.3f})" for row in rows)
     spread = max(float(row[3]) - float(row[2]) for row in rows)
     best = min(rows, key=lambda row: float(row[1]))
+    gap = max(float(row[1]) for row in rows) - float(best[1])
+    within = "less" if gap < spread else "more"
     return (
         f"A transformer of {layers} branches, width {_WIDTH}, context {_CONTEXT}, {steps} steps of {_BATCH} windows, {seeds} "
         f"seeds, the same starts and batches for every way. Loss on text held back, mean (least to most over seeds): {seen}. "
-        f"The lowest mean is that of {best[0]}; the seeds of one way are up to {spread:.3f} apart. These are losses after few "
+        f"The lowest mean is that of {best[0]}; means are up to {gap:.3f} apart, {within} than the seeds of one way ({spread:.3f}). These are losses after few "
         "steps of a small model: they say what these layers do here, not what they do at scale. Spectra are means over tokens "
         "and seeds; through depth: of the product of all mixes."
     )
