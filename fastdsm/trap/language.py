@@ -218,6 +218,6 @@ def _text(rows: Sequence[Sequence[float | str]], seeds: int, steps: int, layers:
         f"A transformer of {layers} branches, width {_WIDTH}, context {_CONTEXT}, {steps} steps of {_BATCH} windows, {seeds} "
         f"seeds, the same starts and batches for every way. Loss on text held back, mean (least to most over seeds): {seen}. "
         f"The lowest mean is that of {best[0]}; means are up to {gap:.3f} apart, {within} than the seeds of one way "
-        f"({spread:.3f}). These are losses after few steps of a small model: they say what these layers do here, not what they do "
-        "at scale. Spectra are means over tokens and seeds; through depth: of the product of all mixes."
+        f"({spread:.3f}). These are losses after few steps of a small model: they say what these layers do here, not what they "
+        "do at scale. Spectra are means over tokens and seeds; through depth: of the product of all mixes."
     )
