@@ -26,8 +26,8 @@ def stacked(**options: Any) -> HyperConnections:
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("recompute", [None, 1, 2, 5, 9])
 def test_is_its_layers(recompute: int | None, head: bool, variant: str) -> None:
-    stack = stacked(recompute=recompute, head=head, variant=variant)
-    x = torch.randn(2, 6, 8, requires_grad=True)
+    stack = stacked(recompute=recompute, head=head, variant=variant).double()
+    x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
     X = stack.layers[0].expand(x)
     for layer in stack.layers:
         X = layer(X)
@@ -36,10 +36,10 @@ def test_is_its_layers(recompute: int | None, head: bool, variant: str) -> None:
         expected = mhc.mhc_head(X, *read, pre_eps=mhc.VARIANTS[variant].pre_eps)
     else:
         expected = X.mean(-2)
-    found, cotangent, inputs = stack(x), torch.randn(2, 6, 8), [x, *stack.parameters()]
+    found, cotangent, inputs = stack(x), torch.randn_like(x), [x, *stack.parameters()]
     torch.testing.assert_close(found, expected)
     for y, z in zip(*(torch.autograd.grad(out, inputs, cotangent) for out in (found, expected)), strict=True):
-        torch.testing.assert_close(y, z, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(y, z, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [(1, 5), (2, 3), (5, 1)])
@@ -72,3 +72,11 @@ def test_second_derivatives_and_errors() -> None:
         HyperConnections([nn.Tanh()], 8, recompute=0)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 2\)"):
         stack(torch.randn(2, 3))
+
+
+def test_a_temperature_that_layers_share() -> None:
+    """A tensor goes by the projection as a module, also where streams are made again."""
+    x, temperature = torch.randn(5, 8, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    given = [stacked(recompute=recompute, temperature=t).double() for recompute, t in ((None, 2.0), (2, temperature))]
+    results = [torch.autograd.grad(y.square().sum(), z.layers[0].fn)[0] for z in given for y in [z(x)]]
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
