@@ -46,8 +46,8 @@ def cases() -> Iterator[Case]:
         torch.compiler.reset()
         compiled = torch.compile(eager, fullgraph=True, dynamic=False)
         loops = {
-            "mHC layer, eager": lambda x: eager(x, *parameters),  # noqa: B023 (both are used before the next size)
-            "mHC layer, torch.compile": lambda x: compiled(x, *parameters),  # noqa: B023
+            "mHC layer, eager": _of(eager, parameters),
+            "mHC layer, torch.compile": _of(compiled, parameters),
         }
         shape = (tokens, 4, channels)
         for name, loop in loops.items():
@@ -62,6 +62,11 @@ def cases() -> Iterator[Case]:
             theirs = _job(other, beside, list(other.parameters()), beside.clone(), BACKWARD)
             ours = _job(layer, streams, parameters, cotangent, BACKWARD)
             yield Case("mHC layer, hyper-connections", shape, _SWEEPS, BACKWARD, ours, theirs, None)
+
+
+def _of(call: Callable[..., Tensor], parameters: list[nn.Parameter]) -> Callable[[Tensor], Tensor]:
+    """``call`` of streams alone."""
+    return lambda x: call(x, *parameters)
 
 
 def _job(

@@ -25,15 +25,20 @@ def _shape(x: Tensor) -> str:
 
 def check_matrices(x: Tensor, name: str, least: int = 1) -> None:
     """Dense, of a float dtype and at least two dimensions, with ``least`` rows and columns, 0 or 1."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape (..., n, m), got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
-    check_dense(x, name)
+    check_floating(x, name, "(..., n, m)")
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (..., n, m), got {_shape(x)}; a vector needs a second dimension")
     if least and 0 in x.shape[-2:]:
         raise ValueError(f"{name} must have n >= 1 and m >= 1, got {_shape(x)}")
+
+
+def check_floating(x: Any, name: str, shape: object) -> None:
+    """A dense tensor of a float dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert with {name}.float()")
+    check_dense(x, name)
 
 
 def check_dense(x: Tensor, name: str) -> None:

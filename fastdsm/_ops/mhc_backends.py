@@ -26,18 +26,6 @@ def _on_end(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def sweeps_with_eps(logits: Tensor, n_iters: int, columns_first: bool, eps: float, floored: bool, backend: str) -> Tensor:
-    """H of (B, n, m) logits."""
-    return mhc.sweeps_with_eps(logits, n_iters, columns_first, eps, floored)
-
-
-def sweeps_with_eps_backward(
-    grad_plan: Tensor, logits: Tensor, n_iters: int, columns_first: bool, eps: float, floored: bool, backend: str
-) -> Tensor:
-    """Its gradient."""
-    return mhc.sweeps_with_eps_backward(grad_plan, logits, n_iters, columns_first, eps, floored)
-
-
 def pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str) -> Any:
     """h, pre, post, comb and sums."""
     launch = _launch(backend, X)

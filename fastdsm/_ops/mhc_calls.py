@@ -39,7 +39,7 @@ class Call:
 
 
 def _composed_sweeps(logits: Tensor, *options: Any) -> Tensor:
-    return oracle.sweeps_with_eps(logits, *options[:-1]).to(logits.dtype)
+    return oracle.sweeps_with_eps(logits, *options).to(logits.dtype)
 
 
 def _composed_pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, given: Tensor | None, *options: Any) -> Results:

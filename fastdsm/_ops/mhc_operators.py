@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pytorch.mhc import sweeps_with_eps, sweeps_with_eps_backward
 from . import mhc_backends as backends
 from .mixing import Mixing
 from .operators import LIBRARY, implement
@@ -21,7 +22,7 @@ _MIXING = (
     "SymInt n_iters, bool columns_first, float sinkhorn_eps, bool floored, float pre_eps, float post_mult, float norm_eps, "
     "bool transposed, str backend"
 )
-_SWEEPS = "Tensor logits, SymInt n_iters, bool columns_first, float eps, bool floored, str backend"
+_SWEEPS = "Tensor logits, SymInt n_iters, bool columns_first, float eps, bool floored"
 _LAYER = "Tensor fn, Tensor scale, Tensor base, Tensor? given"
 LIBRARY.define(f"sinkhorn_with_eps({_SWEEPS}) -> Tensor")
 LIBRARY.define(f"sinkhorn_with_eps_backward(Tensor grad_plan, {_SWEEPS}) -> Tensor")
@@ -66,12 +67,12 @@ def _post_pre_like(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, *inputs:
 
 @implement("sinkhorn_with_eps")
 def _sinkhorn_with_eps(*inputs: Any) -> Tensor:
-    return backends.sweeps_with_eps(*inputs)
+    return sweeps_with_eps(*inputs)
 
 
 @implement("sinkhorn_with_eps_backward")
 def _sinkhorn_with_eps_backward(*inputs: Any) -> Tensor:
-    return backends.sweeps_with_eps_backward(*inputs)
+    return sweeps_with_eps_backward(*inputs)
 
 
 @implement("mhc_pre", _pre_like)

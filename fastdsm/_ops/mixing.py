@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MOST_STREAMS = 16
+
 
 class Mixing(NamedTuple):
     """mixes (D,) of a token, D = n (n + 2): n of pre, n of post, n x n of the mix of streams, row by row; or n of pre alone.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..spectrum import sigma2
+from .arriving import Arriving
 from .distance import distance_to_identity, distance_to_uniform, residual
 
 
@@ -80,37 +81,29 @@ def measure(plans: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pending:
-    """Numbers (layers, H, 6) of one step on their way to the host; ``event`` None where they are there already."""
+    """Numbers (layers, H, 6) of one step on their way to the host."""
 
     step: int
     names: list[str]
     shape: tuple[int, int]
-    numbers: Tensor
-    event: Any
+    numbers: Arriving
 
     @classmethod
     def of(cls, step: int, group: Group) -> Pending:
         """Measure, and start the copy."""
-        numbers, shape = measure(group.plans), (group.plans.shape[-2], group.plans.shape[-1])
-        if numbers.device.type != "cuda":
-            return cls(step, group.names, shape, numbers, None)
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(numbers.device))
-        return cls(step, group.names, shape, host, event)
+        shape = (group.plans.shape[-2], group.plans.shape[-1])
+        return cls(step, group.names, shape, Arriving.of([measure(group.plans)]))
 
     @property
     def arrived(self) -> bool:
         """Whether the host may read, without waiting."""
-        return self.event is None or self.event.query()
+        return self.numbers.arrived
 
     def rows(self, thresholds: Thresholds) -> list[Row]:
         """The rows; waits for the copy if need be."""
-        if self.event is not None:
-            self.event.synchronize()
+        (numbers,) = self.numbers.tensors()
         return [
             Row._make((self.step, name, head, *values, thresholds.collapse(values[0], values[4], self.shape)))
-            for name, heads in zip(self.names, self.numbers.tolist(), strict=True)
+            for name, heads in zip(self.names, numbers.tolist(), strict=True)
             for head, values in enumerate(heads)
         ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import arguments
-from ..mhc.arguments import MOST_STREAMS
+from .._ops.mixing import MOST_STREAMS
 from ..nn import HyperConnection, SinkhornAttention, SinkhornProjection
 from .measured import Pending, Row, Thresholds, groups_of
 from .sinks import sinks_of

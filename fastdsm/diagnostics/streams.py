@@ -7,11 +7,12 @@ through M_l ... M_1, whose second singular value says how much of their differen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arriving import Arriving
 from .distance import distance_to_identity, distance_to_uniform
 
 
@@ -53,43 +54,31 @@ def cosine_of(streams: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PendingStreams:
-    """Layers of one step, in the order of their calls, on their way to the host; ``event`` None where they are there."""
+    """Layers of one step, in the order of their calls, their mixes and cosines on their way to the host."""
 
     step: int
-    layers: list[Mixed]
-    event: Any
+    names: list[str]
+    measured: Arriving
 
     @classmethod
     def of(cls, step: int, layers: list[Mixed]) -> PendingStreams:
         """Start the copy."""
-        if layers[0].mixes.device.type != "cuda":
-            return cls(step, layers, None)
-        host = [Mixed(layer, _on_host(mixes), _on_host(cosine)) for layer, mixes, cosine in layers]
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(layers[0].mixes.device))
-        return cls(step, host, event)
+        return cls(step, [x.layer for x in layers], Arriving.of([*(x.mixes for x in layers), *(x.cosine for x in layers)]))
 
     @property
     def arrived(self) -> bool:
         """Whether the host may read, without waiting."""
-        return self.event is None or self.event.query()
+        return self.measured.arrived
 
     @torch.no_grad()
     def rows(self) -> list[StreamRow]:
         """The rows; waits for the copy if need be. The product over depth begins anew where there are other tokens."""
-        if self.event is not None:
-            self.event.synchronize()
+        tensors, count = self.measured.tensors(), len(self.names)
         rows, product = [], None
-        for layer, mixes, cosine in self.layers:
+        for layer, mixes, cosine in zip(self.names, tensors[:count], tensors[count:], strict=True):
             mixes = mixes.double()
             product = mixes if product is None or product.shape != mixes.shape else mixes @ product
             own, through = (torch.linalg.svdvals(x).mean(0)[1:].tolist() for x in (mixes, product))
             distances = (f(mixes).mean().item() for f in (distance_to_identity, distance_to_uniform))
             rows.append(StreamRow(self.step, layer, tuple(own), tuple(through), cosine.item(), *distances))
         return rows
-
-
-def _on_host(x: Tensor) -> Tensor:
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    return host

@@ -7,19 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops.arguments import DTYPES, check_dense
+from .._ops.arguments import check_floating
+from .._ops.mixing import MOST_STREAMS
 from .._ops.problem import compute_dtype
-
-MOST_STREAMS = 16
-
-
-def check_floating(x: Any, name: str, shape: object) -> None:
-    """A dense tensor of a floating dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    check_dense(x, name)
 
 
 def streams_of(residual: Tensor, mhc_mult: int | None = None) -> tuple[int, int]:
@@ -37,22 +27,30 @@ def streams_of(residual: Tensor, mhc_mult: int | None = None) -> tuple[int, int]
 
 def parameter(x: Any, name: str, shape: tuple[int, ...], like: Tensor, meaning: str) -> Tensor:
     """In the dtype of the arithmetic, on end."""
+    _check(x, name, shape, like, meaning)
+    wide: Tensor = x.to(compute_dtype(like.dtype)).contiguous()
+    return wide
+
+
+def weighted(fn: Tensor, norm_weight: Any, like: Tensor) -> Tensor:
+    """fn (D, n C) of streams that a weight of their norm (n C,), if there is one, multiplies."""
+    if norm_weight is None:
+        return fn
+    n, channels = like.shape[-2:]
+    return fn * parameter(norm_weight, "norm_weight", (n * channels,), like, f"for n={n}, C={channels}")
+
+
+def of_tokens(x: Any, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., *shape), a value for each of the tokens of ``like`` (..., n, C), as (T, *shape)."""
+    _check(x, name, (*like.shape[:-2], *shape), like, f"as residual has {tuple(like.shape)}")
+    flat: Tensor = x.to(dtype).reshape(-1, *shape)
+    return flat
+
+
+def _check(x: Any, name: str, shape: tuple[int, ...], like: Tensor, meaning: str) -> None:
+    """A tensor of this shape beside the streams."""
     check_floating(x, name, shape)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, {meaning}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} must be on the device of the streams, {like.device}, got {x.device}")
-    wide: Tensor = x.to(compute_dtype(like.dtype)).contiguous()
-    return wide
-
-
-def of_tokens(x: Any, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., *shape), a value for each of the tokens of ``like`` (..., n, C), as (T, *shape)."""
-    whole = (*like.shape[:-2], *shape)
-    check_floating(x, name, whole)
-    if tuple(x.shape) != whole:
-        raise ValueError(f"{name} must have shape {whole}, as residual has {tuple(like.shape)}, got {tuple(x.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of the streams, {like.device}, got {x.device}")
-    flat: Tensor = x.to(dtype).reshape(-1, *shape)
-    return flat

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._ops import mhc_calls
-from .._ops.arguments import check_matrices, count_of, resolve_backend
+from .._ops.arguments import check_floating, check_matrices, count_of, resolve_backend
+from .._ops.mixing import MOST_STREAMS, Mixing
 from .._ops.problem import compute_dtype
 from ..projection import sinkhorn
 from ..reference import mhc as oracle
-from .arguments import check_floating, parameter, streams_of
+from .arguments import parameter, streams_of, weighted
 
 _MOST_LINES = 16  # beyond, operations on whole matrices serve as well as lanes of them
 
@@ -25,9 +25,7 @@ def mhc_mixes(residual: Tensor, fn: Tensor, *, norm_weight: Tensor | None = None
     n, channels = streams_of(residual)
     check_floating(fn, "fn", "(D, n C)")
     fn = parameter(fn, "fn", (*fn.shape[:1], n * channels), residual, f"(D, n C) for n={n}, C={channels}")
-    if norm_weight is not None:
-        fn = fn * parameter(norm_weight, "norm_weight", (n * channels,), residual, f"for n={n}, C={channels}")
-    return oracle.mixes(residual, fn, norm_eps)
+    return oracle.mixes(residual, weighted(fn, norm_weight, residual), norm_eps)
 
 
 def hc_split_sinkhorn(
@@ -51,16 +49,14 @@ def hc_split_sinkhorn(
     """
     n = hc_mult
     check_floating(mixes, "mixes", f"(..., {n * (n + 2)})")
-    if not 1 <= n <= 16 or mixes.dim() < 1 or mixes.shape[-1] != n * (n + 2):
+    if not 1 <= n <= MOST_STREAMS or mixes.dim() < 1 or mixes.shape[-1] != n * (n + 2):
         raise ValueError(
-            f"mixes must have shape (..., n (n + 2)) for hc_mult = n from 1 to 16, got {tuple(mixes.shape)}, n={n}"
+            f"mixes must have shape (..., n (n + 2)) for hc_mult = n from 1 to {MOST_STREAMS}, got {tuple(mixes.shape)}, n={n}"
         )
     wide = mixes.to(compute_dtype(mixes.dtype))
     scale = parameter(hc_scale, "hc_scale", (3,), wide, "of pre, post and comb")
     base = parameter(hc_base, "hc_base", (n * (n + 2),), wide, f"for n={n}")
-    pre = torch.sigmoid(wide[..., :n] * scale[0] + base[:n]) + eps
-    post = 2 * torch.sigmoid(wide[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = (wide[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    pre, post, logits = oracle.gates(wide, scale, base, n, Mixing(pre_eps=eps))
     return pre, post, sinkhorn_normalize(logits, sinkhorn_iters, eps, backend=backend)
 
 
@@ -81,11 +77,11 @@ def project_with_eps(
     if not eps >= 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     n_iters = count_of(n_iters, "n_iters", 1 if eps > 0.0 else 0)
+    resolve_backend(backend, logits)
     if eps == 0.0:
         return sinkhorn(logits, n_iters=n_iters, first=first, backend=backend)
     if max(logits.shape[-2:]) > _MOST_LINES:
         return oracle.sweeps_with_eps(logits, n_iters, first == "col", eps, floored).to(logits.dtype)
     wide = logits.to(compute_dtype(logits.dtype))
     flat = wide.reshape(-1, *logits.shape[-2:])
-    options = (n_iters, first == "col", float(eps), floored, resolve_backend(backend, logits))
-    return mhc_calls.sweeps_with_eps(flat, *options).reshape(logits.shape).to(logits.dtype)
+    return mhc_calls.sweeps_with_eps(flat, n_iters, first == "col", float(eps), floored).reshape(logits.shape).to(logits.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._ops import mhc_calls
@@ -13,7 +12,7 @@ from .._ops.mixing import Mixing
 from .._ops.problem import compute_dtype
 from ..projection import sinkhorn
 from ..reference import mhc as oracle
-from .arguments import of_tokens, parameter, streams_of
+from .arguments import of_tokens, parameter, streams_of, weighted
 from .variants import mixing_of
 
 
@@ -157,7 +156,7 @@ def mhc_post_pre(
     given = None
     if mixes is not None:
         flat = of_tokens(mixes, "mixes", (n * (n + 2),), residual, compute_dtype(residual.dtype))
-        given = torch.sigmoid(flat[:, :n] * layer.scale[0] + layer.base[:n]) + layer.mixing.pre_eps
+        given = oracle.pre_of(flat, layer.scale, layer.base, n, layer.mixing)
     inputs = _post_inputs(x, residual, post_layer_mix, comb_res_mix)
     mixed, h, _, post, comb, *_ = mhc_calls.post_pre(*inputs, *layer[:3], given, *layer.mixing, layer.backend)
     return _restored(residual, mixed, (n, channels)), _restored(residual, h, (channels,)), _written(residual, post, comb)
@@ -171,13 +170,10 @@ def _converged(X: Tensor, layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
             f'solver="newton" converges a projection without eps, got sinkhorn_eps={mixing.sinkhorn_eps}; '
             'use variant="paper" or "transformer_engine"'
         )
-    sizes = [n, n, n * n]
-    mixes = oracle.mixes(X, layer.fn, mixing.norm_eps).split(sizes, -1)
-    pre, post, mix = (a * z + b for a, z, b in zip(layer.scale, mixes, layer.base.split(sizes), strict=True))
+    pre, post, logits = oracle.gates(oracle.mixes(X, layer.fn, mixing.norm_eps), layer.scale, layer.base, n, mixing)
     first = "col" if mixing.columns_first else "row"
-    plan = sinkhorn(mix.unflatten(-1, (n, n)), n_iters=mixing.n_iters, first=first, solver="newton", backend=layer.backend)
-    h = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
-    return h, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
+    plan = sinkhorn(logits, n_iters=mixing.n_iters, first=first, solver="newton", backend=layer.backend)
+    return oracle.collapse(X, pre).to(X.dtype), post, plan if mixing.transposed else plan.mT
 
 
 def _mixing(
@@ -195,8 +191,7 @@ def _layer(
     width = n * channels
     counted = f"for n={n}, C={channels}"
     fn = parameter(fn, "fn", (rows, width), residual, counted)
-    if norm_weight is not None:
-        fn = fn * parameter(norm_weight, "norm_weight", (width,), residual, counted)
+    fn = weighted(fn, norm_weight, residual)
     scale = parameter(scale, "scale", (scales,), residual, "of pre, post and comb" if scales == 3 else "of pre")
     base = parameter(base, "base", (rows,), residual, counted)
     return _Layer(fn, scale, base, mixing, resolve_backend(backend, residual))

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 from .._ops import mhc_calls
 from .._ops.arguments import resolve_backend
-from .._ops.mixing import Mixing
+from .._ops.mixing import MOST_STREAMS, Mixing
 from .._ops.problem import compute_dtype
-from ..mhc.arguments import MOST_STREAMS
 from ..mhc.variants import mixing_of
 from ..reference import mhc as oracle
 from .projection import SinkhornProjection
@@ -195,14 +194,10 @@ class HyperConnection(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By the formulas, with the projection as a module."""
         n, mixing = self.streams, self.mixing
-        z = oracle.mixes(X, fn, mixing.norm_eps)
-        pre, post, mix = (
-            a * z + b for a, z, b in zip(scale, z.split([n, n, n * n], -1), base.split([n, n, n * n]), strict=True)
-        )
-        shape = (*(mix.shape[:1] if tokens is None else tokens), n, n)
-        plan = self.projection(mix.reshape(shape), streams=X).reshape(-1, n, n)
-        read = oracle.collapse(X, pre.sigmoid() + mixing.pre_eps).to(X.dtype)
-        return read, mixing.post_mult * post.sigmoid(), plan if mixing.transposed else plan.mT
+        pre, post, logits = oracle.gates(oracle.mixes(X, fn, mixing.norm_eps), scale, base, n, mixing)
+        shape = logits.shape if tokens is None else (*tokens, n, n)
+        plan = self.projection(logits.reshape(shape), streams=X).reshape(-1, n, n)
+        return oracle.collapse(X, pre).to(X.dtype), post, plan if mixing.transposed else plan.mT
 
     def expand(self, x: Tensor) -> Tensor:
         """(..., C) to n equal streams, (..., n, C)."""

@@ -30,7 +30,7 @@ class HyperConnections(nn.Module):
         streams: n, 1 to 16.
         head: read the streams at the end by learnt weights, as DeepSeek's ``mhc_head``; False: their mean.
         recompute: None, or how many branches have their streams made again in the backward, from those before the first.
-        options: of :class:`HyperConnection`; not channels_first, sigma2_floor or a tensor as temperature.
+        options: of :class:`HyperConnection`; not channels_first or sigma2_floor.
 
     forward(x (..., C), *args, **kwargs), the arguments for every branch, gives (..., C) in x's dtype. The parameters of layer i
     are under ``layers.i``. Values and gradients are those of the layers called one by one.

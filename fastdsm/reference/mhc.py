@@ -21,14 +21,25 @@ def mixes(X: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
 
 def split(mixes: Tensor, scale: Tensor, base: Tensor, n: int, mixing: Mixing) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """pre (..., n), post (..., n) and comb (..., n, n) of mixes (..., D); the last two None where D = n."""
-    mixes = _wide(mixes)
-    scale, base = scale.to(mixes.dtype), base.to(mixes.dtype)
-    pre = torch.sigmoid(scale[0] * mixes[..., :n] + base[:n]) + mixing.pre_eps
     if mixes.shape[-1] == n:
-        return pre, None, None
-    post = mixing.post_mult * torch.sigmoid(scale[1] * mixes[..., n : 2 * n] + base[n : 2 * n])
-    plan = project((scale[2] * mixes[..., 2 * n :] + base[2 * n :]).unflatten(-1, (n, n)), mixing)
+        return pre_of(mixes, scale, base, n, mixing), None, None
+    pre, post, logits = gates(mixes, scale, base, n, mixing)
+    plan = project(logits, mixing)
     return pre, post, plan if mixing.transposed else plan.mT
+
+
+def pre_of(mixes: Tensor, scale: Tensor, base: Tensor, n: int, mixing: Mixing) -> Tensor:
+    """pre (..., n), of the first n mixes."""
+    mixes = _wide(mixes)
+    return torch.sigmoid(scale[0] * mixes[..., :n] + base[:n]) + mixing.pre_eps
+
+
+def gates(mixes: Tensor, scale: Tensor, base: Tensor, n: int, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+    """pre (..., n), post (..., n) and the logits (..., n, n) of the mix of streams."""
+    mixes = _wide(mixes)
+    post = mixing.post_mult * torch.sigmoid(scale[1] * mixes[..., n : 2 * n] + base[n : 2 * n])
+    logits = (scale[2] * mixes[..., 2 * n :] + base[2 * n :]).unflatten(-1, (n, n))
+    return pre_of(mixes, scale, base, n, mixing), post, logits
 
 
 def project(logits: Tensor, mixing: Mixing) -> Tensor:

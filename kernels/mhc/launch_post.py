@@ -17,13 +17,13 @@ from torch import Tensor
 from fastdsm._ops.mixing import Mixing
 
 from ..common.configuration import Configuration, multiprocessors
-from .launch_pre import mix, product
+from ..registers.launch import TYPES
+from .launch_pre import mix, product, whole_vectors, width_of
 from .post import _mhc_post_fwd_kernel
 from .post_backward import _mhc_post_bwd_kernel
 from .post_pre import _mhc_post_pre_fwd_kernel
 from .streams import GROUP
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GROUPS = (1, 2, 4)
 WARPS, LANES = 4, 32
 # Of a stream in each thread: 16 bytes, but 8 where the backward keeps cotangents and dot products of 16 streams.
@@ -51,13 +51,7 @@ def groups_of(streams: Tensor) -> int:
 
 def aligned(*features: Tensor) -> bool:
     """Whether the channels of every token and stream start on 16 bytes and are made of whole vectors of as many."""
-    return all(_whole_vectors(x) for x in features)
-
-
-def _whole_vectors(x: Tensor) -> bool:
-    vector = 16 // x.element_size()
-    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    return x.data_ptr() % 16 == 0 and not any(number % vector for number in (*steps, x.shape[-1]))
+    return all(whole_vectors(x, 16 // x.element_size()) for x in features)
 
 
 @functools.cache
@@ -184,7 +178,7 @@ def post_partials(
     parts = triton.cdiv(steps, steps_of_part)
     new_streams = X.new_empty(X.shape)
     h = None if given is None else X.new_empty((tokens, channels))
-    partials = fn.new_empty((parts, tokens, triton.cdiv(rows + 1, 8) * 8))
+    partials = fn.new_empty((parts, tokens, width_of(rows)))
     configuration.launch(
         blocks * parts,
         **_inputs(x, X, post, comb),

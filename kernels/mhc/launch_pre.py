@@ -23,10 +23,15 @@ _PROGRAMS_PER_SM = 2
 _MAX_PARTS = 32
 
 
+def whole_vectors(x: Tensor, vector: int) -> bool:
+    """Whether lines start on 16 bytes, and are made and lie apart by whole runs of ``vector`` channels."""
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    return x.data_ptr() % 16 == 0 and not any(number % vector for number in (x.shape[-1], *steps))
+
+
 def aligned(x: Tensor) -> Tensor:
     """``x`` if its lines can be moved in pieces of 16 bytes; else a copy that can, with zeros behind each line."""
-    steps = [step for step, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    if not (any(number % _VECTOR for number in (x.shape[-1], *steps)) or x.data_ptr() % 16):
+    if whole_vectors(x, _VECTOR):
         return x
     copy = x.new_zeros((*x.shape[:-1], -(-x.shape[-1] // _VECTOR) * _VECTOR))
     copy[..., : x.shape[-1]] = x

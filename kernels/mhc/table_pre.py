@@ -6,14 +6,15 @@ import functools
 
 import torch
 
+from fastdsm._ops.mixing import MOST_STREAMS
+
 from ..common.configuration import Configuration, pointers_of
+from ..registers.launch import TYPES
 from .backward import _mhc_dots_bwd_kernel, _mhc_mix_bwd_kernel, _mhc_streams_bwd_kernel, _mhc_sum_bwd_kernel
 from .collapse import _mhc_mix_fwd_kernel
 from .mixes import MAX_LINES
 from .product import _mhc_product_fwd_kernel
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-MAX_STREAMS = 16
 _ROWS = (16, 32, 64, 128)  # of fn, of a program of the product
 # Its tokens and channels at a time, by rows.
 _FEW = 16
@@ -138,7 +139,7 @@ def product_of(dtype: torch.dtype, tokens: int, rows: int) -> Configuration:
 
 def mix_of(dtype: torch.dtype, streams: int, head: bool) -> Configuration:
     """What makes mixes."""
-    return _mix(dtype, MAX_STREAMS if head else block_of(streams, _LINES), head)
+    return _mix(dtype, MOST_STREAMS if head else block_of(streams, _LINES), head)
 
 
 def dots_of(dtype: torch.dtype, streams: int) -> Configuration:
@@ -148,7 +149,7 @@ def dots_of(dtype: torch.dtype, streams: int) -> Configuration:
 
 def mix_backward_of(streams: int, head: bool) -> Configuration:
     """The backward of :func:`mix_of`."""
-    return _mix_backward(MAX_STREAMS if head else block_of(streams, _LINES), head)
+    return _mix_backward(MOST_STREAMS if head else block_of(streams, _LINES), head)
 
 
 def streams_of(dtype: torch.dtype, streams: int, rows: int) -> Configuration:
@@ -161,7 +162,7 @@ def streams_of(dtype: torch.dtype, streams: int, rows: int) -> Configuration:
 def configurations() -> list[Configuration]:
     """Every kernel that ``pre`` can launch."""
     products = [_product(dtype, many, rows) for dtype in TYPES for many in (False, True) for rows in _ROWS]
-    kinds = [(lines, False) for lines in _LINES] + [(MAX_STREAMS, True)]
+    kinds = [(lines, False) for lines in _LINES] + [(MOST_STREAMS, True)]
     mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
     backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _DOT_LINES]
     backwards += [_mix_backward(*kind) for kind in kinds] + [sum_backward()]

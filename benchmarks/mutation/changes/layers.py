@@ -65,8 +65,8 @@ LAYERS = [
     ),
     Change(
         "fastdsm/mhc/layer.py",
-        "given = torch.sigmoid(flat[:, :n] * layer.scale[0] + layer.base[:n]) + layer.mixing.pre_eps",
-        "given = torch.sigmoid(flat[:, :n] * layer.scale[0] + layer.base[:n]) + 1e-3",
+        "given = oracle.pre_of(flat, layer.scale, layer.base, n, layer.mixing)",
+        "given = oracle.pre_of(flat, layer.scale, layer.base, n, layer.mixing._replace(pre_eps=1e-3))",
         (f"{_API}::test_post_with_the_next_pre",),
         "eps of the shifted pre",
     ),
