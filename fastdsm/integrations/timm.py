@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attention import sinkhorn_attention
-from .single import check_queries
+from .lines import check_queries, masked
 
 try:
     from timm.layers import Attention, AttentionRope
@@ -39,10 +39,25 @@ class _Fused(TorchFunctionMode):
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        query, key = args[:2]
-        check_queries(query.shape[-2], key.shape[-2], self.options["n_iters"], self.kind, "leave it to softmax")
-        given: dict[str, Any] = {**(kwargs or {}), **self.options}
-        return sinkhorn_attention(*args, **given)
+        return _attend(*args, kind=self.kind, options=self.options, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    kind: str,
+    options: dict[str, Any],
+    **others: Any,
+) -> Any:
+    """Self-attention; a key that the mask takes from every query takes its query out, too."""
+    queries, keys, n_iters = query.shape[-2], key.shape[-2], options["n_iters"]
+    check_queries(queries, keys, n_iters, kind, "leave it to softmax")
+    mask, padding = masked(attn_mask)
+    padding = padding if n_iters > 0 and queries == keys else None
+    return sinkhorn_attention(query, key, value, mask, query_padding_mask=padding, **others, **options)
 
 
 class _Sinkhorn(nn.Module):
@@ -59,7 +74,8 @@ class _Sinkhorn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the class's own; ``is_causal=True`` is an error."""
-        with _Fused(type(self).__name__, self.sinkhorn_options) as fused:
+        fused = _Fused(type(self).__name__, self.sinkhorn_options)
+        with fused:
             out: Tensor = super().forward(*args, **kwargs)
         if fused.calls != 1:
             raise RuntimeError(

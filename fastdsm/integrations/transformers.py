@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .._ops import arguments
-from .._ops.masks import lowered
 from ..attention import sinkhorn_attention
+from .lines import check_queries, masked
 from .modules import attention_modules, mentions
 from .report import Entry, Report
-from .single import check_queries
 
 try:
     import transformers as hf
@@ -37,9 +36,6 @@ except ImportError as error:
         f"fastdsm.integrations.transformers needs transformers 5.20 or newer: pip install 'transformers>=5.20' ({error})"
     ) from error
 
-# What a floating mask takes out, here: -1e4 (MarkupLM) and -1e9 (EoMT) are meant as minus infinity, and e^-9000 is 0 to softmax
-# in every dtype, while Sinkhorn would scale a column of them up to its mass. Swin's -100 is a logit.
-_OUT = -9000.0
 # Keyword arguments which models hand down to every attention and which do not change it.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -85,7 +81,7 @@ class _Attention:
                     f"{kind} is causal, and a lower-triangular doubly-stochastic matrix is the identity: it has no plan for "
                     f'attn_implementation="{self.name}"; register(..., causal="own") leaves such modules their softmax'
                 )
-            return sdpa_attention_forward(  # type: ignore[no-any-return]
+            return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, True, position_bias,
                 sliding_window=sliding_window, output_attentions=output_attentions, **others,
             )  # fmt: skip
@@ -93,7 +89,7 @@ class _Attention:
         check_queries(N, M, n_iters, kind, "generation token by token, for one, is for another attn_implementation")
         if attention_mask is None and sliding_window is not None and sliding_window + 1 < M:
             raise ValueError(f"{kind} has a sliding window of {sliding_window} over {M} keys and no mask that holds it")
-        mask, padding = _masks(attention_mask, position_bias, query)
+        mask, padding = masked(attention_mask, position_bias)
         if n_iters == 0 or N != M or padding is None or not _is_self_attention(module):
             padding = None
         if query.shape[0] == 1 < key.shape[0]:  # learned queries, one set for the batch
@@ -216,23 +212,6 @@ def _mask(*arguments: Any, allow_is_causal_skip: bool = True, **options: Any) ->
     return mask
 
 
-def _masks(mask: Tensor | None, position_bias: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The mask with the bias added, -inf where a floating one takes out, and which keys no query of any head may see (B, M)."""
-    if mask is None:
-        return position_bias, None
-    if mask.dtype == torch.bool:
-        taking_part = mask
-        joined = mask if position_bias is None else position_bias.masked_fill(~mask, -torch.inf)
-    elif mask.is_floating_point():
-        lowest = lowered(mask)
-        taking_part = lowest > _OUT
-        joined = lowest.masked_fill(~taking_part, -torch.inf)
-        joined = joined if position_bias is None else joined + position_bias
-    else:
-        raise TypeError(f"an attention mask must be bool, True where an entry takes part, or floating-point, got {mask.dtype}")
-    return joined, ~taking_part.flatten(1, 2).any(1)
-
-
 def _is_causal(module: nn.Module) -> bool:
     causal = getattr(module, "is_causal", None)
     if causal is None:
@@ -268,7 +247,8 @@ def _is_self_attention(module: nn.Module) -> bool:
 @torch.compiler.assume_constant_result  # Dynamo traces what is under functools.cache, and warns of it
 def _one_sequence(kind: type[nn.Module]) -> bool:
     """Whether a class's forward takes the lines of one sequence alone."""
-    return _takes_one(kind)
+    known: Any = kind
+    return _takes_one(known)
 
 
 @functools.cache
