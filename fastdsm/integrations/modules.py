@@ -27,7 +27,7 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What computes attention, and what is named after it and holds nothing of that kind, with paths; each module once."""
 
     def suspected(module: nn.Module) -> bool:
-        return attends(module) or bool(_ATTENTION.search(type(module).__name__))
+        return attends(module) or any(_ATTENTION.search(kind.__name__) for kind in type(module).__mro__)
 
     for path, module in model.named_modules():
         inner = (x for x in module.modules() if x is not module)
