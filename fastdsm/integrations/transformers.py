@@ -47,7 +47,7 @@ _WITHOUT_EFFECT = frozenset(
 _NO_LINES = re.compile("mask|position|past|cache|output_|rotary|freq|bias|seqlen|_idx|height|width|deterministic|scaling|layer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Attention:
     """What is registered: transformers' attention interface, (B, H, N, d) to (B, N, H, e) and, on request, the plan."""
 
@@ -180,8 +180,9 @@ def register(
 def report(model: nn.Module) -> Report:
     """Which attention modules of a model are Sinkhorn's by its ``attn_implementation``, as far as classes and attributes tell.
 
-    ``left`` are those that are causal, whose configuration names another implementation, and those which ask for none, such as
-    MPNet's and DeBERTa's, on which setting it has no effect. An argument is_causal is not seen: CLIP's text model has one.
+    ``left`` are those that are causal or do not say so, whose configuration names another implementation, and those which ask
+    for none: MPNet's and DeBERTa's, on which setting it has no effect, and nn.MultiheadAttention, which
+    :func:`fastdsm.integrations.convert` may replace. An argument is_causal is not seen: CLIP's text model passes one.
     """
     found = Report()
     for path, module in attention_modules(model):
@@ -190,7 +191,9 @@ def report(model: nn.Module) -> Report:
             why = "does not ask for an attention implementation"
         elif not isinstance(attention, _Attention):
             why = f"attn_implementation is {attention!r}"
-        elif getattr(module, "is_causal", None):
+        elif getattr(module, "is_causal", None) is None:
+            why = "does not say whether it is causal, will be an error"
+        elif module.is_causal:
             why = "causal, keeps its own" if attention.causal == "own" else "causal, will be an error"
         else:
             found.changed.append(Entry(path, type(module).__name__, f'attends by "{attention.name}"'))
@@ -206,9 +209,9 @@ def _implementation(module: nn.Module) -> Any:
     return attention if isinstance(attention, _Attention) else name
 
 
-def _mask(*arguments: Any, allow_is_causal_skip: bool = True, **options: Any) -> Tensor | None:
+def _mask(*args: Any, allow_is_causal_skip: bool = True, **options: Any) -> Tensor | None:
     """True where an entry takes part, (B, 1, N, M), or None where all do; a causal one is always written out."""
-    mask: Tensor | None = sdpa_mask(*arguments, allow_is_causal_skip=False, **options)
+    mask: Tensor | None = sdpa_mask(*args, allow_is_causal_skip=False, **options)
     return mask
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastdsm import reference
 
 transformers = pytest.importorskip("transformers", minversion="5.20", reason="the extra parity")
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
 from fastdsm.integrations import transformers as sinkhorn  # noqa: E402
 
 WORDS = 50
@@ -118,4 +120,4 @@ sinkhorn.register("sinkhorn")
 sinkhorn.register("own", causal="own")
 sinkhorn.register("softmax-own", n_iters=0, causal="own")
 transformers.AttentionInterface.register("oracle", oracle)
-transformers.AttentionMaskInterface.register("oracle", transformers.AttentionMaskInterface._global_mapping["sinkhorn"])
+transformers.AttentionMaskInterface.register("oracle", sdpa_mask)

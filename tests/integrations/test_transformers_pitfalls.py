@@ -93,7 +93,9 @@ def test_masks_of_four_dimensions(lowest: float) -> None:
 def test_a_floating_mask_is_also_a_bias() -> None:
     """Logits as low as Swin's -100 are added, with gradient."""
     q, k, v = operands()
-    bias = (torch.randn(2, 1, 5, 5) * 50).requires_grad_()
+    bias = torch.randn(2, 1, 5, 5) * 20
+    bias[..., 2] -= 100
+    bias.requires_grad_()
     right = attend("oracle", Encoder(), q, k, v, bias.double(), scaling=0.5)
     found = attend("sinkhorn", Encoder(), q, k, v, bias, scaling=0.5)
     assert error(found, right) <= VALUE * 10
@@ -110,7 +112,7 @@ def test_one_mask_for_all() -> None:
     found = attend("sinkhorn", Encoder(), q, k, v, mask)
     assert error(found[:, :4], attend("oracle", Encoder(), q[:, :, :4], k[:, :, :4], v[:, :, :4], None)) <= VALUE
     assert not found[:, 4].any()
-    mask[:, 0, :, 4] = True
+    mask[:, 1, :, 4] = True
     assert attend("sinkhorn", Encoder(), q, k, v, mask)[:, 4].all()
 
 
@@ -224,6 +226,10 @@ def test_a_report_instead_of_no_effect() -> None:
     assert {entry.name.split(".", 1)[0] for entry in found.changed} == {"encoder", "decoder"}
     assert len(found.changed) == 4
     assert not report(bert()).changed
+    config = transformers.LayoutLMConfig(vocab_size=WORDS, **SIZES)
+    silent = transformers.LayoutLMModel(config)
+    silent.set_attn_implementation("own")
+    assert {entry.reason for entry in report(silent).left} == {"does not say whether it is causal, will be an error"}
     assert not report(vit()).changed
 
 
@@ -280,6 +286,18 @@ def test_attention_sinks() -> None:
     module.sinks = nn.Parameter(torch.zeros(4))
     with pytest.raises(ValueError, match="has attention sinks"):
         attend("sinkhorn", module, *operands(), None)
+
+
+def test_plans_of_fewer_heads_of_keys() -> None:
+    """Pitfall 8: one for each head of the query."""
+    q, k, v = operands()
+    registered = transformers.AttentionInterface._global_mapping["sinkhorn"]
+    out, plan = registered(Encoder(), q, k[:, :2], v[:, :2], None, output_attentions=True)
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    right = registered(Encoder(), q, k, v, None, output_attentions=True)
+    assert plan.shape == (2, 4, 5, 5)
+    assert max(error(out, right[0]), error(plan, right[1])) <= VALUE
+    assert error(out, (plan @ v).transpose(1, 2)) <= VALUE
 
 
 def test_windows() -> None:

@@ -17,14 +17,6 @@ INTEGRATIONS = [
     ),
     Change(
         _HF,
-        "sdpa_mask(*arguments, allow_is_causal_skip=False, **options)",
-        "sdpa_mask(*arguments, allow_is_causal_skip=allow_is_causal_skip, **options)",
-        (f"{_PITFALLS}::test_causal_modules",),
-        "a causal mask that is left to the attention",
-        equivalent="sdpa itself is causal where it is given no mask",
-    ),
-    Change(
-        _HF,
         "query_padding_mask=padding, **self.options,",
         "**self.options,",
         (f"{_MODELS}::test_sweeps",),
