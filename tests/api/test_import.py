@@ -13,7 +13,7 @@ from benchmarks import import_time
 from ..uninterpreted import ROOT
 
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "sympy", "matplotlib", "transformers",
-         "rich", "typer", "fastdsm.kernels")  # fmt: skip
+         "timm", "rich", "typer", "fastdsm.kernels")  # fmt: skip
 
 
 def _brought_in(statement: str) -> list[str]:

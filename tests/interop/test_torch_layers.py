@@ -1,14 +1,15 @@
-"""torch's own layers with nn.SinkhornAttention in their attention's place: without sweeps they are the original."""
+"""torch's own layers converted, nn.SinkhornAttention in their attention's place: without sweeps they are the original."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import fastdsm
+from fastdsm.integrations import convert
 
 from ..half_steps import half_steps, log_plan
 from .parity import DTYPES, assert_close, assert_same, leaves_of, randomised, value_tolerance
@@ -16,12 +17,11 @@ from .parity import DTYPES, assert_close, assert_same, leaves_of, randomised, va
 DIM, HEADS = 32, 4
 
 
-def swap(attention: nn.MultiheadAttention, n_iters: int) -> fastdsm.nn.SinkhornAttention:
-    """The two lines, and where the original is."""
-    made = {"batch_first": attention.batch_first, "dtype": attention.out_proj.weight.dtype}
-    ours = fastdsm.nn.SinkhornAttention(attention.embed_dim, attention.num_heads, n_iters=n_iters, **made)
-    ours.load_state_dict(attention.state_dict())
-    return ours.train(attention.training)
+def swapped_of(origin: nn.Module, n_iters: int) -> Any:
+    """A copy, converted."""
+    swapped = copy.deepcopy(origin)
+    assert convert(swapped, n_iters=n_iters).changed
+    return swapped
 
 
 @DTYPES
@@ -31,8 +31,7 @@ def swap(attention: nn.MultiheadAttention, n_iters: int) -> fastdsm.nn.SinkhornA
 def test_encoder_layer(norm_first: bool, padded: bool, training: bool, dtype: torch.dtype) -> None:
     origin = nn.TransformerEncoderLayer(DIM, HEADS, 64, dropout=0.0, batch_first=True, norm_first=norm_first, dtype=dtype)
     origin = randomised(origin, 0.1).train(training)
-    swapped = copy.deepcopy(origin)
-    swapped.self_attn = swap(origin.self_attn, n_iters=0)
+    swapped = swapped_of(origin, n_iters=0)
     (x,) = leaves_of((3, 9, DIM), dtype=dtype)
     padding = torch.arange(9) >= torch.tensor([9, 5, 2])[:, None] if padded else torch.zeros(3, 9, dtype=torch.bool)
     found, theirs = (layer(x, src_key_padding_mask=padding if padded else None) for layer in (swapped, origin))
@@ -45,10 +44,7 @@ def test_encoder_without_gradient(padded: bool) -> None:
     """The original's fast path, with nested tensors, and ours, which has neither."""
     origin = nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 64, dropout=0.0, batch_first=True), 2)
     origin = randomised(origin, 0.1).eval()
-    swapped = copy.deepcopy(origin)
-    swapped.use_nested_tensor = False
-    for layer in swapped.layers:
-        layer.self_attn = swap(layer.self_attn, n_iters=0)
+    swapped = swapped_of(origin, n_iters=0)
     x = torch.randn(3, 9, DIM)
     padding = torch.arange(9) >= torch.tensor([9, 5, 2])[:, None] if padded else torch.zeros(3, 9, dtype=torch.bool)
     with torch.no_grad():
@@ -60,8 +56,7 @@ def test_encoder_without_gradient(padded: bool) -> None:
 def test_decoder_layer(dtype: torch.dtype) -> None:
     """Attention to the memory alone: a causal plan would be the identity."""
     origin = randomised(nn.TransformerDecoderLayer(DIM, HEADS, 64, dropout=0.0, batch_first=True, dtype=dtype), 0.1)
-    swapped = copy.deepcopy(origin)
-    swapped.multihead_attn = swap(origin.multihead_attn, n_iters=0)
+    swapped = swapped_of(origin, n_iters=0)
     x, memory = leaves_of((3, 9, DIM), (3, 7, DIM), dtype=dtype)
     causal = nn.Transformer.generate_square_subsequent_mask(9, dtype=dtype)
     padding = torch.arange(7) >= torch.tensor([7, 5, 2])[:, None]
@@ -75,7 +70,7 @@ def test_decoder_layer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_and_its_weights(batch_first: bool, dtype: torch.dtype) -> None:
     origin = randomised(nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first, dtype=dtype), 0.1)
-    ours = swap(origin, n_iters=0)
+    (ours,) = swapped_of(nn.ModuleList([origin]), n_iters=0)
     (x,) = leaves_of((3, 9, DIM), dtype=dtype)
     lines = 9 if batch_first else 3
     mask = torch.rand(lines, lines) < 0.3
@@ -90,8 +85,7 @@ def test_sweeps_in_an_encoder_layer(dtype: torch.dtype) -> None:
     """Three sweeps, against the layer with a loop of half steps where its softmax was; a padded batch is the unpadded one."""
     origin = nn.TransformerEncoderLayer(DIM, HEADS, 64, dropout=0.0, batch_first=True, dtype=dtype)
     origin = randomised(origin, 0.1)
-    swapped = copy.deepcopy(origin)
-    swapped.self_attn = swap(origin.self_attn, n_iters=3)
+    swapped = swapped_of(origin, n_iters=3)
     (x,) = leaves_of((3, 9, DIM), dtype=dtype)
     lengths = [9, 5, 2]
     padding = torch.arange(9) >= torch.tensor(lengths)[:, None]

@@ -1,41 +1,25 @@
-"""transformers: encoders whose attention is fastdsm's, through the registry of attention functions.
-
-Two registrations are needed, of the function and of a mask under the same name; without the second padding is dropped.
-"""
+"""transformers: encoders whose attention is fastdsm's, by fastdsm.integrations.transformers."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastdsm
-
 from ..half_steps import half_steps, log_plan
 from .parity import DTYPES, assert_same, randomised
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="the extra parity")
+transformers = pytest.importorskip("transformers", minversion="5.20", reason="the extra parity")
 from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+from fastdsm.integrations import transformers as sinkhorn  # noqa: E402
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
-
-
-def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, *, n_iters: int, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """What is registered: (B, H, N, d) to (B, N, H, d). The mask (B, 1, N, M) is True where a key is no padding."""
-    padding = None if attention_mask is None else ~attention_mask[:, 0].any(-2)
-    out = fastdsm.sinkhorn_attention(
-        query, key, value, attention_mask, dropout, scale=scaling, query_padding_mask=padding, n_iters=n_iters
-    )
-    return out.transpose(1, 2).contiguous(), None
 
 
 def looped(
@@ -48,13 +32,10 @@ def looped(
     return (plan @ value).transpose(1, 2).contiguous(), None
 
 
-for name, function in {
-    "fastdsm": partial(attend, n_iters=3),
-    "fastdsm-softmax": partial(attend, n_iters=0),
-    "half-steps": looped,
-}.items():
-    transformers.AttentionInterface.register(name, function)
-    transformers.AttentionMaskInterface.register(name, sdpa_mask)
+sinkhorn.register("fastdsm")
+sinkhorn.register("fastdsm-softmax", n_iters=0)
+transformers.AttentionInterface.register("half-steps", looped)
+transformers.AttentionMaskInterface.register("half-steps", sdpa_mask)
 
 
 def bert() -> Any:

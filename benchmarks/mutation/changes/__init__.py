@@ -2,6 +2,7 @@
 
 from .diagnostics import DIAGNOSTICS
 from .doors import DOORS
+from .integrations import INTEGRATIONS
 from .judges import JUDGES
 from .kernels import KERNELS
 from .layers import LAYERS
@@ -10,4 +11,4 @@ from .paths import PATHS
 from .potentials import POTENTIALS
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *INTEGRATIONS, *JUDGES]
