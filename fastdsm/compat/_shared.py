@@ -116,8 +116,8 @@ def sweeps_until(
 ) -> Swept:
     """Sweeps, at most ``most``, until ``stop`` of plan and info, asked after the first and after ``every`` more, is true.
 
-    Calls of :func:`fastdsm.sinkhorn`, each warm started with the last one's potential, without a gradient; where there is one to
-    be, the sweeps that were found to do are made again at once. ``stop`` of None makes ``most`` sweeps. ``options`` are
+    Calls of :func:`fastdsm.sinkhorn`, each warm started with the last one's potential, without a gradient; where there is to be
+    one, the sweeps that were found to do are made again at once. ``stop`` of None makes ``most`` sweeps. ``options`` are
     fastdsm.sinkhorn's.
     """
     sweeps, stopped = most, False

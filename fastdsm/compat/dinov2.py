@@ -17,8 +17,8 @@ from ._shared import Convention, check_one_process
 def sinkhorn_knopp_teacher(teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
     """Assignments of samples to prototypes: prototypes, then samples normalised, ``n_iterations`` times, of one process.
 
-    iBOT's method of this name has the number of masked patches before n_iterations, by which it multiplies what it has divided by
-    it: leave it out.
+    iBOT's method of this name has the number of masked patches before n_iterations, which cancels in what it computes: leave it
+    out.
 
     Args:
         teacher_output: (B, K) of B samples and K prototypes, any floating dtype. The origin is NaN from teacher_output /

@@ -75,8 +75,8 @@ def solve_batch(
     """The plans of least <P, C> + reg KL(P | a b^T) with P 1 = a, P^T 1 = b, by Newton's method.
 
     Args:
-        C: (B, N, M), costs. a: (B, N), b: (B, M), > 0, default uniform of total 1; totals may differ by 1e-3, as there, and b is
-            scaled to a's. Torch tensors, NumPy arrays or lists, as results will be.
+        C: (B, N, M), costs. a: (B, N), b: (B, M), > 0, default uniform of total 1; totals may differ by 1e-3, as there, and b
+            is scaled to a's. Torch tensors, NumPy arrays or lists, as results will be.
         reg: > 0.
         unbalanced, unbalanced_type, method: only their defaults; with ``unbalanced`` call GeomLoss.
         max_iter: None, or at most so many steps, of Newton's method and not of the origin's: 100 by default, and no more are
@@ -84,8 +84,8 @@ def solve_batch(
         tol: None, or the relative residual to reach; default 1e-6, 1e-12 for float64. (The origin has none.)
 
     Returns:
-        An :class:`OTResultMatrix`. The gradient of plan and potentials is the implicit one. The origin's gradient of the value in
-        C is 2 P, where finite differences find P.
+        An :class:`OTResultMatrix`. The gradient of plan and potentials is the implicit one. The origin's gradient of the value
+        in C is 2 P, where finite differences find P.
 
     Raises:
         NotImplementedError: of unbalanced problems. TypeError, ValueError: as :func:`fastdsm.sinkhorn`.
@@ -107,9 +107,15 @@ def solve_batch(
         raise ValueError("a and b must have equal totals, to 1e-3 of their sum; scale one of them")
     b = b * (total / other)
     plan, info = sinkhorn(
-        -C, temperature=reg, row_marginal=a, col_marginal=b, solver="newton", tol=tol, return_info=True,
+        -C,
+        temperature=reg,
+        row_marginal=a,
+        col_marginal=b,
+        solver="newton",
+        tol=tol,
+        return_info=True,
         n_iters=_STEPS if max_iter is None else arguments.count_of(max_iter, "max_iter", 1),
-    )  # fmt: skip
+    )
     if arguments.may_read(C) and not bool(info.converged.all()):
         warnings.warn(
             f"residuals of up to {float(info.residual.max()):.1e} are left; increase max_iter, tol or reg",
@@ -157,6 +163,6 @@ def _masses(x: Tensor | None, C: Tensor, side: int, name: str) -> Tensor:
 
 
 CONVENTIONS = tuple(
-    Convention(name, "-", "both, converged", "max_iter: a Newton step", "a | b", "reg", "-C", "as given; potentials relative to a b^T")
+    Convention(name, "-", "both, converged", "max_iter: a Newton step", "a | b", "reg", "-C", "potentials relative to a b^T")
     for name in ("solve", "solve_batch")
-)  # fmt: skip
+)

@@ -20,8 +20,8 @@ def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
     """The plan of exp(cost), tokens of mass 1 / n and experts of mass 1 / m, until the experts' factors hardly change.
 
     Despite its name ``cost`` are logits: the larger, the more. Tokens first, then experts; after every sweep the factors of
-    experts d1, 1 to begin with, are compared with those before, and the mean of absolute changes <= tol is the end: a launch and
-    a look at one number per sweep, as in the origin.
+    experts d1, 1 to begin with, are compared with those before, and a mean absolute change of at most tol is the end: a launch
+    and a look at one number per sweep, as in the origin.
 
     Args:
         cost: (n, m) of n tokens and m experts.
@@ -61,6 +61,4 @@ def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
     return found.plan
 
 
-CONVENTIONS = (
-    Convention("sinkhorn", "rows", "columns", "until the columns' factors change by tol", "1/n | 1/m", "none", "logits", "tokens x experts"),
-)  # fmt: skip
+CONVENTIONS = (Convention("sinkhorn", "rows", "columns", "a sweep, to tol", "1/n | 1/m", "none", "logits", "tokens x experts"),)

@@ -30,8 +30,8 @@ class SinkhornDistance(nn.Module):
             which takes no part. Give the NLP encoder's scores to no module without it: such columns would have their mass.
 
     forward(c), c (..., n, m) of float16, bfloat16, float32 or float64, gives (pi, C, U, V): the plan, -c, and the potentials U
-    (..., n) and V (..., m), pi = exp((c + U + V) / eps). Differentiable. The origin stops where U changes by less than 1e-12; its
-    masses are float32's in float64 too, 1e-8 off, and it is wrong for a single matrix (batch 1), which becomes n of them.
+    (..., n) and V (..., m), pi = exp((c + U + V) / eps). Differentiable. The origin stops where U changes by less than 1e-12;
+    its masses are float32's in float64 too, 1e-8 off, and it is wrong for a single matrix (batch 1), which becomes n of them.
 
     Raises:
         TypeError, ValueError: as :func:`fastdsm.sinkhorn`.
@@ -62,7 +62,7 @@ class SinkhornDistance(nn.Module):
         """
         n, m = c.shape[-2:]
         S = c.masked_fill(c <= _PADDED, -torch.inf)
-        left = (S > -torch.inf).any(-2)
+        left = (~S.isneginf()).any(-2)
         masses: dict[str, Any] = {"row_marginal": 1.0 / n, "temperature": self.eps, "return_info": True}
         row_steps, ends_with_columns = (self.max_iter + 1) // 2, self.max_iter % 2 == 0
         before = c.new_zeros((*c.shape[:-2], m), dtype=torch.promote_types(c.dtype, torch.float32))

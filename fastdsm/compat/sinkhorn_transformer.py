@@ -1,6 +1,6 @@
 """lucidrains' sinkhorn-transformer: the sorting operator of its attention.
 
-Source: sinkhorn-transformer 0.11.4, ``sinkhorn_transformer/sinkhorn_transformer.py``; Sparse Sinkhorn Attention, arXiv 2002.11296.
+Source: sinkhorn-transformer 0.11.4, ``sinkhorn_transformer/sinkhorn_transformer.py``; arXiv 2002.11296.
 """
 
 from __future__ import annotations
@@ -47,5 +47,14 @@ def sample_gumbel(
 
 CONVENTIONS = (
     Convention("sinkhorn_sorting_operator", "rows", "columns", "n_iters: a sweep", "- | 1", "none", "logits", "as given"),
-    Convention("gumbel_sinkhorn", "rows", "columns", "n_iters: a sweep", "- | 1", "temperature=0.7", "log(r + 1e-6) + noise", "as given"),
-)  # fmt: skip
+    Convention(
+        "gumbel_sinkhorn",
+        "rows",
+        "columns",
+        "n_iters: a sweep",
+        "- | 1",
+        "temperature=0.7",
+        "log(r + 1e-6) + noise",
+        "as given",
+    ),
+)

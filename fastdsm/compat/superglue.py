@@ -37,7 +37,7 @@ def log_optimal_transport(scores: Tensor, alpha: Tensor, iters: int) -> Tensor:
     couplings = torch.cat([torch.cat([scores, bins[0]], -1), torch.cat([bins[1], alpha], -1)], -2)
     rows, columns = _keypoints(m, n, couplings), _keypoints(n, m, couplings)
     if arguments.count_of(iters, "iters") == 0:
-        return couplings + torch.as_tensor(float(m + n)).log().to(couplings)
+        return couplings + torch.tensor(float(m + n), dtype=torch.float64).log().to(couplings)
     return log_sinkhorn(couplings, first="row", n_iters=iters, row_marginal=rows, col_marginal=columns)
 
 
@@ -73,6 +73,24 @@ def _keypoints(count: int, opposite: int, like: Tensor) -> Tensor:
 
 
 CONVENTIONS = (
-    Convention("log_optimal_transport", "rows", "columns", "iters: a sweep", "1..1, n | 1..1, m", "none", "scores", "as given, dustbins last"),
-    Convention("log_sinkhorn_iterations", "rows", "columns", "iters: a sweep", "exp(log_mu) | exp(log_nu)", "none", "logits", "as given"),
-)  # fmt: skip
+    Convention(
+        "log_optimal_transport",
+        "rows",
+        "columns",
+        "iters: a sweep",
+        "1..1, n | 1..1, m",
+        "none",
+        "scores",
+        "as given, dustbins last",
+    ),
+    Convention(
+        "log_sinkhorn_iterations",
+        "rows",
+        "columns",
+        "iters: a sweep",
+        "exp(log_mu) | exp(log_nu)",
+        "none",
+        "logits",
+        "as given",
+    ),
+)

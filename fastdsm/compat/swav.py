@@ -1,6 +1,6 @@
 """SwAV: scores of samples against prototypes made assignments, in which every prototype has the same mass.
 
-Source: facebookresearch/swav, ``main_swav.py`` (``distributed_sinkhorn``), and the paper's listing, arXiv 2006.09882, appendix A.
+Source: facebookresearch/swav, ``main_swav.py`` (``distributed_sinkhorn``), and the paper's listing, arXiv 2006.09882, A.
 """
 
 from __future__ import annotations

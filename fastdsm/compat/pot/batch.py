@@ -101,8 +101,8 @@ def bregman_log_projection_batch(
         nx: None; the library is that of the arrays.
 
     Returns:
-        "T" (B, n, m), "log_T", exact where T underflows, "potentials" (u, v), T = exp(K + u + v), "n_iters", the index of the last
-        sweep.
+        "T" (B, n, m), "log_T", right where T underflows, "potentials" (u, v), T = exp(K + u + v), "n_iters", the index of the
+        last sweep.
 
     Raises:
         TypeError, ValueError: as :func:`fastdsm.sinkhorn`.

@@ -48,8 +48,8 @@ def sinkhorn(
         warmstart: (log u, log v) to begin with, of which log u counts; with "sinkhorn_log" and b (m, k) k of them.
 
     Returns:
-        (n, m), or the losses <P, M> (k,) of b (m, k); differentiable in a, b, M, reg and warmstart, the sweeps done unrolled. With
-        ``log`` also the dictionary.
+        (n, m), or the losses <P, M> (k,) of b (m, k); differentiable in a, b, M, reg and warmstart, the sweeps done unrolled.
+        With ``log`` also the dictionary.
 
     Raises:
         TypeError, ValueError: with what was expected, what came and what to do.
