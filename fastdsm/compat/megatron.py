@@ -29,8 +29,8 @@ def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
 
     Returns:
         (n, m), like cost, differentiable: the sweeps done, unrolled. The origin adds 1e-8 to every sum, by which it errs
-        relatively by about 1e-8 m, and takes tokens whose logits are all below -18 for nothing; it overflows above 88. Here
-        nothing is added, and logits may have any size.
+        relatively by about 1e-8 m; of a token whose logits are all below -18 it makes thousands of sweeps for less than its
+        mass, and it overflows above 88. Here nothing is added, and logits may have any size.
 
     Raises:
         TypeError, ValueError: of another shape or dtype, or of a tol below 0.
