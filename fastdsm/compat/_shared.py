@@ -91,8 +91,8 @@ def balanced(masses: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     A plan is free of the total of the side which is not normalised last, but potentials are not: every sweep moves them by that
     logarithm, the side of ``masses`` up and the other down.
     """
-    ratio = masses.sum(-1, keepdim=True) / others.sum(-1, keepdim=True)
-    return masses / ratio, ratio.log()
+    ratio = masses.double().sum(-1, keepdim=True) / others.double().sum(-1, keepdim=True)  # logarithms add up over sweeps
+    return masses / ratio.to(masses.dtype), ratio.log().to(masses.dtype)
 
 
 class Swept(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdsm.compat import pot
 
 from ..interop.parity import DTYPES, assert_close, assert_same
+from ..tolerances import drift
 
 ot = pytest.importorskip("ot", reason="the extra parity")
 
@@ -38,7 +39,7 @@ def quietly(function: Any, *args: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("sweeps", [1, 10, 37])
 @pytest.mark.parametrize("total", [1.0, 1.5])
 def test_so_many_sweeps(total: float, sweeps: int, method: str, dtype: torch.dtype) -> None:
-    """Of totals that differ too, by which potentials drift."""
+    """Of totals that differ too, by which potentials drift, in float32 by a rounding per sweep besides, in both packages."""
     inputs = transport(dtype, total=total)
     options = {"method": method, "numItermax": sweeps, "stopThr": 0.0, "log": True, "warn": False}
     found, ours = pot.sinkhorn(*inputs, **options)
@@ -49,8 +50,9 @@ def test_so_many_sweeps(total: float, sweeps: int, method: str, dtype: torch.dty
     assert_close(
         torch.stack(ours["err"]).detach(), torch.stack(theirs["err"]).detach(), 1e-6 if dtype == torch.float32 else 1e-12
     )
+    value = max(1e-6, drift(sweeps)) if dtype == torch.float32 else None
     for name in theirs.keys() - {"err", "niter"}:
-        assert_same(ours[name], theirs[name], inputs)
+        assert_same(ours[name], theirs[name], inputs, value=value)
 
 
 @METHODS
@@ -112,8 +114,9 @@ def test_many_histograms(stop: float, method: str, dtype: torch.dtype) -> None:
     (found, ours), (origin, theirs) = (quietly(module.sinkhorn, *inputs, **options) for module in (pot, ot))
     assert_same(found, origin, inputs)
     assert ours.keys() == theirs.keys()
+    value = drift(40) if dtype == torch.float32 else None
     for name in theirs.keys() - {"err", "niter"}:
-        assert_same(ours[name], theirs[name], inputs)
+        assert_same(ours[name], theirs[name], inputs, value=value)
     assert_close(
         quietly(pot.sinkhorn2, *inputs, **options)[0].detach(), origin.detach(), 1e-6 if dtype == torch.float32 else 1e-12
     )
@@ -170,14 +173,17 @@ def test_lists_and_uniform_masses() -> None:
 
 
 def test_masses_of_zero() -> None:
+    """In the origin's first sweep such rows count, so that the limit is what agrees, and potentials up to a constant."""
     a, b, M, _ = (x.detach() for x in transport())
     a, b = a.index_fill(0, torch.tensor([2]), 0.0), b.index_fill(0, torch.tensor([0, 5]), 0.0)
     a, b = a / a.sum(), b / b.sum()
-    found, ours = pot.sinkhorn(a, b, M, 0.2, method="sinkhorn_log", log=True)
-    origin, theirs = ot.sinkhorn(a, b, M, 0.2, method="sinkhorn_log", log=True)
+    options = {"method": "sinkhorn_log", "log": True, "stopThr": 1e-15}
+    (found, ours), (origin, theirs) = (quietly(module.sinkhorn, a, b, M, 0.2, **options) for module in (pot, ot))
     assert_close(found, origin, 1e-12)
-    for name in ("log_u", "log_v", "u", "v"):
-        assert_close(ours[name], theirs[name], 1e-12)
+    assert_close(ours["log_u"][:, None] + ours["log_v"], theirs["log_u"][:, None] + theirs["log_v"], 1e-12)
+    assert_close(ours["u"][:, None] * ours["v"], theirs["u"][:, None] * theirs["v"], 1e-12)
+    for name, masses in (("u", a), ("v", b)):
+        assert torch.equal(ours[name] == 0, masses == 0)
 
 
 @METHODS

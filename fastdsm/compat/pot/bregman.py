@@ -35,7 +35,8 @@ def sinkhorn(
 
     Args:
         a: (n,), >= 0; empty for uniform. b: (m,), likewise, or (m, k): k problems of one cost. Their totals may differ: rows
-            are exact. M: (n, m). Torch tensors, NumPy arrays, or lists, as results will be; dtypes are promoted to one.
+            are exact. Rows of mass 0 take no part, where in the origin's first sweep they do: its limit is the same. M: (n, m).
+            Torch tensors, NumPy arrays, or lists, as results will be; dtypes are promoted to one.
         reg: > 0, a number or a scalar tensor. (At 0 the origin returns NaN.)
         method: "sinkhorn" or "sinkhorn_log", both right at any reg, which the origin's first is not: they differ by the log
             dictionary and its gauge. The origin's others are variants to the same plan: take "sinkhorn_log".
