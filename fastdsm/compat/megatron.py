@@ -6,11 +6,13 @@ Source: NVIDIA/Megatron-LM, ``megatron/core/transformer/moe/moe_utils.py``, ``si
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ops import arguments
+from ..results import SinkhornInfo
 from ._shared import Convention, sweeps_until
 
 _MOST = 10_000  # sweeps; the origin has no end where its changes do not fall below tol
@@ -46,13 +48,13 @@ def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
     n, m = cost.shape
     factors = torch.ones(m, device=cost.device)
 
-    def settled(plan: Tensor, info: object) -> bool:
+    def settled(plan: Tensor, info: SinkhornInfo) -> bool:
         nonlocal factors
-        now = info.g.exp()  # type: ignore[attr-defined]
+        now = info.g.exp()
         factors, change = now, (now - factors).abs().mean()
         return not float(change) > tol
 
-    masses = {"row_marginal": 1.0 / max(n, 1), "col_marginal": 1.0 / max(m, 1)}
+    masses: dict[str, Any] = {"row_marginal": 1.0 / max(n, 1), "col_marginal": 1.0 / max(m, 1)}
     found = sweeps_until(settled, _MOST, 1, cost, first="row", **masses)
     if not found.stopped:
         warnings.warn(

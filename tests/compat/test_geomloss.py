@@ -1,7 +1,7 @@
 """compat.geomloss, against the package where it has converged, and against Sinkhorn sweeps in float64 where it has not.
 
-It comes to its limit slowly: at reg = 1, after 2,000 iterations, plans agree to 1e-6 and values, whose error is the square of the
-plan's, to 1e-9.
+It comes to its limit slowly: at reg = 1, after 2,000 iterations, plans agree to 1e-6 and values, whose error is the square of
+the plan's, to 1e-9.
 """
 
 from __future__ import annotations

@@ -41,6 +41,13 @@ def test_the_definition(scale: float, name: str, dtype: torch.dtype) -> None:
     assert_same(getattr(compat, name)(logits), origin, [logits], value=value, gradient=gradient)
 
 
+def test_where_the_package_underflows() -> None:
+    logits = torch.randn(256, 4, 4) * 20
+    truth = log_projection(logits, 40, "col").exp()
+    assert (first_version.sinkhorn_knopps(logits) - truth).abs().max() > 1e-3
+    assert_close(compat.sinkhorn_knopps(logits), truth, 2e-6)
+
+
 @NAMES
 @pytest.mark.parametrize("shape", [(6, 3, 5), (6, 5, 3)])
 def test_rectangular_as_the_first_version(shape: tuple[int, ...], name: str) -> None:

@@ -1,4 +1,4 @@
-"""compat.pot's ot.sinkhorn and ot.sinkhorn2, against the package: values, gradients, its dictionary, warning and stopping rule."""
+"""compat.pot's sinkhorn and sinkhorn2, against the package: values, gradients, its dictionary, warning and stopping rule."""
 
 from __future__ import annotations
 

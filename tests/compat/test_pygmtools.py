@@ -39,9 +39,8 @@ def test_the_package(
     shape: tuple[int, ...],
     steps: int,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Dummy rows' potentials are rounded at 100, by 8e-6, in float32. In float64 the origin must not fill in float32's infinities."""
+    """In float32 potentials of dummy rows, of 100, are rounded by 8e-6, in the package as well."""
     (s,) = leaves_of(shape, dtype=dtype)
     options = {"max_iter": steps, "tau": tau, "dummy_row": dummy_row}
     given = counts(shape) if counted else {}

@@ -16,7 +16,7 @@ STEPS = pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 21])
 
 
 def distance(c: Tensor, eps: float, steps: int, detach: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """pi, U, V: potentials u and v in turn, eps log(1 / n) - eps LSE((c + v) / eps); v constant, and 0 above 9e8, if ``detach``."""
+    """pi, U, V: u = eps log(1 / n) - eps LSE((c + v) / eps), then v likewise; v constant, 0 above 9e8, if ``detach``."""
     c = c.double()
     n, m = c.shape[-2:]
     u, v = torch.zeros_like(c[..., 0]), torch.zeros_like(c[..., 0, :])

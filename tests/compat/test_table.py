@@ -47,7 +47,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_modules_come_with_the_first_call() -> None:
     code = (
         "import sys, fastdsm; loaded = [n for n in sys.modules if n.startswith('fastdsm.compat.')]; "
-        "assert loaded == ['fastdsm.compat._shared'], loaded; fastdsm.compat.swav; assert 'fastdsm.compat.swav' in sys.modules; "
+        "assert loaded == ['fastdsm.compat._shared'], loaded; "
+        "fastdsm.compat.swav; assert 'fastdsm.compat.swav' in sys.modules; "
         "assert 'scipy' not in sys.modules and 'ot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
