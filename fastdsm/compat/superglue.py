@@ -1,9 +1,8 @@
 """SuperGlue: the logarithm of a transport plan with a dustbin on each side.
 
-Source: magicleap/SuperGluePretrainedNetwork, ``models/superglue.py``; arXiv 1911.11763, section 3.2. The same in glue-factory, and
-in transformers' ``models/superglue/modeling_superglue.py``, which calls it with the keyword ``iterations``:
-
-    modeling_superglue.log_optimal_transport = lambda scores, alpha, iterations: log_optimal_transport(scores, alpha, iterations)
+Source: magicleap/SuperGluePretrainedNetwork, ``models/superglue.py``; arXiv 1911.11763, section 3.2. The same in glue-factory,
+and in transformers' ``models/superglue/modeling_superglue.py``, which calls its ``log_optimal_transport`` with the keyword
+``iterations`` and so needs ``lambda scores, alpha, iterations: log_optimal_transport(scores, alpha, iterations)``.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def test_so_many_sweeps(total: float, sweeps: int, method: str, dtype: torch.dty
     assert_close(
         torch.stack(ours["err"]).detach(), torch.stack(theirs["err"]).detach(), 1e-6 if dtype == torch.float32 else 1e-12
     )
-    value = max(1e-6, drift(sweeps)) if dtype == torch.float32 else None
-    for name in theirs.keys() - {"err", "niter"}:
-        assert_same(ours[name], theirs[name], inputs, value=value)
+    value, gradient = (max(1e-6, drift(sweeps)), 1e-5 + drift(sweeps)) if dtype == torch.float32 else (None, None)
+    for name in theirs.keys() - {"err", "niter"}:  # of a factor the gradient has the factor's own error
+        assert_same(ours[name], theirs[name], inputs, value=value, gradient=gradient)
 
 
 @METHODS

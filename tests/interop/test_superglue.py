@@ -1,4 +1,4 @@
-"""SuperGlue as in transformers, whose ``log_optimal_transport`` names its last argument ``iterations``; else one is the other."""
+"""SuperGlue as in transformers, whose call names its last argument ``iterations``, by position the same."""
 
 from __future__ import annotations
 

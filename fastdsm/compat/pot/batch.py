@@ -54,8 +54,8 @@ def solve_batch(
         inner_iter, inner_reg: of the proximal method; only their defaults.
         reg_type: "entropy", R = -H(P), or "kl", R = KL(P | a b^T).
         grad: "envelope", of the values alone, plans being constants; "autodiff", of all, the sweeps unrolled; "last_step", of
-            all, by one more sweep from constants; "detach", none in M. The origin's "last_step" takes the plan's logits for
-            constants as well, which its potentials' gradient presupposes they are not; here it is the gradient of that sweep.
+            all, by one more sweep from constants; "detach", none in M. The origin's "last_step" leaves out how the plan depends
+            on M but by its potentials; here it is the gradient of that sweep.
 
     Returns:
         An :class:`OTResult`: plan (B, n, m), value and value_linear = <P, M> (B,), potentials (B, n) and (B, m), log["n_iter"].

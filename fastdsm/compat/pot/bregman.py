@@ -75,7 +75,7 @@ def sinkhorn2(
     warmstart: Any = None,
 ) -> Any:
     """The loss <P, M> of :func:`sinkhorn`'s plan: a scalar, or (k,) for b (m, k). ``warn`` is False unless asked for."""
-    (cost, masses), restored = tensors_of(M, b)
+    (cost, masses, _), restored = tensors_of(M, b, a)
     options: dict[str, Any] = {"numItermax": numItermax, "stopThr": stopThr, "verbose": verbose, "log": log}
     found = sinkhorn(a, b, M, reg, method, warn=warn, warmstart=warmstart, **options)
     if masses.dim() == 2:
