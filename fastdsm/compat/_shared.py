@@ -151,6 +151,6 @@ def positive_logits(kernel: Tensor) -> Tensor:
     return kernel.masked_fill(none, 1.0).log().masked_fill(none, -torch.inf)
 
 
-def gumbel_like(x: Tensor, eps: float) -> Tensor:
-    """-log(-log(U + eps) + eps), U uniform in [0, 1): one draw of ``rand_like`` from torch's generator."""
-    return -(-(torch.rand_like(x) + eps).log() + eps).log()
+def gumbel_of(uniform: Tensor, eps: float) -> Tensor:
+    """Gumbel noise, -log(-log(U + eps) + eps), of U uniform in [0, 1)."""
+    return -(-(uniform + eps).log() + eps).log()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn
-from ._shared import Convention, gumbel_like, positive_logits
+from ._shared import Convention, gumbel_of, positive_logits
 
 _EPS = 1e-20
 
@@ -58,7 +58,7 @@ def gumbel_sinkhorn(log_alpha: Tensor, tau: float | Tensor = 1.0, n_iter: int = 
     """
     n_iter = arguments.count_of(n_iter, "n_iter", 1)
     arguments.check_matrices(log_alpha, "log_alpha", 0)
-    logits = log_alpha + gumbel_like(log_alpha, _EPS) if noise else log_alpha
+    logits = log_alpha + gumbel_of(torch.rand_like(log_alpha), _EPS) if noise else log_alpha
     return sinkhorn(logits, n_iters=n_iter, temperature=tau, first="row", col_marginal=1.0)
 
 
@@ -83,7 +83,7 @@ def gumbel_matching(log_alpha: Tensor, noise: bool = True) -> Tensor:
         raise ImportError("gumbel_matching needs scipy.optimize.linear_sum_assignment; pip install scipy") from error
     arguments.check_matrices(log_alpha, "log_alpha", 0)
     with torch.no_grad():
-        scores = log_alpha + gumbel_like(log_alpha, _EPS) if noise else log_alpha
+        scores = log_alpha + gumbel_of(torch.rand_like(log_alpha), _EPS) if noise else log_alpha
     n, m = log_alpha.shape[-2:]
     matched = torch.zeros(log_alpha.shape[:-2].numel(), n, m)
     for found, matrix in zip(matched, scores.detach().double().cpu().reshape(matched.shape), strict=True):

@@ -80,7 +80,7 @@ class SinkhornDistance(nn.Module):
             plan, g = plan * change.exp().unsqueeze(-2).to(plan.dtype), info.g - excess
         drift = (row_steps - 1) * excess
         g = torch.where(left, g - drift, 0.0)
-        return plan, -c, self.eps * (f + drift), self.eps * g
+        return plan.to(c.dtype), -c, self.eps * (f + drift), self.eps * g
 
 
 CONVENTIONS = (

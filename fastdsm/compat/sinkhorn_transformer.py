@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn
-from ._shared import Convention
+from ._shared import Convention, gumbel_of
 
 _EPS = 1e-6
 
@@ -42,7 +42,7 @@ def sample_gumbel(
     shape: torch.Size | tuple[int, ...], device: torch.device | str, dtype: torch.dtype, eps: float = _EPS
 ) -> Tensor:
     """-log(-log(U + eps) + eps), U uniform in [0, 1)."""
-    return -(-(torch.empty(shape, device=device, dtype=dtype).uniform_(0, 1) + eps).log() + eps).log()
+    return gumbel_of(torch.empty(shape, device=device, dtype=dtype).uniform_(0, 1), eps)
 
 
 CONVENTIONS = (

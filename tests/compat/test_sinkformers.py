@@ -82,6 +82,15 @@ def test_strides_and_a_batch_of_heads() -> None:
     assert_close(module(c)[0], distance(c, 1.0, 3)[0], 1e-12)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_half_precision(steps: int, detach: bool) -> None:
+    c = torch.randn(3, 6, 6).bfloat16()
+    pi = sinkformers.SinkhornDistance(1.0, steps, detach=detach)(c)[0]
+    assert pi.dtype == torch.bfloat16
+    assert_close(36 * pi, 36 * distance(c, 1.0, steps)[0], 2.0**-8)
+
+
 def test_large_scores() -> None:
     c = torch.randn(4, 6, 6) * 40
     assert_close(sinkformers.SinkhornDistance(1.0, 5)(c)[0], distance(c, 1.0, 5)[0], 1e-6)
