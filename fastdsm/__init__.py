@@ -5,7 +5,7 @@ plan, sigma2, *_ = fastdsm.sinkhorn_sigma2(logits)   # and its second singular v
 out = fastdsm.sinkhorn_attention(query, key, value)  # scaled_dot_product_attention with such a plan, never stored
 """
 
-from . import _interrupts, diagnostics, integrations, mhc, nn, reference  # the first before torch
+from . import _interrupts, compat, diagnostics, integrations, mhc, nn, reference  # the first before torch
 from .attention import sinkhorn_attention
 from .attention_spectrum import sinkhorn_attention_sigma2
 from .log_projection import log_sinkhorn
@@ -23,6 +23,7 @@ __all__ = [
     "AttentionInfo",
     "SinkhornInfo",
     "SinkhornSpectrum",
+    "compat",
     "diagnostics",
     "integrations",
     "log_sinkhorn",

@@ -42,13 +42,16 @@ def assert_same(
 ) -> None:
     """Two results have one value and, with a random cotangent, one gradient in each of the ``leaves`` they are computed of.
 
+    A leaf that a result does not depend on has the gradient 0.
+
     theirs: the origin's leaves where they are others, the parameters of another module.
     value, gradient: tolerances other than those of the result's dtype.
     """
     assert_close(found.detach(), origin.detach(), value_tolerance(origin.dtype) if value is None else value)
     cotangent = torch.where(origin.detach().isfinite(), torch.randn_like(origin), 0.0)
-    ours = torch.autograd.grad(found, leaves, cotangent, retain_graph=True)
-    right = torch.autograd.grad(origin, leaves if theirs is None else theirs, cotangent, retain_graph=True)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    ours = torch.autograd.grad(found, leaves, cotangent, **options)
+    right = torch.autograd.grad(origin, leaves if theirs is None else theirs, cotangent, **options)
     for x, y in zip(ours, right, strict=True):
         assert_close(x, y, gradient_tolerance(origin.dtype) if gradient is None else gradient)
 

@@ -1,16 +1,17 @@
-"""POT: ot.sinkhorn, ot.bregman.sinkhorn_log, ot.solve and ot.batch, by the line that stands in their place.
+"""POT: ``compat.pot`` in the place of what its own functions and classes call, and Newton's method in the place of its limit.
 
-A cost M over a regularisation reg is -M / reg as logits. ``ot.sinkhorn`` normalises columns first and ends with exact rows, as
-n_iters does; ``ot.batch`` rows first. ``stopThr=0`` makes exactly numItermax sweeps, which is n_iters.
+The calls by themselves are compared in tests/compat. A cost M over a regularisation reg is -M / reg as logits.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastdsm
+from fastdsm import compat
 
 from .parity import DTYPES, assert_close, assert_same
 
@@ -25,34 +26,24 @@ def transport(*batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return a.requires_grad_(), b.requires_grad_(), M.requires_grad_()
 
 
-@DTYPES
-@pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log"])
-@pytest.mark.parametrize("sweeps", [1, 10, 100])
-def test_so_many_sweeps(method: str, sweeps: int, dtype: torch.dtype) -> None:
-    a, b, M = transport(dtype=dtype)
-    reg = torch.tensor(0.1, dtype=dtype, requires_grad=True)
-    origin = ot.sinkhorn(a, b, M, reg, method=method, numItermax=sweeps, stopThr=0.0, warn=False)
-    found = fastdsm.sinkhorn(-M, temperature=reg, row_marginal=a, col_marginal=b, n_iters=sweeps)
-    assert_same(found, origin, [a, b, M, reg])
+def test_domain_adaptation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan that a class of ot.da fits, from NumPy."""
+    source, target = np.random.default_rng(0).random((12, 2)), np.random.default_rng(1).random((9, 2))
+    origin = ot.da.SinkhornTransport(reg_e=0.5).fit(Xs=source, Xt=target)
+    monkeypatch.setattr(ot.da, "sinkhorn", compat.pot.sinkhorn)  # the swap
+    swapped = ot.da.SinkhornTransport(reg_e=0.5).fit(Xs=source, Xt=target)
+    assert np.abs(swapped.coupling_ - origin.coupling_).max() < 1e-12
+    assert swapped.log_["niter"] == origin.log_["niter"]
+    assert np.abs(swapped.transform(Xs=source) - origin.transform(Xs=source)).max() < 1e-12
 
 
 @DTYPES
-def test_potentials_and_warm_start(dtype: torch.dtype) -> None:
-    """The log dictionary's log_u and log_v are f and g, and the first part of a warm start is f0; the other is not used there.
-
-    Masses come of a softmax: ours are of one total, and what moves b's alone is no change, where theirs moves f and g by a
-    constant.
-    """
-    _, _, M = transport(dtype=dtype)
-    scores = [torch.randn(n, dtype=dtype, requires_grad=True) for n in (12, 9)]
-    a, b = (x.softmax(-1) for x in scores)
-    u = torch.randn(12, dtype=dtype, requires_grad=True)
-    origin, log = ot.bregman.sinkhorn_log(
-        a, b, M, 0.2, numItermax=7, stopThr=0.0, warn=False, warmstart=(u, torch.zeros_like(b)), log=True
-    )
-    found, info = fastdsm.sinkhorn(-M, temperature=0.2, row_marginal=a, col_marginal=b, n_iters=7, f0=u, return_info=True)
-    for ours, theirs in ((found, origin), (info.f, log["log_u"]), (info.g, log["log_v"])):
-        assert_same(ours, theirs, [M, u, *scores])
+def test_divergence_of_samples(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Three losses of ot.bregman, with the gradient in the samples."""
+    x, y = (torch.rand(n, 2, dtype=dtype, requires_grad=True) for n in (12, 9))
+    origin = ot.bregman.empirical_sinkhorn_divergence(x, y, 0.5, numIterMax=30, stopThr=0.0, warn=False)
+    monkeypatch.setattr(ot.bregman._empirical, "sinkhorn2", compat.pot.sinkhorn2)  # the swap
+    assert_same(ot.bregman.empirical_sinkhorn_divergence(x, y, 0.5, numIterMax=30, stopThr=0.0, warn=False), origin, [x, y])
 
 
 @DTYPES
@@ -77,24 +68,6 @@ def test_converged(reg: float, dtype: torch.dtype) -> None:
         assert_close(ours - ours.mean(), theirs - theirs.mean(), tolerance)
 
 
-@DTYPES
-def test_loss(dtype: torch.dtype) -> None:
-    a, b, M = transport(dtype=dtype)
-    origin = ot.sinkhorn2(a, b, M, 0.2, method="sinkhorn_log", numItermax=50, stopThr=0.0, warn=False)
-    plan = fastdsm.sinkhorn(-M, temperature=0.2, row_marginal=a, col_marginal=b, n_iters=50)
-    assert_same((plan * M).sum(), origin, [a, b, M])
-
-
-@DTYPES
-def test_many_second_masses(dtype: torch.dtype) -> None:
-    """b (m, k) is k problems of one cost, of which ``ot.sinkhorn`` gives the losses."""
-    a, _, M = transport(dtype=dtype)
-    b = torch.randn(9, 4, dtype=dtype).softmax(0).requires_grad_()
-    origin = ot.sinkhorn(a, b, M, 0.2, numItermax=20, stopThr=0.0, warn=False)
-    plans = fastdsm.sinkhorn((-M).expand(4, 12, 9), temperature=0.2, row_marginal=a, col_marginal=b.mT, n_iters=20)
-    assert_same((plans * M).sum((-2, -1)), origin, [a, b, M])
-
-
 def test_solve() -> None:
     """``ot.solve`` is the plan and <P, M> + reg KL(P | a b^T), until ``tol``."""
     a, b, M = transport(dtype=torch.float64)
@@ -102,33 +75,6 @@ def test_solve() -> None:
     plan = fastdsm.sinkhorn(-M, temperature=0.1, row_marginal=a, col_marginal=b, solver="newton")
     assert_same(plan, origin.plan, [M], gradient=1e-9)
     assert_close((plan * M).sum().detach(), origin.value_linear.detach(), 1e-12)
-
-
-@DTYPES
-@pytest.mark.parametrize("sweeps", [1, 10])
-def test_batch(sweeps: int, dtype: torch.dtype) -> None:
-    """Rows first, so that columns are exact; ``tol=0`` makes exactly max_iter sweeps, ``grad="autodiff"`` unrolls them.
-
-    Ours scales b to the total of a, and so the gradient of b is along changes that keep it, to which masses that come of a
-    softmax belong.
-    """
-    _, _, M = transport(5, dtype=dtype)
-    scores = [torch.randn(5, n, dtype=dtype, requires_grad=True) for n in (12, 9)]
-    a, b = (x.softmax(-1) for x in scores)
-    origin = ot.batch.solve_batch(M, 0.1, a, b, max_iter=sweeps, tol=0.0, grad="autodiff")
-    options = {"temperature": 0.1, "row_marginal": a, "col_marginal": b, "first": "row", "n_iters": sweeps}
-    found = fastdsm.sinkhorn(-M, **options)
-    assert_same(found, origin.plan, [M, *scores])
-    projected = ot.batch.bregman_log_projection_batch(-M / 0.1, a, b, max_iter=sweeps, tol=0.0, grad="autodiff")
-    assert_same(fastdsm.log_sinkhorn(-M, **options), projected["log_T"], [M, *scores])
-
-
-@DTYPES
-def test_batch_with_uniform_masses(dtype: torch.dtype) -> None:
-    _, _, M = transport(5, dtype=dtype)
-    origin = ot.batch.solve_batch(M, 0.1, max_iter=20, tol=0.0, grad="autodiff").plan
-    found = fastdsm.sinkhorn(-M, temperature=0.1, row_marginal=1 / 12, first="row", n_iters=20)
-    assert_same(found, origin, [M])
 
 
 def test_values_of_a_batch() -> None:
