@@ -36,7 +36,7 @@ def peer(name: str, module: str, build: Callable[[], Implementation]) -> Impleme
         return _left_out(name, "not installed")
     try:
         return build()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         return _left_out(name, f"has no such call in this version: {error}")
 
 

@@ -26,6 +26,11 @@ EAGER_RATIO: dict[tuple[str, Shape], float] = {
 }
 # The same of matrices that no cache holds, forward.
 LARGE_SHAPE, LARGE_RATIO = (2, 2048, 2048), 2.0
+# mHC layers of 4 streams, (tokens, streams, channels), float32 on a CPU and bfloat16 on a GPU.
+LAYER_SHAPES: dict[str, tuple[Shape, Shape]] = {
+    "cpu": ((1024, 4, 256), (64, 4, 1024)),
+    "cuda": ((8192, 4, 4096), (64, 4, 4096)),
+}
 # Sinkhorn attention, float32: times faster forward, and peak extra memory as a share of the loop's, both passes.
 ATTENTION_SHAPE, ATTENTION_SWEEPS = (8, 1024, 3, 64), 3  # heads, lines of query and key, which operand, features
 ATTENTION_RATIO = 2.0

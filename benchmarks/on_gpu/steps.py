@@ -14,7 +14,7 @@ from .runner import Step
 
 TESTS, ROWS = "tests.jsonl", "cuda.jsonl"
 # pytest's -k: what no GPU has timed yet; 262,144 matrices are of 7x7 and of 8x8.
-NEVER_TIMED = "262144 or newton or temperature or sigma2"
+NEVER_TIMED = "mhc or 262144 or newton or temperature or sigma2"
 # Of tests.every_kernel, by what has been executed least: memory shared by instructions of our own, Newton's method and
 # temperatures on tiles, tiles, panels, streams, attention.
 _SANITIZED = {

@@ -24,7 +24,7 @@ def log_optimal_transport(scores: Tensor, alpha: Tensor, iters: int) -> Tensor:
         iters: sweeps, rows first, >= 0.
 
     Returns:
-        (..., m + 1, n + 1), like scores, -inf where nothing may be: columns sum to their masses, times nothing. Differentiable
+        (..., m + 1, n + 1), like scores, -inf where nothing may be; columns sum to their masses. Differentiable
         in scores and alpha, right where the plan underflows.
 
     Raises:

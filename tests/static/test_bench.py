@@ -137,7 +137,14 @@ def gpu_records() -> list[Row]:
         ("sinkhorn", gpu_targets.ONE_SHAPE): {"fastdsm": 2.4, gpu_targets.of_sweeps(10): 1.4, READ: 0.09},
         ("newton", gpu_targets.NEWTON_SHAPE): {"fastdsm": 0.06, TWENTY: 0.07},
     }  # fmt: skip
-    return [
+    of_layers = [
+        row("fastdsm", 1.0, 1.0, operation=name, shape=gpu_targets.LAYER_SHAPE, run=run, percent_of_floor=80.0)
+        for name in ("mhc_post", "mhc_post_pre")
+    ] + [
+        row(name, time, 1.0, BACKWARD, operation="mhc layer", shape=gpu_targets.LAYER_SHAPE, run=run)
+        for name, time in (("fastdsm", 1e-3), ("Liger", 3e-3))
+    ]
+    return of_layers + [
         row(name, 1.0, 1.0, operation=operation, shape=shape, run=run, device_seconds=1e-3 * time)
         for (operation, shape), times in milliseconds.items()
         for name, time in times.items()
@@ -146,11 +153,11 @@ def gpu_records() -> list[Row]:
 
 def test_gpu_targets_kept() -> None:
     found = gpu_targets.verdicts(gpu_records())
-    assert [verdict.measured for verdict in found] == pytest.approx([0.5, 20.0, 4.0, 0.1 / 0.09, 6 / 7])
+    assert [verdict.measured for verdict in found] == pytest.approx([0.5, 20.0, 4.0, 0.1 / 0.09, 6 / 7, 80.0, 80.0, 3.0])
     assert all(verdict.ok for verdict in found)
 
 
-@pytest.mark.parametrize("missed", range(5))
+@pytest.mark.parametrize("missed", range(8))
 def test_a_missed_gpu_target_is_found(missed: int) -> None:
     slower = [
         ("sinkhorn_attention", gpu_targets.of_sweeps(10), 3),
@@ -158,17 +165,25 @@ def test_a_missed_gpu_target_is_found(missed: int) -> None:
         ("sinkhorn_attention", gpu_targets.FLASH_SINKHORN, 0.4),
         ("sinkhorn", "fastdsm", 1.2),
         ("newton", "fastdsm", 1.2),
+        ("mhc_post", "fastdsm", 1.2),
+        ("mhc_post_pre", "fastdsm", 1.2),
+        ("mhc layer", "fastdsm", 1.6),
     ]
     operation, name, factor = slower[missed]
-    rows = [
-        replace(x, device_seconds=factor * x.device_seconds) if (x.operation, x.implementation) == (operation, name) else x
-        for x in gpu_records()
-    ]
-    assert [verdict.ok for verdict in gpu_targets.verdicts(rows)] == [i != missed for i in range(5)]
+
+    def changed(x: Row) -> Row:
+        if (x.operation, x.implementation) != (operation, name):
+            return x
+        device = None if x.device_seconds is None else factor * x.device_seconds
+        percent, seconds = x.percent_of_floor / factor, factor * x.seconds_median
+        return replace(x, device_seconds=device, percent_of_floor=percent, seconds_median=seconds)
+
+    rows = [changed(x) for x in gpu_records()]
+    assert [verdict.ok for verdict in gpu_targets.verdicts(rows)] == [i != missed for i in range(8)]
 
 
 def test_what_a_gpu_did_not_measure_fails() -> None:
-    assert [(verdict.measured, verdict.ok) for verdict in gpu_targets.verdicts(records())] == [(None, False)] * 5
+    assert [(verdict.measured, verdict.ok) for verdict in gpu_targets.verdicts(records())] == [(None, False)] * 8
 
 
 def test_what_was_not_measured_fails() -> None:
