@@ -208,10 +208,10 @@ def _looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...
     def by_operator(tensors: tuple[Any, ...], plain: bool) -> Any:
         return _results(checked(*tensors), tol, return_info)
 
-    call = checked(*tensors)
-    if not whole_attention.Bare.serves(call):
+    call, lead = checked(*tensors), tensors[0].shape[:-2]
+    if not whole_attention.Bare.serves(call, lead):
         return by_operator
-    return whole_attention.Bare(call, tensors[0].shape[:-2], tol, by_operator, return_info)
+    return whole_attention.Bare(call, lead, tol, by_operator, return_info)
 
 
 _bare = KeptCalls(_looked)

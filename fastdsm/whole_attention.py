@@ -67,10 +67,10 @@ class Bare:
         self.projection: Callable[[tuple[Any, ...], bool], Any] | None = None
 
     @staticmethod
-    def serves(call: Checked) -> bool:
+    def serves(call: Checked, lead: torch.Size) -> bool:
         """Whether ``call``, one of query, key and value alone, is such a call."""
         query, key, *_ = call.operands
-        return serves(call) and query.shape[1] == key.shape[1] and call.inputs[9] > 0
+        return len(lead) > 0 and serves(call) and query.shape[1] == key.shape[1] and call.inputs[9] > 0
 
     def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
         """Output, with an AttentionInfo where that is asked for."""
@@ -81,12 +81,14 @@ class Bare:
         if len(self.lead) > 1:
             operands = [x.flatten(0, -3) for x in operands]
         query, key, value = operands if self.narrow is None else (x.float() for x in operands)
-        problem = (query @ key.mT, tau, None, None, None, None)
+        problem = (torch.bmm(query, key.mT), tau, None, None, None, None)
         if self.projection is None:
             self.projection = looked(problem, *self.options)
         found = self.projection(problem, plain)
         plan, info = found if isinstance(found, tuple) else (found, None)
-        out = (plan @ value) if self.narrow is None else (plan @ value).to(self.narrow)
+        out = torch.bmm(plan, value)
+        if self.narrow is not None:
+            out = out.to(self.narrow)
         if len(self.lead) > 1:
             out = out.unflatten(0, self.lead)
             info = None if info is None else AttentionInfo(*(x.unflatten(0, self.lead) for x in info))
