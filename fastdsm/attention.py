@@ -102,7 +102,8 @@ def sinkhorn_attention(
     they have four million entries.
 
     Args:
-        query: (..., H, N, d), float16, bfloat16, float32 or float64, any strides; 2 and 3 dimensions are without heads.
+        query: (..., H, N, d), float16, bfloat16, float32 or float64, any strides; 2 and 3 dimensions are without heads. One
+            query over several keys has one plan, the uniform one: the mean of the values, whatever it asks for.
         key: (..., G, M, d), value: (..., G, M, e). G = H, or with ``enable_gqa`` a divisor of H: query head h meets key
             head h // (H / G). The arithmetic is float32 (float64 for float64); float32 products follow
             torch.get_float32_matmul_precision() on a GPU.

@@ -70,7 +70,8 @@ def sigma2(
         (...,) float32 (float64 for float64): ||M v2||, the Rayleigh lower bound. Its gradient is u2 v2^T, scaled by the
         marginals; at multiplicity one element of the subdifferential. It is that of the plan as given: of one rounded to 16
         bits u2 and v2 err by the rounding over the gap between sigma2 and sigma3, 5 % and more; :func:`fastdsm.sinkhorn_sigma2`
-        takes them from the plan before it is rounded. Forward mode and second derivatives take a full SVD.
+        takes them from the plan before it is rounded. Forward mode and second derivatives take a full SVD; where sigma2
+        meets another singular value, as in the uniform plan, there is no second derivative, and it is NaN or huge.
     """
     if row_marginal is not None or col_marginal is not None:
         row_marginal, col_marginal = arguments.marginals_of(row_marginal, col_marginal, plan)

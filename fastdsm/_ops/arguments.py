@@ -172,19 +172,19 @@ def mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return broadcast(mask, "mask", tuple(like.shape))
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: Any, name: str = "temperature") -> None:
     """A positive number, of any real type."""
     if isinstance(temperature, bool) or not isinstance(temperature, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
+        raise TypeError(f"{name} must be a float or a tensor, got {type(temperature).__name__}")
     value: Any = temperature
     if not value > 0 or value == math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        raise ValueError(f"{name} must be > 0 and finite, got {temperature}")
 
 
-def check_temperatures(temperature: Tensor | None) -> None:
+def check_temperatures(temperature: Tensor | None, name: str = "temperature") -> None:
     """Positive, as far as values can be looked at."""
     if temperature is not None and may_read(temperature) and not _least(temperature) > 0:
-        raise _bad(temperature > 0, temperature, "temperature must be > 0 everywhere")
+        raise _bad(temperature > 0, temperature, f"{name} must be > 0 everywhere")
 
 
 def temperature_of(temperature: float | Tensor, like: Tensor) -> float | Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import arguments
 from ..projection import sinkhorn
 from ..results import SinkhornInfo
 
@@ -93,6 +94,14 @@ def balanced(masses: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """
     ratio = masses.double().sum(-1, keepdim=True) / others.double().sum(-1, keepdim=True)  # logarithms add up over sweeps
     return masses / ratio.to(masses.dtype), ratio.log().to(masses.dtype)
+
+
+def check_scale(x: Any, name: str) -> None:
+    """What logits are divided by, under the origin's name for it: > 0, a number or a tensor."""
+    if isinstance(x, Tensor):
+        arguments.check_temperatures(x, name)
+    else:
+        arguments.check_temperature(x, name)
 
 
 class Swept(NamedTuple):

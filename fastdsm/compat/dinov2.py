@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn
-from ._shared import Convention, check_one_process
+from ._shared import Convention, check_one_process, check_scale
 
 
 def sinkhorn_knopp_teacher(teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
@@ -35,6 +35,7 @@ def sinkhorn_knopp_teacher(teacher_output: Tensor, teacher_temp: float, n_iterat
     """
     check_one_process("dinov2.sinkhorn_knopp_teacher")
     arguments.check_matrices(teacher_output, "teacher_output", 0)
+    check_scale(teacher_temp, "teacher_temp")
     n_iterations = arguments.count_of(n_iterations, "n_iterations", 1)
     with torch.no_grad():
         return sinkhorn(teacher_output.float(), n_iters=n_iterations, temperature=teacher_temp)

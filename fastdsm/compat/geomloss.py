@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn
-from ._shared import Convention, tensors_of
+from ._shared import Convention, check_scale, tensors_of
 
 _STEPS = 100  # of Newton's method; 60 serve logits of a standard deviation of 100
 
@@ -101,6 +101,7 @@ def solve_batch(
     if C.dim() != 3:
         raise ValueError(f"C must have shape (B, N, M), got {tuple(C.shape)}; for one problem there is solve")
     arguments.check_matrices(C, "C")
+    check_scale(reg, "reg")
     a, b = _masses(a, C, -2, "a"), _masses(b, C, -1, "b")
     total, other = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
     if arguments.may_read(C) and bool(((total - other).abs() > 1e-3 * (total + other)).any()):

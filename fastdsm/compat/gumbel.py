@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn
-from ._shared import Convention, gumbel_of, positive_logits
+from ._shared import Convention, check_scale, gumbel_of, positive_logits
 
 _EPS = 1e-20
 
@@ -57,6 +57,7 @@ def gumbel_sinkhorn(log_alpha: Tensor, tau: float | Tensor = 1.0, n_iter: int = 
         TypeError, ValueError: as :func:`fastdsm.sinkhorn`.
     """
     n_iter = arguments.count_of(n_iter, "n_iter", 1)
+    check_scale(tau, "tau")
     arguments.check_matrices(log_alpha, "log_alpha", 0)
     logits = log_alpha + gumbel_of(torch.rand_like(log_alpha), _EPS) if noise else log_alpha
     return sinkhorn(logits, n_iters=n_iter, temperature=tau, first="row", col_marginal=1.0)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .._ops import arguments
 from ..projection import sinkhorn as _project
-from ._shared import Convention, tensors_of
+from ._shared import Convention, check_scale, tensors_of
 
 _DUMMY = -100.0  # the logits of dummy rows, after the temperature
 
@@ -58,6 +58,7 @@ def sinkhorn(
     if backend is not None:
         arguments.check_choice(backend, "backend", ("pytorch" if restored(s) is s else "numpy",))
     max_iter = arguments.count_of(max_iter, "max_iter", 1)
+    check_scale(tau, "tau")
     matrices = s if s.dim() == 3 else s.unsqueeze(0)
     rows, columns = _counts(n1, matrices, -2, "n1"), _counts(n2, matrices, -1, "n2")
     if matrices.shape[-2] <= matrices.shape[-1]:

@@ -40,7 +40,7 @@ class SinkhornDistance(nn.Module):
     def __init__(self, eps: float, max_iter: int, reduction: str = "none", *, detach: bool = False) -> None:
         super().__init__()
         arguments.check_choice(reduction, "reduction", ("none",))
-        arguments.check_temperature(eps)
+        arguments.check_temperature(eps, "eps")
         self.eps, self.max_iter, self.reduction = eps, arguments.count_of(max_iter, "max_iter", 1), reduction
         self.detach = detach
 

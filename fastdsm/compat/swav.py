@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ops import arguments
 from ..projection import sinkhorn as _project
-from ._shared import Convention, check_one_process
+from ._shared import Convention, check_one_process, check_scale
 
 
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
@@ -31,6 +31,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     """
     check_one_process("swav.sinkhorn")
     arguments.check_matrices(scores, "scores", 0)
+    check_scale(epsilon, "epsilon")
     with torch.no_grad():
         return _project(scores.to(torch.promote_types(scores.dtype, torch.float32)), n_iters=iterations, temperature=epsilon)
 

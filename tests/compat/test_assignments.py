@@ -69,7 +69,7 @@ def test_bad_input() -> None:
     scores = torch.randn(4, 8)
     with pytest.raises(ValueError, match="n_iterations must be >= 1, got 0"):
         dinov2.sinkhorn_knopp_teacher(scores, 0.1, 0)
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="epsilon must be > 0"):
         swav.sinkhorn(scores, 0.0)
     with pytest.raises(TypeError, match=r"scores must be a torch\.Tensor"):
         swav.sinkhorn(scores.numpy())  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def test_bad_input() -> None:
         compat.solve_batch(C, reg=1.0, a=b)
     with pytest.raises(ValueError, match="a must be > 0 everywhere"):
         compat.solve_batch(C, reg=1.0, a=a * (torch.arange(7) > 0), b=b)
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="reg must be > 0"):
         compat.solve_batch(C, reg=0.0)
     with pytest.raises(ValueError, match="for batches there is solve_batch"):
         compat.solve(C, reg=1.0)

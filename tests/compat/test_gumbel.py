@@ -101,5 +101,5 @@ def test_bad_input() -> None:
         gumbel.sinkhorn_norm(-torch.ones(2, 3, 3))
     with pytest.raises(ValueError, match="n_iter must be >= 1"):
         gumbel.log_sinkhorn_norm(torch.ones(2, 3, 3), 0)
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="tau must be > 0"):
         gumbel.gumbel_sinkhorn(torch.ones(2, 3, 3), 0.0)

@@ -231,7 +231,7 @@ def test_bad_input() -> None:
     a, b, M, _ = transport()
     with pytest.raises(ValueError, match="method must be one of 'sinkhorn', 'sinkhorn_log', got 'greenkhorn'"):
         pot.sinkhorn(a, b, M, 0.1, method="greenkhorn")
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="reg must be > 0"):
         pot.sinkhorn(a, b, M, 0)
     with pytest.raises(ValueError, match="numItermax must be >= 1"):
         pot.sinkhorn(a, b, M, 0.1, numItermax=0)

@@ -101,7 +101,7 @@ def test_bad_input() -> None:
         sinkformers.SinkhornDistance(1.0, 3, reduction="mean")
     with pytest.raises(ValueError, match="max_iter must be >= 1"):
         sinkformers.SinkhornDistance(1.0, 0)
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="eps must be > 0"):
         sinkformers.SinkhornDistance(0.0, 3)
     with pytest.raises(ValueError, match="n >= 1"):
         sinkformers.SinkhornDistance(1.0, 3)(torch.zeros(2, 0, 4))

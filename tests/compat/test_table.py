@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+import torch
 
 from fastdsm import compat
 
@@ -57,3 +59,25 @@ def test_modules_come_with_the_first_call() -> None:
 def test_an_unknown_origin() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'tensorflow'; origins are hyper_connections"):
         compat.tensorflow  # noqa: B018
+
+
+SQUARE, BATCH = torch.ones(3, 3), torch.ones(2, 3, 3)
+SCALED: dict[str, Callable[[float], object]] = {
+    "eps": lambda x: compat.sinkformers.SinkhornDistance(x, 3),
+    "reg": lambda x: compat.pot.sinkhorn(torch.ones(3) / 3, torch.ones(3) / 3, SQUARE, x),
+    "reg of a batch": lambda x: compat.pot.batch.solve_batch(BATCH, x),
+    "reg of a solution": lambda x: compat.geomloss.solve(SQUARE, reg=x),
+    "tau": lambda x: compat.gumbel.gumbel_sinkhorn(SQUARE, tau=x),
+    "tau of pairs": lambda x: compat.pygmtools.sinkhorn(SQUARE, tau=x),
+    "epsilon": lambda x: compat.swav.sinkhorn(SQUARE, epsilon=x),
+    "teacher_temp": lambda x: compat.dinov2.sinkhorn_knopp_teacher(SQUARE, x),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_errors_have_the_origins_names(case: str) -> None:
+    name = case.split()[0]
+    with pytest.raises(ValueError, match=f"^{name} must be > 0 and finite, got -1.0"):
+        SCALED[case](-1.0)
+    with pytest.raises(TypeError, match=f"^{name} must be a float or a tensor, got str"):
+        SCALED[case]("1")  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from ..._ops import arguments
 from ...log_projection import log_sinkhorn
 from ...projection import sinkhorn
 from ...results import SinkhornInfo
-from .._shared import Convention, balanced, detached, positive_logits, sweeps_until, tensors_of
+from .._shared import Convention, balanced, check_scale, detached, positive_logits, sweeps_until, tensors_of
 
 GRADIENTS = ("detach", "autodiff", "last_step", "envelope")
 
@@ -153,6 +153,7 @@ def _projected(
     """ "T", "n_iters", "potentials", and "log_T" if ``logarithms``, of logits / reg."""
     most = arguments.count_of(most, "max_iter", 1)
     constant = grad in ("detach", "last_step")
+    check_scale(reg, "reg")
     rows, excess = balanced(a, b)
     options: dict[str, Any] = {"first": "row", "temperature": reg, "row_marginal": rows, "col_marginal": b}
     if constant:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._ops import arguments
 from ...results import SinkhornInfo
-from .._shared import Convention, balanced, sweeps_until, tensors_of
+from .._shared import Convention, balanced, check_scale, sweeps_until, tensors_of
 
 METHODS = ("sinkhorn", "sinkhorn_log")
 
@@ -194,6 +194,7 @@ def _swept(
     a: Tensor, b: Tensor, M: Tensor, reg: Any, u: Tensor | None, most: int, stop_at: float, verbose: bool, log: bool
 ) -> _Found:
     """Sweeps for a (n,) and b (..., m) from log u (..., n), and potentials for the totals that masses have."""
+    check_scale(reg, "reg")
     columns, excess = balanced(b, a)
     errors: list[Tensor] = []
 
