@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from . import reference, whole_attention
 from ._ops import arguments, transforms
 from ._ops.attention_call import Checked, Given
+from ._ops.plain import KeptCalls
 from .half_steps import count_of as counted
 from .results import AttentionInfo, default_tol
 
@@ -140,6 +142,12 @@ def sinkhorn_attention(
     Source: Sinkformers (Sander et al., arXiv 2110.11773), whose attention this is for "row" and as many half steps.
     """
 
+    beside = (attn_mask, key_padding_mask, query_padding_mask, f0, half_steps)
+    if whole_attention.is_bare(query, temperature, dropout_p, beside):
+        count = 3 if n_iters is None else n_iters
+        options = (is_causal, scale, enable_gqa, count, first, tol, grad, backend, return_info)
+        return _bare((query, key, value, temperature), options)
+
     def attend(value: Tensor, dropout_p: float, n_iters: int, first: str, given: Given | None, return_info: bool) -> Any:
         call = Checked(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -187,3 +195,23 @@ def _results(call: Checked, tol: float | None, return_info: bool) -> Any:
     converged = residual <= (default_tol(residual.dtype) if tol is None else tol)
     f, g = call.started(*(x[:, :, -1].to(residual.dtype) for x in (f, g)))
     return call.restore(out), AttentionInfo(*map(call.restore, (residual, converged, sweeps, f, g)))
+
+
+def _looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...], bool], Any]:
+    """What serves operands of this form, which nothing stands beside."""
+    is_causal, scale, enable_gqa, n_iters, first, tol, grad, backend, return_info = options
+
+    def checked(query: Tensor, key: Tensor, value: Tensor, temperature: float | Tensor) -> Checked:
+        shared = (n_iters, first, tol, grad, backend)
+        return Checked(query, key, value, None, 0.0, is_causal, scale, enable_gqa, None, None, temperature, *shared)
+
+    def by_operator(tensors: tuple[Any, ...], plain: bool) -> Any:
+        return _results(checked(*tensors), tol, return_info)
+
+    call = checked(*tensors)
+    if not whole_attention.Bare.serves(call):
+        return by_operator
+    return whole_attention.Bare(call, tensors[0].shape[:-2], tol, by_operator, return_info)
+
+
+_bare = KeptCalls(_looked)

@@ -300,12 +300,12 @@ class _Call:
         return reference.sinkhorn(logits, return_info=self.with_info, **keywords)
 
 
-def _looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...], bool], Any]:
-    """What serves tensors of this form."""
+def looked(tensors: tuple[Any, ...], *options: Any) -> Callable[[tuple[Any, ...], bool], Any]:
+    """What serves (logits, temperature, f0, marginals, mask) of this form, by these options."""
     call = _Call(tensors, *options)
     if 0 in tensors[0].shape[-2:]:
         return call.of_nothing
     return call.by_oracle if call.backend == "reference" else call
 
 
-_calls = KeptCalls(_looked)
+_calls = KeptCalls(looked)

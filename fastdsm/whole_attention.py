@@ -6,15 +6,16 @@ gradient what it starts from. More is for the operator, which keeps a few heads'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._ops.attention_call import Checked
-from .projection import sinkhorn
+from .projection import looked, sinkhorn
 from .pytorch import attention as pytorch_attention
-from .results import SinkhornInfo
+from .results import AttentionInfo, SinkhornInfo
 
 WHOLE_ENTRIES = 1 << 22
 
@@ -36,6 +37,60 @@ def serves(call: Checked) -> bool:
         and 0 < query.shape[:3].numel() * key.shape[2] <= WHOLE_ENTRIES
         and query.shape[2] * key.shape[2] <= pytorch_attention.DENSE_ENTRIES
     )
+
+
+def is_bare(query: Any, temperature: float | Tensor, dropout_p: Any, beside: tuple[Any, ...]) -> bool:
+    """Whether a call may be one of query, key and value alone on a CPU, with nothing beside them."""
+    return (
+        type(temperature) is float
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and all(x is None for x in beside)
+        and isinstance(query, Tensor)
+        and query.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class Bare:
+    """Calls of query, key and value alone, as many heads of each, of one form: three operations on batches of matrices.
+
+    The scale is a part of the temperature, and matrices have one dimension before them: host time counts here.
+    """
+
+    def __init__(self, call: Checked, lead: torch.Size, tol: float | None, other: Callable[..., Any], with_info: bool) -> None:
+        scale, n_iters, columns_first = (call.inputs[k] for k in (9, 11, 12))
+        dtype = call.operands[0].dtype
+        self.scale, self.lead, self.other = scale, lead, other
+        self.narrow = None if dtype in (torch.float32, torch.float64) else dtype
+        self.options = (n_iters, "col" if columns_first else "row", tol, "sinkhorn", None, with_info, "torch", False)
+        self.projection: Callable[[tuple[Any, ...], bool], Any] | None = None
+
+    @staticmethod
+    def serves(call: Checked) -> bool:
+        """Whether ``call``, one of query, key and value alone, is such a call."""
+        query, key, *_ = call.operands
+        return serves(call) and query.shape[1] == key.shape[1] and call.inputs[9] > 0
+
+    def __call__(self, tensors: tuple[Any, ...], plain: bool) -> Any:
+        """Output, with an AttentionInfo where that is asked for."""
+        *operands, temperature = tensors
+        tau = temperature / self.scale
+        if not 0.0 < tau < torch.inf:
+            return self.other(tensors, plain)
+        if len(self.lead) > 1:
+            operands = [x.flatten(0, -3) for x in operands]
+        query, key, value = operands if self.narrow is None else (x.float() for x in operands)
+        problem = (query @ key.mT, tau, None, None, None, None)
+        if self.projection is None:
+            self.projection = looked(problem, *self.options)
+        found = self.projection(problem, plain)
+        plan, info = found if isinstance(found, tuple) else (found, None)
+        out = (plan @ value) if self.narrow is None else (plan @ value).to(self.narrow)
+        if len(self.lead) > 1:
+            out = out.unflatten(0, self.lead)
+            info = None if info is None else AttentionInfo(*(x.unflatten(0, self.lead) for x in info))
+        return out if info is None else (out, AttentionInfo(*info))
 
 
 def attention(call: Checked, tol: float | None, return_info: bool) -> tuple[Tensor, SinkhornInfo | None]:

@@ -50,7 +50,8 @@ def panel(source, c, start, n, m, BLOCK_N: tl.constexpr, FROM_LOGITS: tl.constex
         f = tl.load(f_ptr + i, mask=i < n, other=0.0)
         row_base = tl.load(row_base_ptr + i, mask=i < n, other=0.0)
         logits = load_entries(at, entry, float("-inf")).to(c.dtype)
-        plan = tl.exp2(fused(fused(logits, scale, row_base + col_base[None, :]), BITS, g[None, :]) + f)
+        bits = tl.full([], BITS, c.dtype)  # a constant alone is a float32 to fma
+        plan = tl.exp2(fused(fused(logits, scale, row_base + col_base[None, :]), bits, g[None, :]) + f)
     else:
         plan = load_entries(at, entry, 0.0).to(c.dtype)
     return plan, tl.sum(r, axis=1)

@@ -1,6 +1,7 @@
 """NamedTuples as arguments of a kernel: their members arrive, and nothing is specialised on them."""
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,3 +84,15 @@ def test_names_inside_comprehensions_are_among_the_global_ones() -> None:
         return [max(abs(x) for x in value) for value in values if any(value)]
 
     assert {"max", "abs", "any"} <= set(global_names(function.__code__))
+
+
+def test_no_constant_is_rounded_where_float64_is_computed() -> None:
+    """``tl.fma`` takes a number by itself as float32, whatever it stands beside."""
+    bare = re.compile(r"\b(?:fma|fused)\((?:[^()]|\([^()]*\))*?(?<=[(,\s])(?:[A-Z][A-Z0-9_]+|[0-9][0-9.e-]*)\s*[,)]")
+    assert bare.search("fused(fused(x, k, row), BITS, g[None, :])")
+    assert bare.search("tl.fma(x, 2.0, y)")
+    assert not bare.search("tl.fma(tl.broadcast_to(-r[:, None], x.shape), k, x)")
+    folder = Path(configuration.__code__.co_filename).parents[2] / "kernels"
+    files = [file for family in ("panel", "spectrum", "common", "attention") for file in sorted((folder / family).glob("*.py"))]
+    assert len(files) > 20
+    assert [file.name for file in files if bare.search(file.read_text())] == []

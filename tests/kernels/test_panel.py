@@ -375,3 +375,14 @@ def test_support_and_table() -> None:
     assert len(table) == len({(c.kernel.fn.__name__, c.label) for c in table}) == 60
     for configuration in table:
         assert set(configuration.constants) | set(configuration.signature()) == set(configuration.kernel.arg_names)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 8), (7, 5)])
+@pytest.mark.parametrize("std", [1.0, 30.0])
+def test_sigma2_in_float64(shape: tuple[int, int], std: float) -> None:
+    """Of few lines it is as exact as the plan that it is made from again, out of float64 potentials and their bases."""
+    problem = Problem(logits_of(3, *shape, std, DOUBLE), 20)
+    outputs = replace(empty_outputs(problem), sigma2=torch.full((3,), torch.nan, dtype=DOUBLE))
+    panel.sinkhorn_forward(problem, outputs)
+    truth = reference.sinkhorn_sigma2(problem.logits, n_iters=20)
+    torch.testing.assert_close(outputs.sigma2, truth.sigma2, rtol=1e-12, atol=1e-12)
