@@ -52,3 +52,16 @@ class SinkhornSpectrum(NamedTuple):
     sweeps: Tensor
     f: Tensor
     g: Tensor
+
+
+class MixInfo(NamedTuple):
+    """What an mHC layer's mix of streams does, per token, in float32 (float64 for float64); no gradient passes through it.
+
+    sigma2: (...,), that of :func:`fastdsm.sigma2`, which has a gradient; 0 of one stream.
+    singular_values: (..., n), in falling order, all of the mix as it is.
+    residual: (...,), the largest abs(sum - 1) of a row or column.
+    """
+
+    sigma2: Tensor
+    singular_values: Tensor
+    residual: Tensor

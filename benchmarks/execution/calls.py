@@ -149,7 +149,7 @@ def layer_calls() -> Iterator[Call]:
     """mHC layers by streams; by tokens, of which few are cut otherwise; channels of whole vectors, and not."""
     for dtype in NARROW:
         for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
-            for option in ("deepseek", "paper", "head"):
+            for option in ("deepseek", "paper", "info", "head"):
                 yield _call(verify_mhc_case, MhcCase((3, n, 16), dtype, 1.0, 20, option))
         for tokens, n in itertools.product((40, 70), (1, 2, 4, 6, 9)):
             yield _call(verify_mhc_case, MhcCase((tokens, n, 8), dtype, 4.0, 3, "deepseek"))

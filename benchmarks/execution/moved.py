@@ -114,7 +114,7 @@ def main() -> None:
     x, dh = torch.randn(2, tokens, _C).bfloat16().unbind()
     fn, scale, base = torch.randn(rows, _N * _C) / 128, torch.ones(3), torch.randn(rows)
     layer, mixing = (fn, scale, base), Mixing()
-    _, pre, post, comb, sums = launch.pre(X, *layer, mixing)
+    _, pre, post, comb, _, sums = launch.pre(X, *layer, mixing)
     assert post is not None
     assert comb is not None
     written = x, X, post, comb

@@ -229,8 +229,9 @@ def _weights(X: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mhc_pre(n: int, channels: int, dtype: torch.dtype, head: bool = False) -> None:
     for X, x in _streams(n, channels, dtype):
-        inputs = (X, *_layer(X, head), None, *Mixing(), "triton")
-        _, pre, post, comb, sums = _OPERATORS.mhc_pre(*inputs)
+        for spectrum in (False,) if head else (True, False):
+            inputs = (X, *_layer(X, head), None, *Mixing(spectrum=spectrum), "triton")
+            _, pre, post, comb, _, sums = _OPERATORS.mhc_pre(*inputs)
         _OPERATORS.mhc_pre_backward(x, pre, post, comb, None, sums, *inputs)
 
 

@@ -26,12 +26,20 @@ def _on_end(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str) -> Any:
-    """h, pre, post, comb and sums."""
+def _into(out: Tensor | None, x: Tensor) -> Tensor:
+    return x if out is None else out.copy_(x)
+
+
+def pre(
+    X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str,
+    out: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """h, pre, post, comb, info and sums; h in ``out`` if that is given."""
     launch = _launch(backend, X)
     if launch is None:
-        return mhc.pre(X, fn, scale, base, mixing, given)
-    return launch.pre(_on_end(X), fn, scale, base, mixing, given)
+        h, *others = mhc.pre(X, fn, scale, base, mixing, given)
+        return _into(out, h), *others
+    return launch.pre(_on_end(X), fn, scale, base, mixing, given, out)
 
 
 def pre_backward(
@@ -49,12 +57,12 @@ def pre_backward(
     return launch.pre_backward(d_h, d_pre, d_post, d_comb, _on_end(X), fn, scale, base, sums, mixing, given, add)
 
 
-def post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, backend: str) -> Tensor:
-    """X'."""
+def post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, backend: str, out: Tensor | None = None) -> Tensor:
+    """X', in ``out`` if that is given."""
     launch = _launch(backend, X)
     if launch is None:
-        return mhc.post(x, X, weights, comb)
-    mixed: Tensor = launch.post(_on_end(x), _on_end(X), weights.contiguous(), comb.contiguous())
+        return _into(out, mhc.post(x, X, weights, comb))
+    mixed: Tensor = launch.post(_on_end(x), _on_end(X), weights.contiguous(), comb.contiguous(), out)
     return mixed
 
 
@@ -69,11 +77,12 @@ def post_backward(d_mixed: Tensor, x: Tensor, X: Tensor, weights: Tensor, comb: 
 def post_pre(
     x: Tensor, X: Tensor, weights: Tensor, comb: Tensor,
     fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None, backend: str,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> Any:  # fmt: skip
-    """X' and all of :func:`pre` of it."""
+    """X' and all of :func:`pre` of it, X' and h in ``out`` if that is given."""
     launch = _launch(backend, X)
     if launch is None:
-        mixed = post(x, X, weights, comb, backend)
-        return mixed, *pre(mixed, fn, scale, base, mixing, given, backend)
+        mixed = post(x, X, weights, comb, backend, out[0] if out else None)
+        return mixed, *pre(mixed, fn, scale, base, mixing, given, backend, out[1] if out else None)
     written = _on_end(x), _on_end(X), weights.contiguous(), comb.contiguous()
-    return launch.post_pre(*written, fn, scale, base, mixing, given)
+    return launch.post_pre(*written, fn, scale, base, mixing, given, out)

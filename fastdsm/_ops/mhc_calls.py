@@ -45,8 +45,9 @@ def _composed_sweeps(logits: Tensor, *options: Any) -> Tensor:
 def _composed_pre(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, given: Tensor | None, *options: Any) -> Results:
     mixing = Mixing(*options[:-1])
     found = oracle.mixes(X, fn, mixing.norm_eps)
-    pre, *others = oracle.split(found, scale, base, X.shape[1], mixing)
-    return oracle.collapse(X, pre if given is None else given).to(X.dtype), pre, *others
+    pre, post, comb = oracle.split(found, scale, base, X.shape[1], mixing)
+    info = oracle.spectrum(comb) if mixing.spectrum and comb is not None else None
+    return oracle.collapse(X, pre if given is None else given).to(X.dtype), pre, post, comb, info
 
 
 def _composed_post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, backend: str) -> Tensor:
@@ -83,13 +84,13 @@ def _context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _pre_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(*output[-2:])
     save(ctx, inputs, output[-1])
 
 
 def _post_pre_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(*output[-2:])
     save(ctx, inputs, output[0], output[-1])
 
 
@@ -139,7 +140,7 @@ class _PreThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *found, sums = IMPLEMENTATIONS["mhc_pre"](*inputs)
+        *found, _info, sums = IMPLEMENTATIONS["mhc_pre"](*inputs)
         ctx.set_materialize_grads(False)
         save(ctx, inputs, sums)
         return *found, inputs[0]
@@ -151,7 +152,7 @@ class _PreThrough(torch.autograd.Function):
         if all(x is None for x in of_pre):
             return padded([add], inputs)
         if torch.is_grad_enabled():
-            return _again(lambda *inputs: (*_composed_pre(*inputs), inputs[0]), ctx, inputs, cotangents)
+            return _again(lambda *inputs: (*_composed_pre(*inputs)[:4], inputs[0]), ctx, inputs, cotangents)
         return _wanted(ctx, torch.ops.fastdsm.mhc_pre_backward(*of_pre, add, sums, *inputs), inputs)
 
 
@@ -167,3 +168,6 @@ sweeps_with_eps = Call("sinkhorn_with_eps", 1, _composed_sweeps, _context, _swee
 pre = Call("mhc_pre", 5, _composed_pre, _pre_context, _pre_gradient)
 post = Call("mhc_post", 4, _composed_post, _context, _post_gradient)
 post_pre = Call("mhc_post_pre", 8, _composed_post_pre, _post_pre_context, _post_pre_gradient)
+pre_out = torch.ops.fastdsm.mhc_pre_out.default
+post_out = torch.ops.fastdsm.mhc_post_out.default
+post_pre_out = torch.ops.fastdsm.mhc_post_pre_out.default

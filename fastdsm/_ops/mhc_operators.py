@@ -20,13 +20,13 @@ from .operators import LIBRARY, implement
 
 _MIXING = (
     "SymInt n_iters, bool columns_first, float sinkhorn_eps, bool floored, float pre_eps, float post_mult, float norm_eps, "
-    "bool transposed, str backend"
+    "bool transposed, bool spectrum, str backend"
 )
 _SWEEPS = "Tensor logits, SymInt n_iters, bool columns_first, float eps, bool floored"
 _LAYER = "Tensor fn, Tensor scale, Tensor base, Tensor? given"
 LIBRARY.define(f"sinkhorn_with_eps({_SWEEPS}) -> Tensor")
 LIBRARY.define(f"sinkhorn_with_eps_backward(Tensor grad_plan, {_SWEEPS}) -> Tensor")
-LIBRARY.define(f"mhc_pre(Tensor X, {_LAYER}, {_MIXING}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(f"mhc_pre(Tensor X, {_LAYER}, {_MIXING}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
     "mhc_pre_backward(Tensor? d_h, Tensor? d_pre, Tensor? d_post, Tensor? d_comb, Tensor? add, Tensor sums, Tensor X, "
     f"{_LAYER}, {_MIXING}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -38,15 +38,24 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"mhc_post_pre(Tensor x, Tensor X, Tensor weights, Tensor comb, {_LAYER}, {_MIXING}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# Into buffers, without gradients; what is not in a buffer is returned, without the sums.
+_RETURNED = "(Tensor, Tensor, Tensor, Tensor)"
+LIBRARY.define(f"mhc_pre_out(Tensor X, {_LAYER}, {_MIXING}, Tensor(a!) out) -> {_RETURNED}")
+LIBRARY.define("mhc_post_out(Tensor x, Tensor X, Tensor weights, Tensor comb, str backend, Tensor(a!) out) -> ()")
+LIBRARY.define(
+    f"mhc_post_pre_out(Tensor x, Tensor X, Tensor weights, Tensor comb, {_LAYER}, {_MIXING}, Tensor(a!) out, Tensor(b!) h) "
+    f"-> {_RETURNED}"
 )
 
 
-def _pre_like(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Uninitialised h, pre, post, comb and sums."""
+def _pre_like(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, given: Any, *options: Any) -> tuple[Tensor, ...]:
+    """Uninitialised h, pre, post, comb, info and sums."""
     tokens, n, channels = X.shape
     count = tokens if len(scale) == 3 else 0
-    shapes = ((tokens, n), (count, n), (count, n, n), (tokens, base.shape[0] + 1))
+    known = count if Mixing(*options[:-1]).spectrum else 0
+    shapes = ((tokens, n), (count, n), (count, n, n), (known, n + 2), (tokens, base.shape[0] + 1))
     return X.new_empty((tokens, channels)), *(fn.new_empty(shape) for shape in shapes)
 
 
@@ -63,6 +72,14 @@ def _post_backward_like(d_mixed: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
 
 def _post_pre_like(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return X.new_empty(X.shape), *_pre_like(X, *inputs)
+
+
+def _pre_out_like(*inputs: Any) -> tuple[Tensor, ...]:
+    return _pre_like(*inputs[:-1])[1:-1]
+
+
+def _post_pre_out_like(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _pre_like(X, *inputs[:-2])[1:-1]
 
 
 @implement("sinkhorn_with_eps")
@@ -102,13 +119,33 @@ def _mhc_post_backward(*inputs: Any) -> Any:
     return backends.post_backward(*inputs)
 
 
-@implement("mhc_post_pre")
+@implement("mhc_post_pre", _post_pre_like)
 def _mhc_post_pre(
     x: Tensor, X: Tensor, weights: Tensor, comb: Tensor,
     fn: Tensor, scale: Tensor, base: Tensor, given: Tensor | None, *options: Any,
 ) -> Any:  # fmt: skip
     *mixing, backend = options
     return backends.post_pre(x, X, weights, comb, fn, scale, base, Mixing(*mixing), given, backend)
+
+
+@implement("mhc_pre_out", _pre_out_like)
+def _mhc_pre_out(X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, given: Tensor | None, *options: Any) -> Any:
+    *mixing, backend, out = options
+    return backends.pre(X, fn, scale, base, Mixing(*mixing), given, backend, out)[1:-1]
+
+
+@implement("mhc_post_out")
+def _mhc_post_out(*inputs: Any) -> None:
+    backends.post(*inputs)
+
+
+@implement("mhc_post_pre_out", _post_pre_out_like)
+def _mhc_post_pre_out(
+    x: Tensor, X: Tensor, weights: Tensor, comb: Tensor,
+    fn: Tensor, scale: Tensor, base: Tensor, given: Tensor | None, *options: Any,
+) -> Any:  # fmt: skip
+    *mixing, backend, out, h = options
+    return backends.post_pre(x, X, weights, comb, fn, scale, base, Mixing(*mixing), given, backend, (out, h))[2:-1]
 
 
 def _like(logits: Tensor, *_: Any) -> Tensor:
@@ -123,6 +160,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "mhc_post": lambda x, X, *_: X.new_empty(X.shape),
     "mhc_post_backward": _post_backward_like,
     "mhc_post_pre": _post_pre_like,
+    "mhc_pre_out": _pre_out_like,
+    "mhc_post_out": lambda *inputs: None,
+    "mhc_post_pre_out": _post_pre_out_like,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fastdsm::{_name}", _fake, lib=LIBRARY)

@@ -19,7 +19,8 @@ class Mixing(NamedTuple):
     divided by the sums of the other + eps, and n_iters - 1 times both sides so; without it from the exponentials relative to
     the largest of the first side, and every side is divided by sums + eps. Without eps the sweeps are ``fastdsm.sinkhorn``'s,
     n_iters >= 0. What is passed on is comb[old, new], H where ``transposed``, else H^T, so that
-    X'_new = post_new F + sum_old comb[old, new] X_old is right for all.
+    X'_new = post_new F + sum_old comb[old, new] X_old is right for all. ``spectrum`` asks for more
+    of comb, and changes nothing.
     """
 
     n_iters: int = 20
@@ -30,3 +31,4 @@ class Mixing(NamedTuple):
     post_mult: float = 2.0
     norm_eps: float = 1e-6
     transposed: bool = True
+    spectrum: bool = False

@@ -76,7 +76,7 @@ def implement(
 
         def filled(*inputs: Any) -> Any:
             results = function(*inputs)
-            if isinstance(results, Tensor) or all(isinstance(x, Tensor) for x in results):
+            if results is None or isinstance(results, Tensor) or all(isinstance(x, Tensor) for x in results):
                 return results
             assert absent is not None
             return tuple(y if x is None else x for x, y in zip(results, absent(*inputs), strict=True))

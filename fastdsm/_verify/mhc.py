@@ -23,13 +23,14 @@ from .sinkhorn import DTYPES, Case, Record, Target, compare, failed, gradient_si
 
 _JOINT = ("post pre", "shifted")
 _LAYERS = (*_JOINT, "head")
+_INFO = "info"  # DeepSeek's layer, and the spectra of its mixes
 _PARAMETERS = ("fn", "scale", "base")
 _Results = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class MhcCase(Case):
-    """As :class:`~fastdsm._verify.sinkhorn.Case`; ``shape`` (T, n, C), ``option`` a variant or one of the other layers."""
+    """As :class:`~fastdsm._verify.sinkhorn.Case`; ``shape`` (T, n, C), ``option`` a variant or another layer."""
 
     @property
     def summary(self) -> str:
@@ -46,7 +47,7 @@ def mhc_cases(target: Target, quick: bool = False) -> list[MhcCase]:
     else:
         shapes = [(1, 1, 1), (300, 4, 256), (17, 2, 33), (64, 3, 100), (33, 8, 64), (9, 16, 40)]
         spreads, dtypes = [0.1, 4.0, 16.0], DTYPES
-    layers = [MhcCase(shape, x, 1.0, 20, option) for shape in shapes for option in (*variants, *_LAYERS) for x in dtypes]
+    layers = [MhcCase(shape, x, 1.0, 20, option) for shape in shapes for option in (*variants, _INFO, *_LAYERS) for x in dtypes]
     wild = [MhcCase(shapes[-1], x, std, 20, option) for std in spreads for option in variants[:1] for x in dtypes]
     return layers + wild
 
@@ -77,6 +78,9 @@ def _compare(case: MhcCase, target: Target) -> list[Record]:
         record("mhc", name, results[name], truth, plains[name], size=max(1.0, truth.abs().amax().item()))
         for name, truth in truths.items()
     ]
+    if case.option == _INFO:
+        truth, plain = (oracle.spectrum(definition(_held(operands, x))["comb"]) for x in (torch.float64, torch.float32))
+        records.append(record("mhc", "spectrum", _spectra(case, target.backend, operands), truth, plain, size=1.0))
     spread = torch.cat([x.double().flatten() for x in cotangents.values()])
     for name, truth in truth_slopes.items():
         terms = case.shape[0] if name in _PARAMETERS else 1
@@ -104,6 +108,17 @@ def _pulled(
     return {name: x.detach() for name, x in results.items()}, dict(zip(leaves, slopes, strict=True))
 
 
+def _held(operands: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) for name, x in operands.items()}
+
+
+def _spectra(case: MhcCase, backend: str, given: Mapping[str, Tensor]) -> Tensor:
+    """As the oracle has them."""
+    layer = [given[name] for name in ("fn", "scale", "base")]
+    *_, info = mhc.mhc_pre(given["residual"], *layer, sinkhorn_repeat=case.n_iters, return_info=True, backend=backend)
+    return torch.cat([info.singular_values, info.sigma2.unsqueeze(-1), info.residual.unsqueeze(-1)], -1)
+
+
 def _called(case: MhcCase, backend: str, given: dict[str, Tensor]) -> _Results:
     """What the public calls make of these operands."""
     option = case.option
@@ -114,7 +129,8 @@ def _called(case: MhcCase, backend: str, given: dict[str, Tensor]) -> _Results:
         written = [given[name] for name in ("x", "residual", "weights", "comb")]
         mixed, h, (post, comb) = mhc.mhc_post_pre(*written, *layer, mixes=given.get("mixes"), backend=backend)
         return {"streams": mixed, "h": h, "post": post.squeeze(-1), "comb": comb}
-    h, (post, comb) = mhc.mhc_pre(given["residual"], *layer, variant=option, sinkhorn_repeat=case.n_iters, backend=backend)
+    variant = "deepseek" if option == _INFO else option
+    h, (post, comb) = mhc.mhc_pre(given["residual"], *layer, variant=variant, sinkhorn_repeat=case.n_iters, backend=backend)
     mixed = mhc.mhc_post(given["x"], given["residual"], post, comb, backend=backend)
     return {"h": h, "post": post.squeeze(-1), "comb": comb, "streams": mixed}
 

@@ -12,12 +12,14 @@ All are differentiable in every floating argument, any number of times and in fo
 16, and compute in float32 (float64 for float64), rounded once. ``VARIANTS`` names whose layer it is.
 """
 
+from ..results import MixInfo
 from .coefficients import hc_split_sinkhorn, mhc_mixes, sinkhorn_normalize
 from .layer import mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from .variants import VARIANTS
 
 __all__ = [
     "VARIANTS",
+    "MixInfo",
     "hc_split_sinkhorn",
     "mhc_head",
     "mhc_mixes",

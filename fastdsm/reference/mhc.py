@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops.mixing import Mixing
-from . import sinkhorn
+from . import deflated_plan, sinkhorn
 
 
 def mixes(X: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
@@ -79,6 +79,17 @@ def collapse(X: Tensor, weights: Tensor) -> Tensor:
 def post(x: Tensor, X: Tensor, weights: Tensor, comb: Tensor) -> Tensor:
     """X'_new = weights_new x + sum_old comb[old, new] X_old, (..., n, C)."""
     return weights.unsqueeze(-1) * _wide(x).unsqueeze(-2) + comb.mT @ _wide(X)
+
+
+@torch.no_grad()
+def spectrum(comb: Tensor) -> Tensor:
+    """(..., n + 2) of the mix (..., n, n): its singular values in falling order, sigma2, the largest |sum - 1| of a line."""
+    broken = ~comb.isfinite().flatten(-2).all(-1, keepdim=True)
+    plan = comb.masked_fill(broken.unsqueeze(-1), 1.0 / comb.shape[-1])
+    values = torch.linalg.svdvals(plan)
+    sigma2 = torch.linalg.svdvals(deflated_plan(plan, None, None, None))[..., :1]
+    sums = torch.cat([plan.sum(-1), plan.sum(-2)], -1)
+    return torch.cat([values, sigma2, (sums - 1).abs().amax(-1, keepdim=True)], -1).masked_fill(broken, torch.nan)
 
 
 def _wide(x: Tensor) -> Tensor:

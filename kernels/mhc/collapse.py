@@ -12,6 +12,7 @@ from ..common.arithmetic import narrow
 from ..common.configuration import finite_jit
 from ..registers.memory import load_line, store_line
 from .mixes import MAX_LINES, Options, everywhere, inverse_root, load_matrix, matrix_steps, plan, project, sigmoid, store_matrix
+from .spectrum import store_spectrum
 from .tiles import Strides, inside, load_tile, tokens_from, vectors
 from .wide import places, wide_logits, wide_plan, wide_project
 
@@ -71,13 +72,13 @@ def collapse(
 
 @finite_jit
 def _mhc_mix_fwd_kernel(
-    partials_ptr, X_ptr, scale_ptr, base_ptr, given_ptr, h_ptr, pre_ptr, post_ptr, comb_ptr, sums_ptr,
+    partials_ptr, X_ptr, scale_ptr, base_ptr, given_ptr, h_ptr, pre_ptr, post_ptr, comb_ptr, info_ptr, sums_ptr,
     tokens: tl.int64, streams: tl.int32, channels: tl.int32, rows: tl.int32, width: tl.int32, parts: tl.int32,
     channel_parts: tl.int32, channels_of_part: tl.int32, size: tl.float32, X_strides: Strides, options: Options,
     has_given: tl.int32,
-    LINES: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    LINES: tl.constexpr, HEAD: tl.constexpr, INFO: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. LINES: n, or more. HEAD: pre alone."""
+    """pre, post, comb, ``sums``; h, unless ``channels_of_part`` is 0. LINES: n, or more. HEAD: pre alone. INFO: of comb."""
     program = tl.program_id(0)
     token, live = tokens_from((program // channel_parts).to(tl.int64) * BLOCK_T, tokens, BLOCK_T)
     add_partials(partials_ptr, sums_ptr, token, live, tokens, rows + 1, width, parts)
@@ -93,18 +94,20 @@ def _mhc_mix_fwd_kernel(
         factor = tl.load(scale_ptr + 2)
         own_ptr += 2 * streams
         base_ptr += 2 * streams
-        comb_ptr += token * (streams * streams)
+        own_comb_ptr = comb_ptr + token * (streams * streams)
         if LINES <= MAX_LINES:
             M = matrix_logits(own_ptr, q, factor, base_ptr, step_a, step_b, LINES)
             _x, K, p, w = project(M, options, sums_ptr, 0, LINES, False)
-            store_matrix(comb_ptr, comb_a, comb_b, live, plan(K, p, w), LINES)
+            store_matrix(own_comb_ptr, comb_a, comb_b, live, plan(K, p, w), LINES)
         else:
             at, valid = places(step_a, step_b, streams, LINES)
             M = wide_logits(own_ptr, q, factor, base_ptr, at, valid)
             _x, K, p, w = wide_project(M, options, sums_ptr, token, tokens, False)
             at, valid = places(comb_a, comb_b, streams, LINES)
-            tl.store(comb_ptr[:, None, None] + at, wide_plan(K, p, w), mask=live[:, None, None] & valid)
+            tl.store(own_comb_ptr[:, None, None] + at, wide_plan(K, p, w), mask=live[:, None, None] & valid)
     tl.debug_barrier()
+    if INFO:
+        store_spectrum(comb_ptr, info_ptr, token, live, streams, LINES)
     first = (program % channel_parts) * channels_of_part
     last = tl.minimum(first + channels_of_part, channels)
     weights_ptr = given_ptr if has_given != 0 else pre_ptr

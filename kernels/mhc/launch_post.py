@@ -98,11 +98,11 @@ def configurations() -> list[Configuration]:
     return [_configuration(*kind) for kind in kinds] + [_post_pre(*kind) for kind in itertools.product(TYPES, (False, True))]
 
 
-def post(x: Tensor, X: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """X' (T, n, C), X'_new = post_new x + sum_old comb[old, new] X_old."""
+def post(x: Tensor, X: Tensor, post: Tensor, comb: Tensor, out: Tensor | None = None) -> Tensor:
+    """X' (T, n, C), X'_new = post_new x + sum_old comb[old, new] X_old; in ``out`` if that is given, contiguous."""
     tokens, _, channels = X.shape
-    new_streams = X.new_empty(X.shape)
-    configuration = _configuration(_mhc_post_fwd_kernel, X.dtype, groups_of(X), aligned(x, X))
+    new_streams = X.new_empty(X.shape) if out is None else out
+    configuration = _configuration(_mhc_post_fwd_kernel, X.dtype, groups_of(X), aligned(x, X, new_streams))
     configuration.launch(
         triton.cdiv(tokens, configuration.matrices) * triton.cdiv(channels, configuration.constants["CHANNELS"]),
         **_inputs(x, X, post, comb),
@@ -139,24 +139,33 @@ def post_pre(
     base: Tensor,
     mixing: Mixing,
     given: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """X', and of it h (T, C), pre, post (T, n), comb (T, n, n) and sums (T, D + 1); given (T, n): h is collapsed by it."""
-    new_streams, h, partials = _partials(x, X, post, comb, fn, given)
-    collapsed, pre, next_post, next_comb, sums = mix(partials, new_streams, scale, base, mixing, given, collapse=h is None)
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """X', and of it all that ``pre`` returns; given (T, n): h is collapsed by it. out: where X' and h go, contiguous."""
+    new_streams, h, partials = _partials(x, X, post, comb, fn, given, out)
+    collapsed, pre, next_post, next_comb, info, sums = mix(
+        partials, new_streams, scale, base, mixing, given, collapse=h is None, out=out[1] if out and h is None else None
+    )
     h = collapsed if h is None else h
     assert h is not None
     assert next_post is not None
     assert next_comb is not None
-    return new_streams, h, pre, next_post, next_comb, sums
+    return new_streams, h, pre, next_post, next_comb, info, sums
 
 
 def _partials(
-    x: Tensor, X: Tensor, weights: Tensor, comb: Tensor, fn: Tensor, given: Tensor | None
+    x: Tensor,
+    X: Tensor,
+    weights: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    given: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """X', h if it comes with it, and partial sums: in one launch, or in that of :func:`post` and that of ``pre``'s product."""
-    if fuses(x, X, fn):
-        return post_partials(x, X, weights, comb, fn, given)
-    new_streams = post(x, X, weights, comb)
+    if fuses(x, X, fn) and (out is None or aligned(*out)):
+        return post_partials(x, X, weights, comb, fn, given, out)
+    new_streams = post(x, X, weights, comb, out[0] if out else None)
     return new_streams, None, product(new_streams, fn)
 
 
@@ -168,7 +177,13 @@ def fuses(x: Tensor, X: Tensor, fn: Tensor) -> bool:
 
 
 def post_partials(
-    x: Tensor, X: Tensor, post: Tensor, comb: Tensor, fn: Tensor, given: Tensor | None = None
+    x: Tensor,
+    X: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    given: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """X', h if weights are given, and partial sums (S, T, P) of fn vec X' and, behind them, of squares."""
     (tokens, _, channels), rows = X.shape, fn.shape[0]
@@ -176,8 +191,8 @@ def post_partials(
     blocks, steps = triton.cdiv(tokens, TOKENS), triton.cdiv(channels, configuration.constants["CHANNELS"])
     steps_of_part = _steps_of_part(blocks, steps, multiprocessors(X.device))
     parts = triton.cdiv(steps, steps_of_part)
-    new_streams = X.new_empty(X.shape)
-    h = None if given is None else X.new_empty((tokens, channels))
+    new_streams = X.new_empty(X.shape) if out is None else out[0]
+    h = None if given is None else X.new_empty((tokens, channels)) if out is None else out[1]
     partials = fn.new_empty((parts, tokens, width_of(rows)))
     configuration.launch(
         blocks * parts,

@@ -109,8 +109,12 @@ def mix(
     mixing: Mixing,
     given: Tensor | None = None,
     collapse: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """h, pre, post, comb and sums of partial sums; h = None without ``collapse``, post = comb = None of a head.
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """h, pre, post, comb, info and sums of partial sums; h = None without ``collapse``, post = comb = None of a head.
+
+    info (T, n + 2): singular values of comb, sigma2 and residual, None where ``mixing`` does not ask for its spectrum.
+    out (T, C), contiguous: where h goes.
 
     given: (T, n), X is collapsed by it.
     """
@@ -118,11 +122,13 @@ def mix(
     rows = base.shape[0]
     head = rows == streams
     X = aligned(X) if collapse else X
-    configuration = mix_of(X.dtype, streams, head)
+    configuration = mix_of(X.dtype, streams, head, mixing.spectrum)
     new = functools.partial(torch.empty, dtype=torch.float32, device=X.device)
     pre, sums = new((tokens, streams)), new((tokens, rows + 1))
     post, comb = (None, None) if head else (new((tokens, streams)), new((tokens, streams, streams)))
-    h = torch.empty((tokens, X.shape[2]), dtype=X.dtype, device=X.device) if collapse else None
+    info = new((tokens, streams + 2)) if mixing.spectrum and not head else None
+    direct = out is not None and X.shape[2] == channels and whole_vectors(out, _VECTOR)
+    h = out if direct else torch.empty((tokens, X.shape[2]), dtype=X.dtype, device=X.device) if collapse else None
     blocks = triton.cdiv(tokens, configuration.matrices)
     step = configuration.constants["BLOCK_C"]
     channels_of_part = _split(X.shape[2], step, blocks, X.device) if collapse else 0
@@ -138,6 +144,7 @@ def mix(
         pre_ptr=pre,
         post_ptr=post,
         comb_ptr=comb,
+        info_ptr=info,
         sums_ptr=sums,
         tokens=tokens,
         streams=streams,
@@ -152,16 +159,24 @@ def mix(
         options=options(mixing),
         has_given=int(given is not None),
     )
-    return (None if h is None else h[:, :channels].contiguous()), pre, post, comb, sums
+    if h is not None and not direct:
+        h = h[:, :channels].contiguous() if out is None else out.copy_(h[:, :channels])
+    return h, pre, post, comb, info, sums
 
 
 def pre(
-    X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """h (T, C), pre, post (T, n), comb (T, n, n), and the sums (T, D + 1) that the backward wants; see :func:`mix`."""
-    h, pre, post, comb, sums = mix(product(X, fn), X, scale, base, mixing, given)
+    X: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    mixing: Mixing,
+    given: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """h (T, C), pre, post (T, n), comb (T, n, n), info, and the sums (T, D + 1) that the backward wants; see :func:`mix`."""
+    h, pre, post, comb, info, sums = mix(product(X, fn), X, scale, base, mixing, given, out=out)
     assert h is not None
-    return h, pre, post, comb, sums
+    return h, pre, post, comb, info, sums
 
 
 def pre_backward(

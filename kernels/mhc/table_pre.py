@@ -55,25 +55,27 @@ def _mix_tokens(lines: int, head: bool) -> int:
 
 
 @functools.cache
-def _mix(dtype: torch.dtype, lines: int, head: bool) -> Configuration:
+def _mix(dtype: torch.dtype, lines: int, head: bool, info: bool) -> Configuration:
     block = _mix_tokens(lines, head)
     block_c = 128 if lines <= 4 else 64 if dtype.itemsize == 2 else 32
     return Configuration(
         kernel=_mhc_mix_fwd_kernel,
         pointers=dict.fromkeys(("X_ptr", "h_ptr"), TYPES[dtype])
         | dict.fromkeys(
-            ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "sums_ptr"), "fp32"
+            ("partials_ptr", "scale_ptr", "base_ptr", "given_ptr", "pre_ptr", "post_ptr", "comb_ptr", "info_ptr", "sums_ptr"),
+            "fp32",
         ),
         constants={
             "LINES": lines,
             "HEAD": head,
+            "INFO": info,
             "BLOCK_T": block,
             "BLOCK_C": block_c,
         },
         num_warps=4,
         maxnreg=255,
         matrices=block,
-        label=f"mhc mix {TYPES[dtype]} " + ("head" if head else f"{lines} streams"),
+        label=f"mhc mix {TYPES[dtype]} " + ("head" if head else f"{lines} streams") + " with its spectrum" * info,
     )
 
 
@@ -137,9 +139,9 @@ def product_of(dtype: torch.dtype, tokens: int, rows: int) -> Configuration:
     return _product(dtype, tokens > 4 * _FEW, block_of(rows, _ROWS))
 
 
-def mix_of(dtype: torch.dtype, streams: int, head: bool) -> Configuration:
-    """What makes mixes."""
-    return _mix(dtype, MOST_STREAMS if head else block_of(streams, _LINES), head)
+def mix_of(dtype: torch.dtype, streams: int, head: bool, info: bool) -> Configuration:
+    """What makes mixes, with their spectra where ``info`` is asked for."""
+    return _mix(dtype, MOST_STREAMS if head else block_of(streams, _LINES), head, info and not head)
 
 
 def dots_of(dtype: torch.dtype, streams: int) -> Configuration:
@@ -163,7 +165,7 @@ def configurations() -> list[Configuration]:
     """Every kernel that ``pre`` can launch."""
     products = [_product(dtype, many, rows) for dtype in TYPES for many in (False, True) for rows in _ROWS]
     kinds = [(lines, False) for lines in _LINES] + [(MOST_STREAMS, True)]
-    mixes = [_mix(dtype, *kind) for dtype in TYPES for kind in kinds]
+    mixes = [_mix(dtype, *kind, info) for dtype in TYPES for kind in kinds for info in ((False,) if kind[1] else (False, True))]
     backwards = [_dots(dtype, lines) for dtype in TYPES for lines in _DOT_LINES]
     backwards += [_mix_backward(*kind) for kind in kinds] + [sum_backward()]
     # From 17 to 32 rows are those of four streams alone.

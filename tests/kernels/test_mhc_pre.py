@@ -20,7 +20,8 @@ from fastdsm.kernels.mhc import launch, launch_pre
 
 DEEPSEEK = Mixing()
 PLAIN = Mixing(sinkhorn_eps=0.0)
-NAMES = ("h", "pre", "post", "comb")
+NAMES = ("h", "pre", "post", "comb", "info")
+SPECTRUM = Mixing(spectrum=True)
 
 
 class Inputs(NamedTuple):
@@ -82,6 +83,13 @@ CASES = [
     Case(n=9, tokens=9, channels=8, std=5.0, mixing=PLAIN._replace(columns_first=True)),
     Case(n=11, tokens=3, channels=5, given=True, mixing=Mixing(n_iters=3, transposed=False)),
     Case(n=16, tokens=3, channels=1, mixing=PLAIN._replace(n_iters=0, transposed=False)),
+    Case(tokens=37, channels=8, std=2.0, mixing=SPECTRUM),
+    Case(n=1, tokens=3, channels=8, mixing=SPECTRUM),
+    Case(n=2, tokens=3, channels=8, mixing=SPECTRUM._replace(sinkhorn_eps=0.0, n_iters=1)),
+    Case(n=3, tokens=5, channels=8, dtype=torch.bfloat16, given=True, std=8.0, mixing=SPECTRUM._replace(transposed=False)),
+    Case(n=8, tokens=20, channels=8, std=0.1, mixing=SPECTRUM),
+    Case(n=13, tokens=9, channels=8, dtype=torch.float16, std=3.0, mixing=SPECTRUM._replace(columns_first=True)),
+    Case(n=16, tokens=3, channels=8, std=16.0, mixing=SPECTRUM._replace(n_iters=100)),
     Case(n=1, tokens=3, head=True),
     Case(n=16, tokens=3, channels=5, head=True),
     Case(n=4, tokens=37, channels=200, dtype=torch.bfloat16, head=True),
@@ -116,7 +124,17 @@ def definition(inputs: Inputs, mixing: Mixing) -> dict[str, Tensor]:
         found["post"] = mixing.post_mult * torch.sigmoid(scale[1] * mixes[:, n : 2 * n] + base[n : 2 * n])
         H = projection((scale[2] * mixes[:, 2 * n :] + base[2 * n :]).unflatten(1, (n, n)), mixing)
         found["comb"] = H if mixing.transposed else H.mT
+        if mixing.spectrum:
+            found["info"] = spectrum(H).detach()
     return found
+
+
+def spectrum(H: Tensor) -> Tensor:
+    """Singular values, of what is left without the mean of rows and columns the largest, the worst sum."""
+    uniform = torch.full_like(H, 1 / H.shape[-1])
+    rest = torch.linalg.svdvals(H - uniform @ H - H @ uniform + uniform @ H @ uniform)
+    off = torch.maximum((H.sum(-1) - 1).abs().amax(-1), (H.sum(-2) - 1).abs().amax(-1))
+    return torch.cat([torch.linalg.svdvals(H), rest[:, :1], off[:, None]], 1)
 
 
 def gradients(inputs: Inputs, mixing: Mixing, cotangents: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -138,12 +156,12 @@ def assert_close(found: Tensor, truth: Tensor, plain: Tensor, terms: int = 1) ->
 
 
 def random_cotangents(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.randn(x.shape).to(x.dtype) for name, x in found.items()}
+    return {name: torch.randn(x.shape).to(x.dtype) for name, x in found.items() if x is not None and name != "info"}
 
 
 def backward(case: Case, inputs: Inputs, cotangents: dict[str, Tensor], sums: Tensor, add: Tensor | None) -> list[Tensor]:
     X, fn, scale, base, given = inputs
-    rest = (cotangents.get(name) for name in NAMES[1:])
+    rest = (cotangents.get(name) for name in NAMES[1:4])
     dX, dfn, dscale, dbase, dgiven = launch.pre_backward(
         cotangents["h"], *rest, X, fn, scale, base, sums, case.mixing, given, add
     )
@@ -180,7 +198,7 @@ def test_a_gradient_that_is_added_is_rounded_once(dtype: torch.dtype) -> None:
     assert_close(backward(case, inputs, cotangents, sums, add)[0], true, rough)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[:4])
 def test_each_cotangent_may_come_alone(name: str) -> None:
     case = Case(channels=16)
     inputs = case.inputs()
@@ -192,9 +210,9 @@ def test_each_cotangent_may_come_alone(name: str) -> None:
         assert_close(x, y, z)
 
 
-@pytest.mark.parametrize("n", [4, 12])
+@pytest.mark.parametrize("n", [3, 4, 12])
 def test_a_broken_token_leaves_the_others_their_bits(n: int) -> None:
-    case = Case(n=n, tokens=7, channels=16)
+    case = Case(n=n, tokens=7, channels=16, mixing=SPECTRUM)
     inputs = case.inputs()
     broken = inputs._replace(X=inputs.X.index_fill(0, torch.tensor([2]), 1.0))
     broken.X[2, 1, 3] = torch.nan
@@ -214,12 +232,24 @@ def test_parts_are_added_in_order_and_mixed_without_collapse() -> None:
     X, fn, scale, base, _given = case.inputs()
     partials = torch.stack([launch_pre.product(X, fn).sum(0) * weight for weight in (0.5, -0.25, 0.75)])
     partials[..., 25:] = torch.nan
-    h, pre, _post, comb, sums = launch_pre.mix(partials, X, scale, base, case.mixing, collapse=False)
-    _h, other_pre, _post, other_comb, other_sums = launch.pre(X, fn, scale, base, case.mixing)
+    h, pre, _post, comb, _info, sums = launch_pre.mix(partials, X, scale, base, case.mixing, collapse=False)
+    _h, other_pre, _post, other_comb, _info, other_sums = launch.pre(X, fn, scale, base, case.mixing)
     assert h is None
     assert torch.equal(sums, (partials[0] + partials[1] + partials[2])[:, :25])
     for x, y in ((pre, other_pre), (comb, other_comb), (sums, other_sums)):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_spectrum_of_columns_of_one_norm(n: int) -> None:
+    """A circulant mix: the two columns of every pair have the same bits of norm, and must still be turned to opposite sides."""
+    X, fn, scale, base, _given = Case(n=n, channels=8).inputs()
+    steps = torch.arange(n)
+    base[2 * n :] = torch.linspace(0.0, 2.0, n)[(steps[:, None] - steps) % n].flatten()
+    _h, _pre, _post, comb, info, _sums = launch.pre(torch.zeros_like(X), fn, scale, base, SPECTRUM)
+    assert comb is not None
+    assert info is not None
+    torch.testing.assert_close(info.double(), spectrum(comb.double()), rtol=0, atol=1e-6)
 
 
 def test_launches() -> None:

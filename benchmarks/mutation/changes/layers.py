@@ -4,6 +4,7 @@ from ..change import Change
 
 _API = "tests/api/test_mhc.py"
 _VARIANTS = f"{_API}::test_variants_against_the_oracle"
+_RESULTS = "tests/api/test_mhc_results.py"
 _PRE, _POST = "tests/kernels/test_mhc_pre.py", "tests/kernels/test_mhc_post.py"
 
 LAYERS = [
@@ -111,5 +112,33 @@ LAYERS = [
         "[value for value in post]",
         (_PRE,),
         "half of what a branch writes, on the kernels",
+    ),
+    Change(
+        "kernels/mhc/spectrum.py",
+        "ahead = (h > 0.0) | ((h == 0.0) & (column < partner)[None, :])",
+        "ahead = h > 0.0",
+        (_PRE,),
+        "columns of one norm turned by angles of one sign",
+    ),
+    Change(
+        "kernels/mhc/spectrum.py",
+        "ROUNDS: tl.constexpr = 8 if L > 8 else 7 if L > 4 else 5",
+        "ROUNDS: tl.constexpr = 4",
+        (_PRE,),
+        "Jacobi's rounds of 4 lines for 16",
+    ),
+    Change(
+        "kernels/mhc/spectrum.py",
+        "means = rows[:, :, None] + columns[:, None, :] - (total / count)[:, None, None]",
+        "means = rows[:, :, None]",
+        (_PRE,),
+        "sigma2 of the mix without the means of columns taken off",
+    ),
+    Change(
+        "fastdsm/mhc/buffers.py",
+        "any(_overlap(out, x) for x in tensors)",
+        "any(out is x for x in tensors)",
+        (_RESULTS,),
+        "a buffer that lies over the streams it is made of",
     ),
 ]

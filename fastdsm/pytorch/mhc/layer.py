@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._ops.mixing import Mixing
 from ..._ops.problem import compute_dtype
+from ...reference.mhc import spectrum
 from .mixes import mixes, mixes_backward, pre_alone
 
 _PIECE = 1 << 18  # entries of streams that are widened at once
@@ -21,8 +22,8 @@ _PIECE = 1 << 18  # entries of streams that are widened at once
 
 def pre(
     X: Tensor, fn: Tensor, scale: Tensor, base: Tensor, mixing: Mixing, given: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """h (T, C), pre, post, comb, and the sums (T, D + 1); post and comb None of a head.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """h (T, C), pre, post, comb, info (T, n + 2), and the sums (T, D + 1); post, comb and info None of a head.
 
     fn (D, n C), scale, base in the dtype of the arithmetic. given (T, n): what h is collapsed by in place of pre.
     """
@@ -42,7 +43,8 @@ def pre(
     def collapsed(where: slice) -> tuple[Tensor]:
         return ((weights[where].unsqueeze(1) @ _wide(X[where])).squeeze(1).to(X.dtype),)
 
-    return *_joined(collapsed, X), found.pre, found.post, found.comb, sums
+    info = spectrum(found.comb) if mixing.spectrum and found.comb is not None else None
+    return *_joined(collapsed, X), found.pre, found.post, found.comb, info, sums
 
 
 def pre_backward(
