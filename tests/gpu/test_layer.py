@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of the mHC layer: the compiled kernels against the oracle, graphs, silence towards the host."""
+"""What only a CUDA device can show of the mHC layer: the kernels against the oracle, graphs, silence towards the host."""
 
 from __future__ import annotations
 
