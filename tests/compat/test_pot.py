@@ -51,7 +51,7 @@ def test_so_many_sweeps(total: float, sweeps: int, method: str, dtype: torch.dty
         torch.stack(ours["err"]).detach(), torch.stack(theirs["err"]).detach(), 1e-6 if dtype == torch.float32 else 1e-12
     )
     value, gradient = (max(1e-6, drift(sweeps)), 1e-5 + drift(sweeps)) if dtype == torch.float32 else (None, None)
-    for name in theirs.keys() - {"err", "niter"}:  # of a factor the gradient has the factor's own error
+    for name in sorted(theirs.keys() - {"err", "niter"}):  # of a factor the gradient has the factor's own error
         assert_same(ours[name], theirs[name], inputs, value=value, gradient=gradient)
 
 
@@ -114,9 +114,11 @@ def test_many_histograms(stop: float, method: str, dtype: torch.dtype) -> None:
     (found, ours), (origin, theirs) = (quietly(module.sinkhorn, *inputs, **options) for module in (pot, ot))
     assert_same(found, origin, inputs)
     assert ours.keys() == theirs.keys()
-    value = drift(40) if dtype == torch.float32 else None
-    for name in theirs.keys() - {"err", "niter"}:
-        assert_same(ours[name], theirs[name], inputs, value=value)
+    value, gradient = (drift(40), 1e-5 + drift(40)) if dtype == torch.float32 else (None, None)
+    # The gradient in reg is one sum over all entries, whose terms cancel: of float32 neither package has five digits.
+    leaves = inputs[:3] if dtype == torch.float32 else inputs
+    for name in sorted(theirs.keys() - {"err", "niter"}):
+        assert_same(ours[name], theirs[name], leaves, value=value, gradient=gradient)
     assert_close(
         quietly(pot.sinkhorn2, *inputs, **options)[0].detach(), origin.detach(), 1e-6 if dtype == torch.float32 else 1e-12
     )
