@@ -60,7 +60,7 @@ def _of_batch(x: DTensor, name: str, batch: int) -> Placements:
         elif not isinstance(placement, Replicate) and not (type(placement) is Shard and placement.dim < batch):
             raise NotImplementedError(
                 f"{name} of shape {tuple(x.shape)} must be sharded in its batch, dimensions 0 to {batch - 1}, or replicated, "
-                f"got {placement}; redistribute it, or see fastdsm.distributed for calls whose matrices are shared"
+                f"got {placement!r}; redistribute it, or see fastdsm.distributed for calls whose matrices are shared"
             )
         found.append(placement)
     return tuple(found)
