@@ -44,3 +44,9 @@ def swap(x: Tensor, apart: int, together: int, group: Any) -> Tensor:
 def _sent(x: Tensor) -> Tensor:
     """As a backend takes it: gloo has no bool."""
     return x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+
+
+def reduced(x: Tensor, operation: str, group: Any) -> Tensor:
+    """The sum or the maximum of all processes' x, alike on all; without a gradient."""
+    y: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), operation, group))
+    return y
