@@ -2,6 +2,7 @@
 
 from .attention import sinkhorn_attention
 from .projection import sinkhorn
+from .spectrum import sigma2
 from .styles import HyperConnectionParallel, SinkhornContextParallel
 
-__all__ = ["HyperConnectionParallel", "SinkhornContextParallel", "sinkhorn", "sinkhorn_attention"]
+__all__ = ["HyperConnectionParallel", "SinkhornContextParallel", "sigma2", "sinkhorn", "sinkhorn_attention"]

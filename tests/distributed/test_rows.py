@@ -155,6 +155,38 @@ def test_what_is_exchanged(workers: Pool) -> None:
         assert backward == [10] * 20
 
 
+def assigned() -> list[bool]:
+    """SwAV's and DINOv2's calls with the samples of this process, beside the origins' loop over all of them; and sigma2."""
+    import fastdsm.distributed
+    from fastdsm.compat import dinov2, swav
+
+    torch.manual_seed(0)
+    rank, scores = dist.get_rank(), torch.randn(12, 6)
+    Q = (scores.double() / 0.05).exp().T
+    for _ in range(3):
+        Q = Q / Q.sum(1, keepdim=True) / 6
+        Q = Q / Q.sum(0, keepdim=True) / 12
+    expected = (Q * 12).T.chunk(SIZE)[rank].float()
+    mine = scores.chunk(SIZE)[rank]
+    plans = torch.stack([fastdsm.sinkhorn(torch.randn(12, 12), n_iters=5), torch.full((12, 12), 1 / 12)])
+    sigma2 = fastdsm.distributed.sigma2(plans.chunk(SIZE, 1)[rank], tol=1e-8)
+    broken = plans.clone()
+    broken[0, 0, 0] = torch.nan
+    bad = fastdsm.distributed.sigma2(broken.chunk(SIZE, 1)[rank])
+    with pytest.raises(ValueError, match="square over all processes"):
+        fastdsm.distributed.sigma2(torch.randn(3, 5))
+    return [
+        torch.allclose(swav.sinkhorn(mine), expected, atol=1e-6),
+        torch.allclose(dinov2.sinkhorn_knopp_teacher(mine, 0.05), expected, atol=1e-6),
+        torch.allclose(sigma2, fastdsm.sigma2(plans, tol=1e-8), atol=1e-6),
+        bool(bad[0].isnan()) and abs(float(bad[1])) < 1e-6,
+    ]
+
+
+def test_assignments_and_sigma2(workers: Pool) -> None:
+    assert workers.run(assigned) == [[True] * 4] * SIZE
+
+
 def extremes() -> list[bool]:
     import fastdsm.distributed
 
