@@ -54,6 +54,12 @@ def is_sharded(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def local(x: Tensor) -> Tensor:
+    """What this process has of a DTensor; any other tensor as it is."""
+    whole: Any = x
+    return whole.to_local() if is_sharded(x) else x
+
+
 def own(x: Tensor, apart: bool) -> Tensor:
     """A parameter as this process holds it, whole; apart: its gradient here is of a part of the tokens, to be added up."""
     if not is_sharded(x):

@@ -213,6 +213,8 @@ class SinkhornAttention(nn.Module):
         query_padding_mask: Tensor | str | None = "auto",
     ) -> Tensor:
         """The plan of every head (B, H, N, M), without dropout, for operands as those of a call; stored: O(N M) per head."""
+        if self.context_group is not None:
+            raise ValueError("under SinkhornContextParallel the plan is on no process")
         check_operands(query, key, key, self.batch_first)
         paddings = self.paddings(query, key, key_padding_mask, query_padding_mask)
         (q, k), bias = self._operands((query, key), attn_mask, paddings)
