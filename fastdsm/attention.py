@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from torch import Tensor
 
 from . import reference, whole_attention
-from ._ops import arguments, transforms
+from ._ops import arguments, sharded, transforms
 from ._ops.attention_call import Checked, Given
 from ._ops.plain import KeptCalls
 from .half_steps import count_of as counted
@@ -72,6 +72,7 @@ def sinkhorn_attention(
     return_info: bool,
     **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, AttentionInfo]: ...
+@sharded.by_shards("query", key=2, value=2, attn_mask=2, key_padding_mask=1, query_padding_mask=1, temperature=0, f0=1)
 def sinkhorn_attention(
     query: Tensor,
     key: Tensor,
@@ -142,34 +143,63 @@ def sinkhorn_attention(
 
     Source: Sinkformers (Sander et al., arXiv 2110.11773), whose attention this is for "row" and as many half steps.
     """
+    sharded.refuse_context_parallel("sinkhorn_attention")
+    return attend(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, query_padding_mask,
+        temperature, n_iters, first, tol, grad, f0, half_steps, return_info, backend,
+    )  # fmt: skip
 
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    temperature: float | Tensor,
+    n_iters: int | None,
+    first: str,
+    tol: float | None,
+    grad: str | None,
+    f0: Tensor | None,
+    half_steps: int | None,
+    return_info: bool,
+    backend: str,
+    share: tuple[int, int] = (0, 1),
+) -> Any:
+    """:func:`sinkhorn_attention` of whole sequences; share as :class:`~fastdsm._ops.attention_call.Checked` has it."""
     beside = (attn_mask, key_padding_mask, query_padding_mask, f0, half_steps)
     if whole_attention.is_bare(query, temperature, dropout_p, beside):
         count = 3 if n_iters is None else n_iters
         options = (is_causal, scale, enable_gqa, count, first, tol, grad, backend, return_info)
         return _bare((query, key, value, temperature), options)
 
-    def attend(value: Tensor, dropout_p: float, n_iters: int, first: str, given: Given | None, return_info: bool) -> Any:
+    def called(value: Tensor, dropout_p: float, n_iters: int, first: str, given: Given | None, return_info: bool) -> Any:
         call = Checked(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask, query_padding_mask, temperature, n_iters, first, tol, grad, backend, given,
+            key_padding_mask, query_padding_mask, temperature, n_iters, first, tol, grad, backend, given, share,
         )  # fmt: skip
         return _results(call, tol, return_info)
 
     if half_steps is None:
         n_iters = 3 if n_iters is None else n_iters
-        return attend(value, dropout_p, n_iters, first, Given.of(f0, first) if n_iters != 0 else None, return_info)
+        return called(value, dropout_p, n_iters, first, Given.of(f0, first) if n_iters != 0 else None, return_info)
     count = counted(half_steps, n_iters, "sinkhorn", grad)
     arguments.check_choice(first, "first", ("col", "row"))
     n_iters, odd = divmod(count, 2)
     start = Given.of(f0, first)
     if not odd:
-        return attend(value, dropout_p, n_iters, first, start, return_info)
+        return called(value, dropout_p, n_iters, first, start, return_info)
     other = "row" if first == "col" else "col"
     if n_iters > 0:
-        _, info = attend(value[..., :1], 0.0, 0, other, start, True)
+        _, info = called(value[..., :1], 0.0, 0, other, start, True)
         start = Given.of(info.g if first == "col" else info.f, other)
-    found = attend(value, dropout_p, n_iters, other, start, return_info)
+    found = called(value, dropout_p, n_iters, other, start, return_info)
     return (found[0], found[1]._replace(sweeps=found[1].sweeps + 1)) if return_info else found
 
 

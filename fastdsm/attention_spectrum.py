@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import transforms
+from ._ops import sharded, transforms
 from ._ops.attention_call import Checked
 
 
@@ -59,6 +59,7 @@ def sinkhorn_attention_sigma2(
     return_bounds: bool,
     **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+@sharded.by_shards("query", key=2, attn_mask=2, key_padding_mask=1, query_padding_mask=1, temperature=0)
 def sinkhorn_attention_sigma2(
     query: Tensor,
     key: Tensor,
@@ -96,6 +97,7 @@ def sinkhorn_attention_sigma2(
         differentiable: upper from the Lanczos matrix bordered with the part of ||M||_F^2 it does not
         hold, tight once a few singular values carry the rest, at the price of one more pass.
     """
+    sharded.refuse_context_parallel("sinkhorn_attention_sigma2")
     if not accuracy > 0:
         raise ValueError(f"accuracy must be > 0, a relative one such as 1e-4, got {accuracy}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import arguments
+from ._ops import arguments, sharded
 from ._ops.marginals import excluded_entries
 from ._ops.problem import compute_dtype
 from .projection import sinkhorn
@@ -13,6 +13,7 @@ from .projection import sinkhorn
 _FROM_PLAN = 2.0**-20  # larger entries are known to float32's relative accuracy, better than sums of large potentials
 
 
+@sharded.by_shards("logits", temperature=0, f0=1, row_marginal=1, col_marginal=1, mask=2)
 def log_sinkhorn(
     logits: Tensor,
     *,

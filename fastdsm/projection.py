@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import arguments, taped, transforms
+from ._ops import arguments, sharded, taped, transforms
 from ._ops.plain import KeptCalls
 from ._ops.problem import compute_dtype
 from ._ops.runs import Forward, Run
@@ -43,6 +43,7 @@ def sinkhorn(logits: Tensor, *, return_info: Literal[False] = ..., **options: Un
 def sinkhorn(logits: Tensor, *, return_info: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, SinkhornInfo]: ...
 @overload
 def sinkhorn(logits: Tensor, *, return_info: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
+@sharded.by_shards("logits", temperature=0, f0=1, row_marginal=1, col_marginal=1, mask=2)
 def sinkhorn(
     logits: Tensor,
     *,
@@ -130,6 +131,7 @@ def sinkhorn(
     return _calls(tensors, (20 if n_iters is None else n_iters, first, tol, solver, grad, return_info, backend, False))
 
 
+@sharded.by_shards("logits", temperature=0, f0=1, row_marginal=1, col_marginal=1, mask=2)
 def sinkhorn_sigma2(
     logits: Tensor,
     *,

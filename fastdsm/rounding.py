@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import arguments
+from ._ops import arguments, sharded
 from ._ops.marginals import marginals, valid_entries
 from ._ops.problem import compute_dtype
 
 
+@sharded.by_shards("plan", row_marginal=1, col_marginal=1, mask=2)
 def round_to_birkhoff(
     plan: Tensor,
     *,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import arguments, transforms
+from ._ops import arguments, sharded, transforms
 from ._ops.plain import KeptCalls
 from ._ops.problem import compute_dtype
 from ._ops.runs import Bounds, Run, Sigma2
@@ -34,6 +34,7 @@ def sigma2(plan: Tensor, *, return_vectors: Literal[False] = ..., **options: Unp
 def sigma2(plan: Tensor, *, return_vectors: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
 def sigma2(plan: Tensor, *, return_vectors: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+@sharded.by_shards("plan", v0=1, row_marginal=1, col_marginal=1, mask=2)
 def sigma2(
     plan: Tensor,
     *,
@@ -79,6 +80,7 @@ def sigma2(
     return _values(tensors, (method, tol, max_iters, return_vectors, backend))
 
 
+@sharded.by_shards("plan", row_marginal=1, col_marginal=1, mask=2)
 def sigma2_bounds(
     plan: Tensor,
     *,

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._ops import arguments, composed
+from ._ops import arguments, composed, sharded
 from ._ops.gradients import Gradients, padded, save, saved, through
 from ._ops.operators import LIBRARY, implement
 from ._ops.plain import KeptCalls
@@ -34,6 +34,7 @@ LIBRARY.define(
 )
 
 
+@sharded.by_shards("logits", target=0, row_marginal=1, col_marginal=1, mask=2)
 def temperature_for_sigma2(
     logits: Tensor,
     target: float | Tensor,

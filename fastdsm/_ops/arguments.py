@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .marginals import valid_entries
 from .problem import compute_dtype
+from .sharded import are_unread
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -295,10 +296,11 @@ def equalised(row: Tensor | None, col: Tensor | None, mask: Tensor | None, toler
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether values can be read: not on an accelerator, in a trace or a transform."""
+    """Whether values can be read: not on an accelerator, in a trace or a transform, or of a part of a tensor."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not are_unread()
         and not torch._C._are_functorch_transforms_active()
         and not isinstance(x, torch._subclasses.FakeTensor)
     )

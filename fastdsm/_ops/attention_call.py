@@ -33,7 +33,10 @@ class Given:
 
 
 class Checked:
-    """A call's arguments, checked and brought to (B, H, N, d)."""
+    """A call's arguments, checked and brought to (B, H, N, d).
+
+    share: this process and of how many, which draw alike and must not drop the same entries of their different heads.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Checked:
         grad: str | None,
         backend: str,
         given: Given | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if is_causal:
             raise ValueError(
@@ -124,7 +128,8 @@ class Checked:
         number = 1.0 if isinstance(tau, Tensor) else tau
         seed = None
         if dropout_p > 0:
-            seed = torch.randint(2**62, (1,), device=query.device)
+            rank, processes = share
+            seed = torch.randint(2**62, (processes,), device=query.device)[rank : rank + 1]
         self.inputs: tuple[Any, ...] = (
             *tensors, seed, scale, number, n_iters, first == "col", -1.0 if tol is None else float(tol),
             float(dropout_p), grad == "implicit", self.backend,

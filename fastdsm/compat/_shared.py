@@ -144,14 +144,17 @@ def sweeps_until(
     return Swept(plan, info, sweeps, stopped)
 
 
-def check_one_process(call: str) -> None:
-    """The origin sums over all processes; here there may be but one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"{call} is of one process, got a group of {distributed.get_world_size()}, over which the origin sums every "
-            "prototype; gather the scores of all processes and call it with them in each"
-        )
+def assignments(scores: Tensor, n_iters: int, temperature: float) -> Tensor:
+    """The plan of samples and prototypes; in a process group of several that of the samples of all, each with its own rows."""
+    processes = torch.distributed
+    with torch.no_grad():
+        if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
+            from ..distributed import sinkhorn as over_processes
+
+            plan = over_processes(scores, n_iters=n_iters, temperature=temperature)
+            assert isinstance(plan, Tensor)
+            return plan
+        return sinkhorn(scores, n_iters=n_iters, temperature=temperature)
 
 
 def positive_logits(kernel: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ In a loss: ``DINOLoss.sinkhorn_knopp_teacher = staticmethod(fastdsm.compat.dinov
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._ops import arguments
-from ..projection import sinkhorn
-from ._shared import Convention, check_one_process, check_scale
+from ._shared import Convention, assignments, check_scale
 
 
 def sinkhorn_knopp_teacher(teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
-    """Assignments of samples to prototypes: prototypes, then samples normalised, ``n_iterations`` times, of one process.
+    """Assignments of samples to prototypes: prototypes, then samples normalised, ``n_iterations`` times.
+
+    In a process group of several, scores are this process's samples, and prototypes are normalised over those of all.
 
     iBOT's method of this name has the number of masked patches before n_iterations, which cancels in what it computes: leave it
     out.
@@ -30,15 +30,12 @@ def sinkhorn_knopp_teacher(teacher_output: Tensor, teacher_temp: float, n_iterat
         (B, K), float32 of every input, rows of sum 1; without a gradient, as in the origin.
 
     Raises:
-        NotImplementedError: in a process group of several, over which the origin sums.
         TypeError, ValueError: as :func:`fastdsm.sinkhorn`.
     """
-    check_one_process("dinov2.sinkhorn_knopp_teacher")
     arguments.check_matrices(teacher_output, "teacher_output", 0)
     check_scale(teacher_temp, "teacher_temp")
     n_iterations = arguments.count_of(n_iterations, "n_iterations", 1)
-    with torch.no_grad():
-        return sinkhorn(teacher_output.float(), n_iters=n_iterations, temperature=teacher_temp)
+    return assignments(teacher_output.float(), n_iterations, teacher_temp)
 
 
 CONVENTIONS = (

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._ops import arguments
-from ..projection import sinkhorn as _project
-from ._shared import Convention, check_one_process, check_scale
+from ._shared import Convention, assignments, check_scale
 
 
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Assignments of samples to prototypes: prototypes, then samples normalised, ``iterations`` times, of one process.
+    """Assignments of samples to prototypes: prototypes, then samples normalised, ``iterations`` times.
+
+    In a process group of several, scores are this process's samples, and prototypes are normalised over those of all.
 
     Args:
         scores: (B, K) of B samples and K prototypes, or of any batch shape before; float16, bfloat16, float32 or float64. The
@@ -26,14 +27,11 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         (B, K), float32 (float64 for float64), rows of sum 1; without a gradient, as in the origin.
 
     Raises:
-        NotImplementedError: in a process group of several, over which the origin sums.
         TypeError, ValueError: as :func:`fastdsm.sinkhorn`.
     """
-    check_one_process("swav.sinkhorn")
     arguments.check_matrices(scores, "scores", 0)
     check_scale(epsilon, "epsilon")
-    with torch.no_grad():
-        return _project(scores.to(torch.promote_types(scores.dtype, torch.float32)), n_iters=iterations, temperature=epsilon)
+    return assignments(scores.to(torch.promote_types(scores.dtype, torch.float32)), iterations, epsilon)
 
 
 def distributed_sinkhorn(out: Tensor, epsilon: float = 0.05, sinkhorn_iterations: int = 3) -> Tensor:

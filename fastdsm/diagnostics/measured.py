@@ -79,6 +79,18 @@ def measure(plans: Tensor) -> Tensor:
     return torch.stack([*columns, residual(plans, mask=lines).amax(1)], -1)
 
 
+def over_processes(numbers: Tensor, group: Any) -> Tensor:
+    """What :func:`measure` finds of the samples of all processes of a group: as many on each."""
+    least, most = [1], [2, 5]
+    means = numbers.clone()
+    ends = torch.cat([-numbers[..., least], numbers[..., most]], -1)
+    torch.distributed.all_reduce(means, group=group)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
+    means /= torch.distributed.get_world_size(group)
+    means[..., least], means[..., most] = -ends[..., :1], ends[..., 1:]
+    return means
+
+
 @dataclass(frozen=True)
 class Pending:
     """Numbers (layers, H, 6) of one step on their way to the host."""
@@ -89,10 +101,13 @@ class Pending:
     numbers: Arriving
 
     @classmethod
-    def of(cls, step: int, group: Group) -> Pending:
-        """Measure, and start the copy."""
+    def of(cls, step: int, group: Group, processes: Any = None) -> Pending:
+        """Measure, here or over the processes of a group, and start the copy."""
         shape = (group.plans.shape[-2], group.plans.shape[-1])
-        return cls(step, group.names, shape, Arriving.of([measure(group.plans)]))
+        numbers = measure(group.plans)
+        return cls(
+            step, group.names, shape, Arriving.of([numbers if processes is None else over_processes(numbers, processes)])
+        )
 
     @property
     def arrived(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._ops import arguments
+from .._ops import arguments, sharded
 from .._ops.mixing import MOST_STREAMS
 from ..nn import HyperConnection, SinkhornAttention, SinkhornProjection
 from .measured import Pending, Row, Thresholds, groups_of
@@ -46,6 +46,8 @@ class SpectralMonitor:
         uniform: a head whose mean sigma2 is at most this has collapsed to the uniform plan.
         identity: a head whose mean distance to the identity (1 for the uniform plan) is at most this has collapsed to it.
         training_only: whether forwards in evaluation mode are passed over.
+        processes: None, or a ProcessGroup over whose processes every row is taken together: means, extremes; all of them must
+            watch the same layers at the same steps, and each then writes the same rows. ``stream_rows`` are of one process.
 
     Attributes:
         rows: a list of :class:`fastdsm.diagnostics.Row` of all steps recorded, as far as they have reached the host;
@@ -57,6 +59,9 @@ class SpectralMonitor:
 
     Forwards inside ``torch.func`` (vmap, grad, jvp, ...) are not steps, and layers inside it are not recorded: what these see
     are wrapped tensors. Forwards of several threads are steps by themselves, numbered as they end, under one lock.
+
+    Of a DTensor a process records what it has. An attention layer under ``fastdsm.distributed.SinkhornContextParallel`` is
+    passed over: no process has its plan.
 
     Copies of ``module`` (deepcopy, pickle, torch.save, torch.optim.swa_utils.AveragedModel) are not watched.
 
@@ -77,6 +82,7 @@ class SpectralMonitor:
         uniform: float = 0.05,
         identity: float = 0.05,
         training_only: bool = True,
+        processes: Any = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -88,7 +94,7 @@ class SpectralMonitor:
         self._sinks = sinks_of(path, tensorboard)
         self._forward = _Forward()
         self._lock = threading.Lock()
-        self._training_only = training_only
+        self._training_only, self._processes = training_only, processes
         self._pending: deque[Pending] = deque()
         self._pending_streams: deque[PendingStreams] = deque()
         self._hooks = [module.register_forward_pre_hook(_Hook(self._begin))]
@@ -106,6 +112,7 @@ class SpectralMonitor:
         """Keep plans (..., n, m) for this step under ``name``; ``heads``: they are (..., H, n, m), to be told apart."""
         if not self._wants(name):
             return
+        plan = sharded.local(plan)
         arguments.check_matrices(plan, name)
         if plan.numel() == 0:
             return
@@ -154,7 +161,7 @@ class SpectralMonitor:
             if mixed:
                 self._pending_streams.append(PendingStreams.of(self.step, mixed))
             for group in groups:
-                self._pending.append(Pending.of(self.step, group))
+                self._pending.append(Pending.of(self.step, group, self._processes))
             self.step += 1
             self._write(wait=False)
 
@@ -174,7 +181,7 @@ class SpectralMonitor:
 
     def _of_attention(self, name: str) -> Callable[..., None]:
         def hook(layer: SinkhornAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            if self._wants(name):
+            if self._wants(name) and layer.context_group is None:
                 with torch.no_grad():
                     self.record(name, plan_of_call(self._sample, layer, *args, **kwargs), heads=True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._ops import mhc_calls
+from .._ops import mhc_calls, sharded
 from .._ops.arguments import check_floating, check_matrices, count_of, resolve_backend
 from .._ops.mixing import MOST_STREAMS, Mixing
 from .._ops.problem import compute_dtype
@@ -17,6 +17,7 @@ from .arguments import parameter, streams_of, weighted
 _MOST_LINES = 16  # beyond, operations on whole matrices serve as well as lanes of them
 
 
+@sharded.by_shards("residual")
 def mhc_mixes(residual: Tensor, fn: Tensor, *, norm_weight: Tensor | None = None, norm_eps: float = 1e-6) -> Tensor:
     """fn (D, n C) times the normalised streams (..., n, C): the mixes (..., D) that :func:`hc_split_sinkhorn` takes.
 
@@ -28,6 +29,7 @@ def mhc_mixes(residual: Tensor, fn: Tensor, *, norm_weight: Tensor | None = None
     return oracle.mixes(residual, weighted(fn, norm_weight, residual), norm_eps)
 
 
+@sharded.by_shards("mixes", 1)
 def hc_split_sinkhorn(
     mixes: Tensor,
     hc_scale: Tensor,
@@ -60,6 +62,7 @@ def hc_split_sinkhorn(
     return pre, post, sinkhorn_normalize(logits, sinkhorn_iters, eps, backend=backend)
 
 
+@sharded.by_shards("x")
 def sinkhorn_normalize(x: Tensor, repeat: int = 10, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """DeepSeek's projection of logits x (..., n, m): softmax of rows + eps, columns over their sums + eps, then both so.
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from .._ops import mhc_calls
+from .._ops import mhc_calls, sharded
 from .._ops.arguments import check_choice, count_of, resolve_backend
 from .._ops.mixing import Mixing
 from .._ops.problem import compute_dtype
@@ -74,6 +74,7 @@ def mhc_pre(
 def mhc_pre(
     residual: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, return_info: bool, **options: Unpack[_PreOptions]
 ) -> tuple[Tensor, Mixes] | tuple[Tensor, Mixes, MixInfo]: ...
+@sharded.by_shards("residual")
 def mhc_pre(
     residual: Tensor,
     fn: Tensor,
@@ -144,6 +145,7 @@ def mhc_pre(
     return (*found, _info(residual, info)) if return_info else found
 
 
+@sharded.by_shards("residual")
 def mhc_head(
     residual: Tensor,
     fn: Tensor,
@@ -167,6 +169,7 @@ def mhc_head(
     return _restored(residual, h, (channels,))
 
 
+@sharded.by_shards("residual", x=1, post_layer_mix=None, comb_res_mix=2)
 def mhc_post(
     x: Tensor,
     residual: Tensor,
@@ -235,6 +238,7 @@ def mhc_post_pre(
     return_info: bool,
     **options: Unpack[_PostPreOptions],
 ) -> tuple[Tensor, Tensor, Mixes] | tuple[Tensor, Tensor, Mixes, MixInfo]: ...
+@sharded.by_shards("residual", x=1, post_layer_mix=None, comb_res_mix=2, mixes=1)
 def mhc_post_pre(
     x: Tensor,
     residual: Tensor,

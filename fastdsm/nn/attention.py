@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ops.masks import taken_out
+from .._ops.sharded import refuse_context_parallel
 from ..attention import sinkhorn_attention
 from ..projection import sinkhorn
 from .attention_masks import Paddings, are_one, check_operands, entries_of, logits_of, padding_of, used_lines
@@ -115,6 +116,7 @@ class SinkhornAttention(nn.Module):
         self.bias_k, self.bias_v, self.add_zero_attn = None, None, False
         self.options: dict[str, Any] = {"n_iters": n_iters, "first": first, "tol": tol, "backend": backend}
         self.temperature, self.self_attention = temperature, self_attention
+        self.context_group: Any = None  # set by fastdsm.distributed.SinkhornContextParallel
         self.floor = None if sigma2_floor is None else SpectralFloor(sigma2_floor, n_iters)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = (embed_dim, self.kdim, self.vdim)
@@ -172,7 +174,20 @@ class SinkhornAttention(nn.Module):
         (q, k, v), bias = self._operands((query, key, value), attn_mask, paddings)
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None
-        if need_weights:
+        if self.context_group is not None:
+            if need_weights or self.floor is not None:
+                raise ValueError(
+                    "under SinkhornContextParallel the plan is on no process: need_weights=False and no sigma2_floor, "
+                    f"got need_weights={need_weights}, sigma2_floor={None if self.floor is None else self.floor.floor}"
+                )
+            from ..distributed import sinkhorn_attention as over_processes
+
+            out = over_processes(
+                q, k, v, bias, dropout, group=self.context_group, temperature=self.temperature,
+                query_padding_mask=paddings[0], key_padding_mask=paddings[1], **self.options,
+            )  # fmt: skip
+        elif need_weights:
+            refuse_context_parallel("nn.SinkhornAttention")
             logits, mask = logits_of(q, k, bias, paddings)
             weights = self._plan(logits, mask)
             out = nn.functional.dropout(weights, dropout) @ used_lines(v, mask)
@@ -198,6 +213,8 @@ class SinkhornAttention(nn.Module):
         query_padding_mask: Tensor | str | None = "auto",
     ) -> Tensor:
         """The plan of every head (B, H, N, M), without dropout, for operands as those of a call; stored: O(N M) per head."""
+        if self.context_group is not None:
+            raise ValueError("under SinkhornContextParallel the plan is on no process")
         check_operands(query, key, key, self.batch_first)
         paddings = self.paddings(query, key, key_padding_mask, query_padding_mask)
         (q, k), bias = self._operands((query, key), attn_mask, paddings)
@@ -236,7 +253,8 @@ class SinkhornAttention(nn.Module):
                 x = x.masked_fill(taken_out(padding).unsqueeze(-1), 0.0)
             heads.append(self._projected(x, which).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         q, k = heads[:2]
-        return heads, entries_of(attn_mask, q.shape[0], q.shape[1], (q.shape[2], k.shape[2]), given[0].dim() == 3)
+        keys = k.shape[2] * (1 if self.context_group is None else self.context_group.size())
+        return heads, entries_of(attn_mask, q.shape[0], q.shape[1], (q.shape[2], keys), given[0].dim() == 3)
 
     def _projected(self, x: Tensor, which: int) -> Tensor:
         """Query (0), key (1) or value (2) of all heads, side by side."""

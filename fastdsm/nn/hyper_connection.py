@@ -28,6 +28,7 @@ from .._ops import mhc_calls
 from .._ops.arguments import resolve_backend
 from .._ops.mixing import MOST_STREAMS, Mixing
 from .._ops.problem import compute_dtype
+from .._ops.sharded import is_sharded, own
 from ..mhc.variants import mixing_of
 from ..reference import mhc as oracle
 from .projection import SinkhornProjection
@@ -94,6 +95,7 @@ class HyperConnection(nn.Module):
         eps = mixing.sinkhorn_eps if eps is None else eps
         self.branch, self.dim, self.streams, self.offset, self.backend = branch, dim, streams, offset, backend
         self.channels_first = channels_first
+        self.tokens_apart = False  # set by fastdsm.distributed.HyperConnectionParallel
         self.projection = SinkhornProjection(
             n_iters, temperature, first, sigma2_floor=sigma2_floor, backend=backend, eps=eps, floored=mixing.floored
         )
@@ -134,6 +136,7 @@ class HyperConnection(nn.Module):
         return (mixed, *more) if more else mixed
 
     def _check(self, x: Tensor) -> None:
+        check_whole(x)
         shape = (self.dim, self.streams) if self.channels_first else (self.streams, self.dim)
         if x.dim() < 2 or x.shape[-2:] != shape:
             raise ValueError(
@@ -177,9 +180,9 @@ class HyperConnection(nn.Module):
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Mixing | None]:
         """fn, scale, base in the dtype of the arithmetic, and what is computed of the mixes; None where operators do not."""
-        fn, scale, base = (x.to(dtype) for x in (self.fn, self.scale, self.base))
+        fn, scale, base = (own(x, self.tokens_apart).to(dtype) for x in (self.fn, self.scale, self.base))
         if self.norm_weight is not None:
-            fn = fn * self.norm_weight.to(dtype)
+            fn = fn * own(self.norm_weight, self.tokens_apart).to(dtype)
         temperature = self.projection.temperature
         if self.projection.floor is not None or self.streams > MOST_STREAMS or isinstance(temperature, Tensor):
             return fn, scale, base, None
@@ -260,6 +263,15 @@ class HyperConnection(nn.Module):
                 assert layer.norm_weight is not None
                 layer.norm_weight.copy_(in_order(norm_weight))
         return layer
+
+
+def check_whole(x: Tensor) -> None:
+    """ValueError for a DTensor: of a part of the tokens the parameters' gradients are a part."""
+    if is_sharded(x):
+        raise ValueError(
+            "x must be a plain tensor, got a DTensor; give the module fastdsm.distributed.HyperConnectionParallel(), which "
+            "takes sequence-parallel streams and adds up the gradients of its parameters over the processes"
+        )
 
 
 def whole_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:

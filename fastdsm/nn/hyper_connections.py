@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._ops import mhc_calls
+from .._ops.sharded import own
 from ..mhc.layer import mhc_head
-from .hyper_connection import HyperConnection, whole_precision
+from .hyper_connection import HyperConnection, check_whole, whole_precision
 
 
 class HyperConnections(nn.Module):
@@ -79,6 +80,7 @@ class HyperConnections(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., C) through all branches."""
+        check_whole(x)
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         X = self._first.expand(x).reshape(-1, self.streams, self.dim)
@@ -93,8 +95,8 @@ class HyperConnections(nn.Module):
                 return X.mean(1).reshape(x.shape)
             mixing = self._first.mixing
             read = mhc_head(
-                X, self.head_fn, self.head_scale, self.head_base, norm_eps=mixing.norm_eps, pre_eps=mixing.pre_eps,
-                backend=self._first.backend,
+                X, *(own(x, self._first.tokens_apart) for x in (self.head_fn, self.head_scale, self.head_base)),
+                norm_eps=mixing.norm_eps, pre_eps=mixing.pre_eps, backend=self._first.backend,
             )  # fmt: skip
             return read.reshape(x.shape)
 

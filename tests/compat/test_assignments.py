@@ -73,14 +73,3 @@ def test_bad_input() -> None:
         swav.sinkhorn(scores, 0.0)
     with pytest.raises(TypeError, match=r"scores must be a torch\.Tensor"):
         swav.sinkhorn(scores.numpy())  # type: ignore[arg-type]
-
-
-def test_several_processes_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="of one process, got a group of 2"):
-        swav.sinkhorn(torch.randn(4, 8))
-    with pytest.raises(NotImplementedError, match="gather the scores"):
-        dinov2.sinkhorn_knopp_teacher(torch.randn(4, 8), 0.1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert swav.sinkhorn(torch.randn(4, 8)).shape == (4, 8)

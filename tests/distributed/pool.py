@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -13,22 +14,35 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SIZE, SECONDS = 2, 120.0
+LAST = 3.0  # for what the others have to say once one has failed: they may wait for it in a collective
 
 
 class Pool:
     """``run`` calls a function of a module in every process; what it returns is pickled."""
 
     def __init__(self, tasks: list[Any], results: Any) -> None:
-        self._tasks, self._results = tasks, results
+        self._tasks, self._results, self._broken = tasks, results, False
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results, by rank; an error in one of them is an error here, with its traceback."""
+        assert not self._broken, "an earlier task left a process behind, see its error"
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        found = dict(self._results.get(timeout=SECONDS) for _ in range(SIZE))
-        errors = [f"rank {rank}:\n{text}" for rank, (text, _) in found.items() if text is not None]
+        found: dict[int, Any] = {}
+        errors: list[str] = []
+        while len(found) < SIZE:
+            try:
+                rank, (text, value) = self._results.get(timeout=LAST if errors else SECONDS)
+            except Empty:
+                self._broken = True
+                missing = set(range(SIZE)) - found.keys()
+                errors.append(f"nothing from {missing}")
+                break
+            found[rank] = value
+            if text is not None:
+                errors.append(f"rank {rank}:\n{text}")
         assert not errors, "\n".join(errors)
-        return [found[rank][1] for rank in range(SIZE)]
+        return [found[rank] for rank in range(SIZE)]
 
 
 @contextmanager

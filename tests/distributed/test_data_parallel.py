@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdsm
 
-from .pool import SIZE, Pool, pool
+from .pool import SIZE, Pool
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 BATCH, LINES, STREAMS, WIDTH = 4, 5, 4, 12
 EXACT, BRAIN = 1e-11, 3e-2
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    with pool(tmp_path_factory.mktemp("gloo")) as made:
-        yield made
 
 
 class Attending(nn.Module):

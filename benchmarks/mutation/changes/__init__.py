@@ -9,6 +9,7 @@ from .layers import LAYERS
 from .modes import MODES
 from .paths import PATHS
 from .potentials import POTENTIALS
+from .processes import PROCESSES
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *INTEGRATIONS, *JUDGES]
+CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *INTEGRATIONS, *PROCESSES, *JUDGES]
