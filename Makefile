@@ -8,7 +8,7 @@ PART ?= 1/1
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test slow execute mutate verify gpu bench report static dist lint format clean
+.PHONY: setup demo test slow execute mutate verify gpu bench report static notebooks dist lint format clean
 
 setup: .venv/dev.done
 
@@ -58,6 +58,9 @@ report: .venv/bench.done
 
 static: .venv/dev.done
 	$(BIN)/python -m benchmarks.static
+
+notebooks: .venv/dev.done
+	$(BIN)/python -m examples.notebooks
 
 dist: .venv/release.done
 	rm -rf build dist *.egg-info
