@@ -13,6 +13,37 @@ from examples import matching, mhc_language_model, monitoring, notebooks, soft_s
 
 mpl.use("Agg")
 
+SOURCE = '''"""A title.
+
+What ``one`` sees.
+"""
+
+import math
+
+X = 1
+
+
+def f() -> int:
+    """One."""
+    return X
+
+
+def main(a: int = 2) -> int:
+    """Main."""
+    b = a
+
+    # Why.
+    # And how.
+    for _ in range(a):
+        b += f()
+
+    return b
+
+
+if __name__ == "__main__":
+    main()
+'''
+
 
 def test_soft_sorting(capsys: pytest.CaptureFixture[str]) -> None:
     found = soft_sorting.main()
@@ -101,12 +132,7 @@ def test_a_notebook_is_its_source(name: str) -> None:
 
 
 def test_cells_of_a_source() -> None:
-    source = (
-        '"""A title.\n\nWhat ``one`` sees.\n"""\n\nimport math\n\nX = 1\n\n\ndef f() -> int:\n    """One."""\n    return X\n\n\n'
-        'def main(a: int = 2) -> int:\n    """Main."""\n    b = a\n\n    # Why.\n    # And how.\n    for _ in range(a):\n        b += f()\n\n'
-        '    return b\n\n\nif __name__ == "__main__":\n    main()\n'
-    )
-    assert notebooks.cells_of(source) == [
+    assert notebooks.cells_of(SOURCE) == [
         ("markdown", "# A title.\n\nWhat `one` sees."),
         ("code", "import math\n\nX = 1"),
         ("code", 'def f() -> int:\n    """One."""\n    return X'),
