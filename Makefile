@@ -8,7 +8,7 @@ PART ?= 1/1
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test slow execute mutate verify bench report static lint format clean
+.PHONY: setup demo test slow execute mutate verify gpu bench report static notebooks dist lint format clean
 
 setup: .venv/dev.done
 
@@ -34,7 +34,7 @@ demo: .venv/demo.done
 test: .venv/parity.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile -m "not slow"
 
-slow: .venv/dev.done
+slow: .venv/dev.done .venv/release.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile -m slow
 
 execute: .venv/dev.done
@@ -46,6 +46,10 @@ mutate: .venv/bench.done .venv/dev.done
 verify: .venv/dev.done
 	$(BIN)/fastdsm verify
 
+gpu: .venv/dev.done
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -n 4
+	$(BIN)/fastdsm verify --jobs 16
+
 bench: .venv/bench.done
 	$(BIN)/fastdsm bench
 
@@ -54,6 +58,14 @@ report: .venv/bench.done
 
 static: .venv/dev.done
 	$(BIN)/python -m benchmarks.static
+
+notebooks: .venv/dev.done
+	$(BIN)/python -m examples.notebooks
+
+dist: .venv/release.done
+	rm -rf build dist *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

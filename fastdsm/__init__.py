@@ -18,7 +18,7 @@ from .warmup import warmup
 
 _interrupts.over()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AttentionInfo",
     "SinkhornInfo",

@@ -6,9 +6,14 @@ these packages, at their first use.
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .convert import convert
 from .report import Entry, Report
+
+if TYPE_CHECKING:
+    from . import timm as timm
+    from . import transformers as transformers
 
 __all__ = ["Entry", "Report", "convert"]
 
