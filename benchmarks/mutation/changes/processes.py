@@ -28,6 +28,20 @@ PROCESSES = [
         "ranks that drop the same entries of their different heads",
     ),
     Change(
+        "fastdsm/distributed/gathered.py",
+        'if over == "rows":\n            out.copy_(self._of.sum(out))',
+        'if over == "":\n            out.copy_(self._of.sum(out))',
+        (_CONTEXT,),
+        "sums over queries of this process alone in the adjoint",
+    ),
+    Change(
+        "fastdsm/_ops/streamed/gradient.py",
+        "1 in (problem.queries, problem.key.shape[2])",
+        "1 in (problem.query.shape[2], problem.key.shape[2])",
+        (_CONTEXT,),
+        "one query a process taken for one query in all: no gradient",
+    ),
+    Change(
         "fastdsm/_ops/shards.py",
         "gradients.append(wanted[-1] if apart or not isinstance(placement, Shard) else Partial())",
         "gradients.append(wanted[-1])",
