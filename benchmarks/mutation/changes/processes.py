@@ -7,9 +7,9 @@ _SHARDS, _SEQUENCE = "tests/distributed/test_shards.py", "tests/distributed/test
 
 PROCESSES = [
     Change(
-        "fastdsm/distributed/rows.py",
-        'factor = _divided(reduced(dg, "sum", group), c)',
-        "factor = _divided(dg, c)",
+        "fastdsm/distributed/gradient.py",
+        'factor = divided(reduced(dg, "sum", group), c)',
+        "factor = divided(dg, c)",
         (_ROWS,),
         "the adjoint of columns of this process's rows alone",
     ),
@@ -26,6 +26,13 @@ PROCESSES = [
         "(0, 1),",
         (_CONTEXT,),
         "ranks that drop the same entries of their different heads",
+    ),
+    Change(
+        "fastdsm/distributed/converged.py",
+        "return divided(of_rows - image, problem.r), beta",
+        "return divided(of_rows, problem.r), beta",
+        (_ROWS,),
+        "alpha of the implicit gradient without beta's part",
     ),
     Change(
         "fastdsm/distributed/gathered.py",
