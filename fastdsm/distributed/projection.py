@@ -49,8 +49,8 @@ def sinkhorn(
         row_marginal: of this process's rows. col_marginal: of all columns, the same on all processes; it is scaled to the total
             of all rows. mask: of this process's rows.
         solver: "sinkhorn"; or "newton", the fixed point to ``tol`` (1e-6, 1e-12 for float64), by Newton's method on the dual of
-            the columns, whose products are an all-reduce each; without f0. It serves logits up to a standard deviation of 8 in some
-            15 steps; of colder ones it may end with ``converged`` False.
+            the columns, whose products are an all-reduce each; without f0. It serves logits up to a standard deviation of 8 in
+            some 15 steps; of colder ones it may end with ``converged`` False.
         grad: as there, "unrolled" or, always with "newton", "implicit": one more system, solved by such products.
         return_info: also return a :class:`fastdsm.SinkhornInfo`, f of this process's rows; without gradients here.
 

@@ -22,8 +22,8 @@ PROCESSES = [
     ),
     Change(
         "fastdsm/distributed/attention.py",
-        "(rank, size),",
-        "(0, 1),",
+        "half_steps, False, backend, (rank, size),",
+        "half_steps, False, backend, (0, 1),",
         (_CONTEXT,),
         "ranks that drop the same entries of their different heads",
     ),
