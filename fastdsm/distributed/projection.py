@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ from .gradient import Rows
 from .rows import Problem, column_sums, log_row_sums, of_total, off, worst
 
 
+class _Options(TypedDict, total=False):
+    """What the overloads share."""
+
+    group: Group
+    n_iters: int | None
+    temperature: float | Tensor
+    first: str
+    tol: float | None
+    f0: Tensor | None
+    row_marginal: float | Tensor | None
+    col_marginal: float | Tensor | None
+    mask: Tensor | None
+    solver: str
+    grad: str | None
+    half_steps: int | None
+
+
+@overload
+def sinkhorn(logits: Tensor, *, return_info: Literal[False] = ..., **options: Unpack[_Options]) -> Tensor: ...
+@overload
+def sinkhorn(logits: Tensor, *, return_info: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, SinkhornInfo]: ...
+@overload
+def sinkhorn(logits: Tensor, *, return_info: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
 def sinkhorn(
     logits: Tensor,
     *,
