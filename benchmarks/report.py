@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: the README's table, docs/performance.md, figures and prediction.md, from committed results alone."""
+"""``python -m benchmarks.report``: README's table, docs/performance.md, figures and predictions, from committed results."""
 
 from __future__ import annotations
 
