@@ -155,4 +155,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     home = (tmp_path / "index.html").read_text()
     assert not re.search(r"""<(?:script|link|img)[^>]*(?:src|href)=["']https?:""", home)
     assert (tmp_path / "results" / "cuda-speedup.png").is_file()
+    pages = "".join(x.read_text() for x in (tmp_path / "api").glob("*.html"))
+    assert ":func:" not in pages
+    assert 'href="projection.html#fastdsm.sinkhorn"' in pages
     assert "Keep a Changelog" in (tmp_path / "changelog.html").read_text()
