@@ -1,4 +1,4 @@
-"""The README's section on machine code, from the committed results of ``python -m benchmarks.static``."""
+"""The section of docs/performance.md on machine code, from the committed results of ``python -m benchmarks.static``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: the README's benchmark table, the figures, prediction.md, from committed results alone."""
+"""``python -m benchmarks.report``: README's table, docs/performance.md, figures and predictions, from committed results."""
 
 from __future__ import annotations
 
@@ -6,48 +6,53 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from . import machine_code
+from . import headline, machine_code
 from .host import rows as host_rows
 from .host import section as host_section
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
 from .static import predicted
 from .static import section as prediction_section
-from .targets import ATTENTION_SHAPE, fastest_other
+from .targets import fastest_other
+from .text import pass_text, size_text, time_text
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"  # beside it docs/results is a link to benchmarks/results
 COLORS = {"fastdsm": "#d1495b", "torch.compile": "#30638e", "hyper-connections": "#00798c", "POT": "#8d6a9f",
           "GeomLoss": "#edae49", "Liger": "#3d7d3d", "flash-sinkhorn": "#6b4f3a"}  # fmt: skip
 
 
 def main() -> None:
-    """Rewrite the README between its markers, a figure for each device with results, and what the model predicts."""
+    """Rewrite both pages between their markers, a figure for each device with results, and what the model predicts."""
+    found = {
+        path.stem: read_rows(path) for path in (RESULTS / "cpu.jsonl", *sorted(RESULTS.glob("cuda*.jsonl"))) if path.exists()
+    }
     sections = []
-    for path in (*sorted(RESULTS.glob("cpu.jsonl")), *sorted(RESULTS.glob("cuda*.jsonl"))):
-        rows = read_rows(path)
-        figure = path.with_name(f"{path.stem}-speedup.png")
-        draw(rows, figure)
-        sections.append(section(rows, figure.relative_to(ROOT).as_posix()))
+    for name, rows in found.items():
+        draw(rows, RESULTS / f"{name}-speedup.png")
+        sections.append(section(rows, f"{RESULTS.name}/{name}-speedup.png"))
     if machine_code.STATIC.exists():
         sections.append(machine_code.section())
     if host_rows.HOST.exists():
         sections.append(host_section.section(host_rows.read()))
-    if not sections:
+    if not found:
         raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
     if predicted.PREDICTIONS.exists():
         predicted.PREDICTIONS.with_suffix(".md").write_text(
             prediction_section.section(predicted.read(), machine_code.sources()) + "\n"
         )
-    README.write_text(spliced(README.read_text(), "\n\n".join(sections)))
+    PERFORMANCE.write_text(spliced(PERFORMANCE.read_text(), "benchmark", "\n\n".join(sections)))
+    text = spliced(README.read_text(), "proof", headline.proof(found))
+    README.write_text(spliced(text, "benchmark", headline.section(found)))
 
 
-def spliced(text: str, content: str) -> str:
-    """Put ``content`` between the markers of ``text``; ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def spliced(text: str, name: str, content: str) -> str:
+    """Put ``content`` between the markers of this name in ``text``; ValueError where they are missing."""
+    opening, closing = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not (begin and end):
-        raise ValueError(f"expected the markers {BEGIN} and {END}, in this order; add them where the table belongs")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+        raise ValueError(f"expected the markers {opening} and {closing}, in this order; add them where the text belongs")
+    return f"{before}{opening}\n\n{content}\n\n{closing}{after}"
 
 
 def section(rows: Sequence[Row], figure: str) -> str:
@@ -60,8 +65,20 @@ def section(rows: Sequence[Row], figure: str) -> str:
         *(_line(list(group)) for _, group in groupby(rows, key=_case)),
         "",
         conditions([row.run for row in rows]),
+        *left_out(rows),
     ]
     return "\n".join(lines)
+
+
+def left_out(rows: Iterable[Row]) -> list[str]:
+    """A list of who was not timed in some case, and why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.left_out is not None:
+            reasons.setdefault(row.implementation, {})[row.left_out] = None
+    if not reasons:
+        return []
+    return ["", "Left out, in cases where:", "", *(f"- {name}: {'; '.join(why)}" for name, why in reasons.items())]
 
 
 def _case(row: Row) -> tuple[str, tuple[int, ...], str]:
@@ -74,11 +91,10 @@ def _line(group: list[Row]) -> str:
     if ours.left_out is not None or ours.seconds_median is None or ours.peak_extra_bytes is None:
         raise ValueError(f"fastdsm was not measured in {_case(ours)}; run fastdsm bench again")
     name, ratio = fastest_other(group)
-    direction = "forward" if ours.direction == FORWARD else "forward + backward"
     cells = (
         f"`{ours.operation}`",
         size_text(ours.shape),
-        direction,
+        pass_text(ours.direction),
         time_text(ours.seconds_median) + (f" ({time_text(ours.device_seconds)})" if ours.device_seconds else ""),
         f"{ours.device_ratio_to_eager or ours.ratio_to_eager:.1f}",
         "" if ratio is None else f"{ratio:.1f} ({name})",
@@ -87,26 +103,6 @@ def _line(group: list[Row]) -> str:
         f"{ours.error:.0e}",
     )
     return "| " + " | ".join(cells) + " |"
-
-
-def size_text(shape: Sequence[int]) -> str:
-    """Say how many matrices of what size: "65,536 of 4 × 4", "8 heads of 1,024 × 1,024, d = 64"."""
-    if len(shape) == len(ATTENTION_SHAPE):
-        heads, lines, _, features = shape
-        return f"{heads} heads of {lines:,} × {lines:,}, d = {features}"
-    *batch, n, m = shape
-    count = 1
-    for length in batch:
-        count *= length
-    return f"{count:,} of {n} × {m}"
-
-
-def time_text(seconds: float) -> str:
-    """Three digits with the unit that suits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
 
 
 def conditions(runs: list[Run]) -> str:

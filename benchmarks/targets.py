@@ -102,11 +102,11 @@ def fastest_other(group: Sequence[Row]) -> tuple[str, float | None]:
     others = [row for name, row in timed.items() if name not in YARDSTICKS and not name.startswith("fastdsm")]
     if ours is None or not others:
         return "torch.compile and every peer", None
-    ratio, name = min((_times_faster(ours, row), row.implementation) for row in others)
+    ratio, name = min((times_faster(ours, row), row.implementation) for row in others)
     return name, ratio
 
 
-def _times_faster(ours: Row, other: Row) -> float:
+def times_faster(ours: Row, other: Row) -> float:
     """In graphs where both were captured into one, else as called: a call that a graph replays has no host's part."""
     if ours.device_seconds is not None and other.device_seconds is not None:
         return other.device_seconds / ours.device_seconds

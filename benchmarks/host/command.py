@@ -22,7 +22,7 @@ def main(
 ) -> None:
     """What the host does for every public call, with one thread; exit code 1 if a promise is missed.
 
-    The rows replace those of the same device in benchmarks/results/host.jsonl, from which the README's table is made.
+    The rows replace those of the same device in benchmarks/results/host.jsonl, from which docs/performance.md has a table.
     """
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device}")

@@ -1,4 +1,4 @@
-"""The README's section on the host's time, from the committed rows of ``python -m benchmarks.host``."""
+"""The section of docs/performance.md on the host's time, from the committed rows of ``python -m benchmarks.host``."""
 
 from __future__ import annotations
 

@@ -145,6 +145,17 @@ def _attention_kernels(problem: Attention, backend: str) -> Any:
     return kernels.attention.launch if kernels is not None and kernels.attention.launch.supports(problem) else None
 
 
+def attention_passes(problem: Attention, backend: str) -> streamed.Passes:
+    """The kernels' passes, or PyTorch's, block by block."""
+    kernels = _attention_kernels(problem, backend)
+    if kernels is not None:
+        found: streamed.Passes = kernels
+        return found
+    from ..pytorch import passes
+
+    return passes
+
+
 def attention_forward(
     problem: Attention,
     value: Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,6 +125,20 @@ class Gradients:
     log_col: Tensor | None = None
 
 
+class Processes(Protocol):
+    """Those that share the queries of a problem; results are alike on all of them."""
+
+    @property
+    def queries(self) -> int:
+        """How many there are in all."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Of every process's x."""
+
+    def max(self, x: Tensor) -> Tensor:
+        """Likewise; of bool whether any is true."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """The logits S = (scale query key^T + bias) / temperature of every head, -inf where an entry takes no part.
@@ -134,6 +148,7 @@ class Attention:
     temperature: float, or (B, H) in the compute dtype.
     bias: floating, mask: bool, True where an entry takes part; (B, H, N, M), expanded (stride 0) where broadcast.
     query_padding (B, N), key_padding (B, M): bool, True where a line takes no part.
+    processes: where others hold more queries, of the same keys, what adds up and takes maxima over all of them.
     """
 
     query: Tensor
@@ -144,6 +159,12 @@ class Attention:
     mask: Tensor | None = None
     query_padding: Tensor | None = None
     key_padding: Tensor | None = None
+    processes: Processes | None = None
+
+    @property
+    def queries(self) -> int:
+        """N, of all processes."""
+        return self.query.shape[2] if self.processes is None else self.processes.queries
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -38,7 +38,8 @@ def bench(
     """Measure every operation beside what one would use instead, in interleaved rounds; about five minutes on a CPU.
 
     Needs a checkout of the repository and the extra [bench]. The rows replace benchmarks/results/DEVICE.jsonl, from
-    which `python -m benchmarks.report` makes the README's table and figure; a run that is cut off leaves DEVICE.part.jsonl.
+    which `python -m benchmarks.report` makes docs/performance.md, the README's table and the figures; a run that is cut off
+    leaves DEVICE.part.jsonl.
 
     Examples:
 

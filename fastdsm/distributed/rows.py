@@ -6,10 +6,7 @@ forward and backward, and one maximum before the first. Half steps, S = logits /
     g_j <- g_j + log c_j - log sum_i exp(S_ij + f_i + g_j)   (the first from the common maximum of its column),
     f_i <- log r_i - LSE_j(S_ij + g_j),
 
-in float64, as potentials of float32 leave 1e-6 at logits of standard deviation 8; exponentials are made block by block. Adjoint
-of a half step of columns at (f, g), from dg summed over processes, and of rows, with K = exp(S + f + g):
-
-    beta = dg / c,   dS -= K beta_j,   df -= K beta;        alpha = df / r,   dS -= K alpha_i,   dg -= K^T alpha.
+in float64, as potentials of float32 leave 1e-6 at logits of standard deviation 8; exponentials are made block by block.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._ops import arguments
-from .collectives import place_of, reduced
+from .collectives import reduced
 
 _BLOCK = 1 << 20  # entries that are held in float64 at once
 _TOTALS = 1e-4
@@ -147,7 +144,7 @@ def swept(
 
 def off(sums: Tensor, masses: Tensor) -> Tensor:
     """|sum / mass - 1| of lines that take part."""
-    return (_divided(sums, masses) - 1).abs().where(masses > 0, 0.0)
+    return (divided(sums, masses) - 1).abs().where(masses > 0, 0.0)
 
 
 def worst(x: Tensor, group: Any) -> Tensor:
@@ -155,89 +152,6 @@ def worst(x: Tensor, group: Any) -> Tensor:
     return reduced(torch.cat([x, x.new_zeros(len(x), 1)], 1).amax(1), "max", group)
 
 
-class Rows(torch.autograd.Function):
-    """The local rows of the plan; and f, g, c, the residual if it was asked for, and the half steps, without a gradient.
-
-    Of logits, scale, r, c or None, and f0. What all processes share, scale, c and an f0 of columns, has on each a share of its
-    gradient: their sum is the whole, as that of any parameter beside data that lie apart.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, S: Tensor, scale: Tensor, r: Tensor, c: Tensor | None, f0: Tensor, options: tuple[Any, ...]) -> Any:
-        """options: columns first, half steps, tol, group."""
-        first, count, tol, group = options
-        problem, steps, residual = swept(Problem(S, scale, r, None, group), c, f0, first, count, tol)
-        f, g = steps[-1].f, steps[-1].g
-        plan = torch.empty_like(S)
-        for rows in blocks(S):
-            plan[:, rows] = entries(problem, rows, f, g).to(S.dtype)
-        found = f, g, g if problem.c is None else problem.c, f.new_empty(0) if residual is None else residual
-        ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(S, scale, r, c, problem.c, *(x for step in steps for x in (step.f, step.g)))
-        ctx.columns, ctx.group = [step.columns for step in steps], group
-        return plan, *found, len(steps) - 1
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_plan: Tensor | None, *_: Any) -> Any:
-        """In two passes: the adjoint's lines, of every half step, and then the gradient of the logits, block by block."""
-        if d_plan is None:
-            return (None,) * 6
-        S, scale, r, given, c, *kept = ctx.saved_tensors
-        problem = Problem(S, scale, r, c, ctx.group)
-        steps = list(map(Step, ctx.columns, kept[::2], kept[1::2]))
-        lines, d_r, d_c, d_f0 = _lines(problem, steps, d_plan)
-        f, g = steps[-1].f, steps[-1].g
-        d_S, d_scale = torch.empty_like(S), torch.zeros_like(scale)
-        for rows in blocks(S):
-            slope = entries(problem, rows, f, g) * d_plan[:, rows].double()
-            for step, factor in lines:
-                across = factor[:, None, :] if step.columns else factor[:, rows, None]
-                slope -= entries(problem, rows, step.f, step.g) * across
-            d_scale += (slope * S[:, rows].double().where(slope != 0, 0.0)).sum((1, 2))
-            d_S[:, rows] = (slope * scale[:, None, None]).to(S.dtype)
-        if c is None:
-            return d_S, d_scale, d_r, None, d_f0, None
-        total = c.sum(1, keepdim=True)
-        of_total = (d_c * c).sum(1, keepdim=True) / total  # which the columns take from all rows
-        d_r += of_total.where(r > 0, 0.0)
-        if given is None:
-            return d_S, d_scale, d_r, None, d_f0, None
-        ratio = total / given.where(c > 0, 0.0).sum(1, keepdim=True)
-        d_given = ((d_c - of_total) * ratio).where(c > 0, 0.0) / place_of(ctx.group)[1]
-        return d_S, d_scale, d_r, d_given, d_f0, None
-
-
-def _lines(problem: Problem, steps: list[Step], d_plan: Tensor) -> tuple[list[tuple[Step, Tensor]], Tensor, Tensor, Tensor]:
-    """alpha or beta of every half step, gradients in r and c, and in the potential before the first."""
-    S, _, r, c, group = problem
-    _, f, g = steps[-1]
-    df, dg = torch.zeros_like(f), torch.zeros_like(g)
-    for rows in blocks(S):
-        terms = entries(problem, rows, f, g) * d_plan[:, rows].double()
-        df[:, rows] = terms.sum(2)
-        dg += terms.sum(1)
-    lines: list[tuple[Step, Tensor]] = []
-    d_r, d_c = torch.zeros_like(r), torch.zeros_like(g)
-    for step, before in zip(reversed(steps[1:]), reversed(steps[:-1]), strict=True):
-        if step.columns:
-            assert c is not None
-            factor = _divided(reduced(dg, "sum", group), c)
-            d_c, dg = d_c + factor, torch.zeros_like(dg)
-            at = Step(True, before.f, step.g)
-            for rows in blocks(S):
-                df[:, rows] -= (entries(problem, rows, at.f, at.g) @ factor.unsqueeze(2)).squeeze(2)
-        else:
-            factor = _divided(df, r)
-            d_r, df = d_r + factor, torch.zeros_like(df)
-            at = Step(False, step.f, before.g)
-            for rows in blocks(S):
-                dg -= (factor[:, None, rows] @ entries(problem, rows, at.f, at.g)).squeeze(1)
-        lines.append((at, factor))
-    return lines, d_r, d_c, df if steps[0].columns else dg
-
-
-def _divided(x: Tensor, masses: Tensor) -> Tensor:
+def divided(x: Tensor, masses: Tensor) -> Tensor:
     """0 of lines that take no part."""
     return torch.where(masses > 0, x / masses.where(masses > 0, 1.0), 0.0)

@@ -65,22 +65,18 @@ class HyperConnectionParallel(ParallelStyle):
 
 
 class SinkhornContextParallel(ParallelStyle):
-    """nn.SinkhornAttention on sequences of which every process has a part, by exchange of heads.
+    """nn.SinkhornAttention on sequences of which every process has a part.
 
     The module then calls :func:`fastdsm.distributed.sinkhorn_attention`: its inputs are this process's lines, padding masks of
     these, attn_mask their rows over all keys; need_weights must be False. Its parameters' gradients are this process's share,
     as those of any module over a part of the data: data parallelism over the same processes adds them up.
 
     Raises:
-        TypeError: for another module. ValueError: for heads that the mesh does not divide.
+        TypeError: for another module.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, SinkhornAttention):
             raise TypeError(f"expected an nn.SinkhornAttention of fastdsm, got {type(module).__name__}")
-        if module.num_heads % device_mesh.size():
-            raise ValueError(
-                f"num_heads must be a multiple of the mesh's {device_mesh.size()} processes, got {module.num_heads}"
-            )
         module.context_group = device_mesh.get_group()
         return module

@@ -25,7 +25,11 @@ CALLS = (
 )  # fmt: skip
 
 
-def operands(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+# Of those, what is served where keys are gathered; three heads.
+GATHERED = [x for x in CALLS if x not in ("half steps", "grouped heads", "temperature", "temperature of heads")]
+
+
+def operands(name: str, heads: int = HEADS) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Query, key, value and what has a gradient beside them; and the other options."""
     draw = torch.Generator().manual_seed(3)
 
@@ -33,9 +37,10 @@ def operands(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     keys = LINES + 4 if name == "lines apart" else LINES
-    groups = 2 if name == "grouped heads" else HEADS
+    groups = 2 if name == "grouped heads" else 1 if name == "one key head" else heads
+    lines = SIZE if name == "a line each" else LINES
     given = {
-        "query": normal(BATCH, HEADS, LINES, WIDTH), "key": normal(BATCH, groups, keys, WIDTH),
+        "query": normal(BATCH, heads, lines, WIDTH), "key": normal(BATCH, groups, keys, WIDTH),
         "value": normal(BATCH, groups, keys, WIDTH + 2),
     }  # fmt: skip
     padding = torch.zeros(BATCH, LINES, dtype=torch.bool)
@@ -50,14 +55,16 @@ def operands(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "padding": {"key_padding_mask": padding, "query_padding_mask": padding},
         "float padding": {"key_padding_mask": torch.zeros(BATCH, LINES, dtype=torch.float64).masked_fill(padding, -torch.inf)},
         "mask of rows": {"attn_mask": entries},
-        "mask of heads": {"attn_mask": entries | (normal(1, HEADS, 1, 1) > 0)},
+        "mask of heads": {"attn_mask": entries | (normal(1, heads, 1, 1) > 0)},
         "mask of keys": {"attn_mask": (torch.arange(keys) < keys - 1).expand(1, 1, 1, keys)},
         "grouped heads": {"enable_gqa": True},
+        "one key head": {"enable_gqa": True},
+        "row, tol": {"first": "row", "tol": 1e-3, "n_iters": 50},
     }
     if name.startswith("bias"):
-        given["attn_mask"] = normal(BATCH, HEADS if "heads" in name else 1, LINES, keys)
+        given["attn_mask"] = normal(BATCH, heads if "heads" in name else 1, LINES, keys)
     if name.startswith("temperature"):
-        given["temperature"] = normal(HEADS if "heads" in name else 1).exp()
+        given["temperature"] = normal(heads if "heads" in name else 1).exp()
     return given, options.get(name, {})
 
 
@@ -68,10 +75,13 @@ def mine(name: str, x: Tensor) -> Tensor:
     return x.chunk(SIZE, -1 if name.endswith("padding_mask") else -2)[dist.get_rank()]
 
 
-def own(call: str) -> tuple[Tensor, dict[str, Tensor]]:
+def own(call: str, heads: int, backend: str = "auto") -> tuple[Tensor, dict[str, Tensor]]:
     import fastdsm.distributed
 
-    given, options = operands(call)
+    given, options = operands(call, heads)
+    if backend == "triton":
+        given = {name: x.float() for name, x in given.items()}
+        options["backend"] = backend
     leaves = {name: mine(name, x).clone().requires_grad_() for name, x in given.items()}
     options = {name: mine(name, x) if isinstance(x, Tensor) else x for name, x in options.items()}
     out = fastdsm.distributed.sinkhorn_attention(**leaves, **options)
@@ -79,13 +89,16 @@ def own(call: str) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), {name: x.grad for name, x in leaves.items()}
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_one_process(workers: Pool, call: str) -> None:
-    given, options = operands(call)
+@pytest.mark.parametrize(
+    ("heads", "call"),
+    [(HEADS, call) for call in CALLS] + [(3, call) for call in (*GATHERED, "one key head", "a line each", "row, tol")],
+)
+def test_one_process(workers: Pool, heads: int, call: str) -> None:
+    given, options = operands(call, heads)
     leaves = {name: x.requires_grad_() for name, x in given.items()}
     out = fastdsm.sinkhorn_attention(**leaves, **options)
     out.square().sum().backward()
-    found = workers.run(own, call)
+    found = workers.run(own, call, heads)
     torch.testing.assert_close(torch.cat([x for x, _ in found], -2), out.detach(), rtol=0, atol=1e-11)
     for name, x in leaves.items():
         parts = [slopes[name] for _, slopes in found]
@@ -94,20 +107,37 @@ def test_one_process(workers: Pool, call: str) -> None:
         torch.testing.assert_close(grad, x.grad, rtol=0, atol=1e-10 * max(1.0, x.grad.abs().max().item()))
 
 
-def dropped() -> Tensor:
-    """Which entries each head keeps, with the random numbers of a tensor-parallel job: the same on every process."""
+@pytest.mark.parametrize("call", ["plain", "row, 5 sweeps", "padding", "mask of rows"])
+def test_kernels_over_gathered_keys(workers: Pool, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, in float32."""
+    given, options = operands(call, 3)
+    leaves = {name: x.requires_grad_() for name, x in given.items()}
+    out = fastdsm.sinkhorn_attention(**leaves, **options)
+    out.square().sum().backward()
+    found = workers.run(own, call, 3, "triton")
+    torch.testing.assert_close(torch.cat([x for x, _ in found], -2).double(), out.detach(), rtol=0, atol=2e-6)
+    for name, x in leaves.items():
+        grad = torch.cat([slopes[name] for _, slopes in found], -2).double()
+        torch.testing.assert_close(grad, x.grad, rtol=0, atol=2e-5)
+
+
+def dropped(heads: int) -> Tensor:
+    """Which entries are kept, with the random numbers of a tensor-parallel job: the same on every process."""
     import fastdsm.distributed
 
     torch.manual_seed(0)
-    query = torch.zeros(1, 2, 8, 1)
-    value = torch.eye(16).expand(1, 2, 16, 16).chunk(SIZE, -2)[dist.get_rank()]
+    query = torch.zeros(1, heads, 8, 1)
+    value = torch.eye(16).expand(1, heads, 16, 16).chunk(SIZE, -2)[dist.get_rank()]
     return fastdsm.distributed.sinkhorn_attention(query, query, value, dropout_p=0.5)
 
 
 def test_ranks_drop_entries_of_their_own(workers: Pool) -> None:
-    kept = torch.cat(workers.run(dropped), -2) != 0
+    kept = torch.cat(workers.run(dropped, 2), -2) != 0
     assert 0.3 < kept.float().mean() < 0.7
     assert not torch.equal(kept[:, 0], kept[:, 1])
+    first, second = (x != 0 for x in workers.run(dropped, 1))
+    assert 0.3 < first.float().mean() < 0.7
+    assert not torch.equal(first, second)
 
 
 def compiled() -> bool:
@@ -127,18 +157,25 @@ def refused() -> list[str]:
     import fastdsm.distributed
 
     found = []
-    for heads, dims in ((3, 4), (4, 3)):
-        query = torch.randn(2, heads, 4, 3)[(0,) * (4 - dims)]
-        with pytest.raises(ValueError, match="query must have") as raised:
-            fastdsm.distributed.sinkhorn_attention(query, query, query)
+    query, few = torch.randn(4, 4, 3), torch.randn(2, 3, 4, 3)
+    learnt = torch.ones(3, requires_grad=True)
+    for kind, x, options in (
+        (ValueError, query, {}),
+        (NotImplementedError, few, {"half_steps": 3}),
+        (NotImplementedError, few, {"temperature": learnt}),
+        (NotImplementedError, few, {"first": "row", "grad": "implicit", "tol": 1e-3}),
+        (NotImplementedError, few, {"backend": "reference"}),
+    ):
+        with pytest.raises(kind) as raised:
+            fastdsm.distributed.sinkhorn_attention(x, x, x, **options)
         found.append(str(raised.value))
     return found
 
 
 def test_what_cannot_be_exchanged(workers: Pool) -> None:
     for texts in workers.run(refused):
-        assert "multiple of 2 heads" in texts[0]
-        assert "(B, heads, lines, features)" in texts[1]
+        assert "(B, heads, lines, features)" in texts[0]
+        assert all("multiple of the" in text for text in texts[1:])
 
 
 def inside_torchs_context() -> tuple[list[str], Tensor]:

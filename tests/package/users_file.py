@@ -3,12 +3,15 @@
 It imports nothing but torch and fastdsm. What a type checker sees of each result stands beside it.
 """
 
+import tempfile
 from typing import Any, assert_type
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastdsm
+import fastdsm.distributed
 from fastdsm import compat, diagnostics, integrations, mhc
 from fastdsm import nn as layers
 from fastdsm.compat import geomloss, gumbel, hyper_connections, megatron, pot, pygmtools, sinkformers, sinkhorn_transformer
@@ -149,6 +152,19 @@ def others(scores: Tensor) -> None:
     assert_type(compat.conventions(), list[compat.Convention])
 
 
+def shared(logits: Tensor, query: Tensor) -> None:
+    """The calls over processes, of which there is one."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    plan = fastdsm.distributed.sinkhorn(logits, n_iters=3)
+    assert_type(plan, Tensor)
+    assert_type(fastdsm.distributed.sinkhorn(logits, return_info=True), tuple[Tensor, fastdsm.SinkhornInfo])
+    assert_type(fastdsm.distributed.sigma2(plan), Tensor)
+    assert_type(fastdsm.distributed.sinkhorn_attention(query, query, query), Tensor)
+    assert_type(fastdsm.distributed.HyperConnectionParallel(sequence_dim=1), fastdsm.distributed.HyperConnectionParallel)
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """Run all of it."""
     torch.manual_seed(0)
@@ -158,6 +174,7 @@ def main() -> None:
     watched(Network(16), torch.randn(2, 6, 16))
     converted()
     others(torch.randn(2, 4, 4))
+    shared(torch.randn(2, 4, 4), torch.randn(1, 2, 6, 8))
     print(f"fastdsm {assert_type(fastdsm.__version__, str)}: all of it ran")
 
 

@@ -207,11 +207,19 @@ def test_report_takes_every_number_from_the_rows() -> None:
 
 
 def test_report_replaces_what_lies_between_the_markers() -> None:
-    once = report.spliced(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "new")
-    assert once == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-    assert report.spliced(once, "new") == once
+    begin, end = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+    once = report.spliced(f"before\n{begin}\nold\n{end}\nafter\n", "benchmark", "new")
+    assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
+    assert report.spliced(once, "benchmark", "new") == once
     with pytest.raises(ValueError, match="expected the markers"):
-        report.spliced("no markers", "new")
+        report.spliced(once, "proof", "new")
+
+
+def test_report_says_who_was_left_out_and_why() -> None:
+    rows = records()
+    rows[1:1] = [row("Liger", 0.0, 0.0, **left_out() | {"left_out": reason}) for reason in ("wrong", "small", "wrong")]
+    text = report.section(rows, "speedup.png")
+    assert text.endswith("\n\nLeft out, in cases where:\n\n- Liger: wrong; small\n- GeomLoss: not installed")
 
 
 def test_figure_is_drawn(tmp_path: Path) -> None:

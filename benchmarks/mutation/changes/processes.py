@@ -7,9 +7,9 @@ _SHARDS, _SEQUENCE = "tests/distributed/test_shards.py", "tests/distributed/test
 
 PROCESSES = [
     Change(
-        "fastdsm/distributed/rows.py",
-        'factor = _divided(reduced(dg, "sum", group), c)',
-        "factor = _divided(dg, c)",
+        "fastdsm/distributed/gradient.py",
+        'factor = divided(reduced(dg, "sum", group), c)',
+        "factor = divided(dg, c)",
         (_ROWS,),
         "the adjoint of columns of this process's rows alone",
     ),
@@ -22,10 +22,31 @@ PROCESSES = [
     ),
     Change(
         "fastdsm/distributed/attention.py",
-        "(rank, size),",
-        "(0, 1),",
+        "half_steps, False, backend, (rank, size),",
+        "half_steps, False, backend, (0, 1),",
         (_CONTEXT,),
         "ranks that drop the same entries of their different heads",
+    ),
+    Change(
+        "fastdsm/distributed/converged.py",
+        "return divided(of_rows - image, problem.r), beta",
+        "return divided(of_rows, problem.r), beta",
+        (_ROWS,),
+        "alpha of the implicit gradient without beta's part",
+    ),
+    Change(
+        "fastdsm/distributed/gathered.py",
+        'if over == "rows":\n            out.copy_(self._of.sum(out))',
+        'if over == "":\n            out.copy_(self._of.sum(out))',
+        (_CONTEXT,),
+        "sums over queries of this process alone in the adjoint",
+    ),
+    Change(
+        "fastdsm/_ops/streamed/gradient.py",
+        "1 in (problem.queries, problem.key.shape[2])",
+        "1 in (problem.query.shape[2], problem.key.shape[2])",
+        (_CONTEXT,),
+        "one query a process taken for one query in all: no gradient",
     ),
     Change(
         "fastdsm/_ops/shards.py",

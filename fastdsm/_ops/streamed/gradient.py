@@ -54,7 +54,7 @@ class Cotangents:
 
 def of_one_line(problem: Attention, sweeps: Sweeps) -> bool:
     """Whether the marginals alone determine the plan: its derivative is zero, not the rounding of terms that cancel."""
-    return sweeps.n_iters > 0 and 1 in (problem.query.shape[2], problem.key.shape[2])
+    return sweeps.n_iters > 0 and 1 in (problem.queries, problem.key.shape[2])
 
 
 def attention_backward(
@@ -164,7 +164,7 @@ def _unrolled_terms(
 ) -> Terms:
     """The adjoint of the module's docstring."""
     final = sweeps.n_iters
-    reach = max(int(_LOG_RANGE / math.log(max(problem.query.shape[2], problem.key.shape[2], 2))), 1)
+    reach = max(int(_LOG_RANGE / math.log(max(problem.queries, problem.key.shape[2], 2))), 1)
     done = done.unsqueeze(-1)
     segments: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 

@@ -161,7 +161,7 @@ def attention_forward(
             passes.lse(problem, over_first, seen(sweeps, x, y), t == 1, other, active)
         exact = _normalised(y.counted, other, first_mass)
         if sweeps.tol >= 0 and t > 1:
-            active = active & ~(_relative(y.counted, exact) <= sweeps.tol)
+            active = active & ~(_relative(problem, sweeps, y.counted, exact) <= sweeps.tol)
             state.sweeps += active
             exact = torch.where(active.unsqueeze(-1), exact, y.exact)
         if t == 1:
@@ -202,7 +202,7 @@ def attention_forward(
         passes.apply(problem, "cols", now, value, dropout, out)
     if residual:
         passes.lse(problem, over_first, now, False, other)
-        state.residual.copy_(_relative(y.counted, _normalised(y.counted, other, first_mass)))
+        state.residual.copy_(_relative(problem, sweeps, y.counted, _normalised(y.counted, other, first_mass)))
     else:
         state.residual.zero_()
 
@@ -229,18 +229,22 @@ def _normalised(potential: Tensor, lse: Tensor, log_mass: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0.0, potential + log_mass - lse)
 
 
-def _relative(potential: Tensor, normalising: Tensor) -> Tensor:
-    """Largest relative error (B, H) of line sums that ``normalising`` would put right."""
-    return torch.expm1(potential - normalising).abs().amax(-1)
+def _relative(problem: Attention, sweeps: Sweeps, potential: Tensor, normalising: Tensor) -> Tensor:
+    """Largest relative error (B, H) of sums of the first side's lines that ``normalising`` would put right."""
+    worst = torch.expm1(potential - normalising).abs().amax(-1)
+    return worst if problem.processes is None or sweeps.columns_first else problem.processes.max(worst)
 
 
 def log_masses(problem: Attention) -> tuple[Tensor, Tensor]:
     """Log mass (B or 1, H or 1, 1) of a query line and of a key line that takes part."""
     if all(x is None for x in (problem.mask, problem.bias, problem.query_padding, problem.key_padding)):
         one = problem.query.new_zeros((1, 1, 1), dtype=torch.float64)
-        return one, torch.full_like(one, math.log(problem.query.shape[2] / problem.key.shape[2]))
+        return one, torch.full_like(one, math.log(problem.queries / problem.key.shape[2]))
     queries, keys = valid_lines(problem)
-    counts = [x.sum(-1, keepdim=True).clamp(min=1).double() for x in (queries, keys)]
+    counts = [x.sum(-1, keepdim=True).double() for x in (queries, keys)]
+    if problem.processes is not None:
+        counts[0] = problem.processes.sum(counts[0])
+    counts = [x.clamp(min=1) for x in counts]
     return torch.zeros_like(counts[0]), (counts[0] / counts[1]).log()
 
 
@@ -250,8 +254,9 @@ def valid_lines(problem: Attention) -> tuple[Tensor, Tensor]:
     like = problem.query.new_ones((1, 1, 1), dtype=torch.bool)
     queries = like.expand(1, 1, N) if problem.query_padding is None else ~problem.query_padding[:, None, :]
     keys = like.expand(1, 1, M) if problem.key_padding is None else ~problem.key_padding[:, None, :]
+    anywhere = (lambda x: x) if problem.processes is None else problem.processes.max
     if problem.mask is None and problem.bias is None:
-        some = (keys.any(-1, keepdim=True), queries.any(-1, keepdim=True))
+        some = (keys.any(-1, keepdim=True), anywhere(queries.any(-1, keepdim=True)))
         return queries & some[0], keys & some[1]
     rows, cols = [], torch.zeros_like(keys)
     for start in range(0, N, max(_BLOCK_ENTRIES // max(M, 1), 1)):
@@ -263,7 +268,7 @@ def valid_lines(problem: Attention) -> tuple[Tensor, Tensor]:
             entries = entries & (_unexpanded(problem.bias)[:, :, block] != -torch.inf)
         rows.append(entries.any(-1))
         cols = cols | entries.any(-2)
-    return torch.cat(rows, -1), cols
+    return torch.cat(rows, -1), anywhere(cols)
 
 
 def _unexpanded(x: Tensor) -> Tensor:
