@@ -8,7 +8,7 @@ PART ?= 1/1
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: setup demo test slow execute mutate verify gpu bench report static notebooks dist lint format clean
+.PHONY: setup demo test slow execute mutate verify gpu bench report static notebooks docs dist lint format clean
 
 setup: .venv/dev.done
 
@@ -34,7 +34,7 @@ demo: .venv/demo.done
 test: .venv/parity.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile -m "not slow"
 
-slow: .venv/dev.done .venv/release.done
+slow: .venv/dev.done .venv/release.done .venv/docs.done
 	$(BIN)/python -m pytest tests -n auto --dist loadfile -m slow
 
 execute: .venv/dev.done
@@ -62,6 +62,9 @@ static: .venv/dev.done
 notebooks: .venv/dev.done
 	$(BIN)/python -m examples.notebooks
 
+docs: .venv/docs.done
+	$(BIN)/mkdocs build --strict
+
 dist: .venv/release.done
 	rm -rf build dist *.egg-info
 	$(BIN)/python -m build
@@ -77,4 +80,4 @@ format: .venv/dev.done
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -84,8 +84,8 @@ def sinkhorn_attention_sigma2(
     the logits a step and O(max_steps (N + M)) memory a head; on a CPU a few heads' plans at most are stored instead.
 
     Args:
-        query, key, attn_mask, scale, enable_gqa, key_padding_mask, query_padding_mask, temperature, n_iters, first, tol,
-            backend: the plan, as for :func:`fastdsm.sinkhorn_attention`.
+        query, key, attn_mask, scale, enable_gqa: of the plan, as for :func:`fastdsm.sinkhorn_attention`.
+        key_padding_mask, query_padding_mask, temperature, n_iters, first, tol, backend: likewise.
         accuracy: relative accuracy aimed at, > 0; a CPU stops there, a GPU, which does not look, takes all ``max_steps``.
         max_steps: Lanczos steps at most, >= 1.
         return_bounds: also return a certified interval.
