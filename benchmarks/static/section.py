@@ -30,9 +30,10 @@ def section(rows: Sequence[Predicted], current: Collection[str]) -> str:
         [
             "# Prediction against measurement",
             _ABOUT,
-            f"Of the {len(measured)} measurements on an {measured[0].device}, {len(same)} are of kernels whose machine code was "
-            f"the same when they were predicted; {len(countable)} of these can be followed, and {sum(map(fits, countable))} are "
-            f"within 25 %. Of the other {len(others)}, {sum(map(fits, others))} are. {_since(measured, current)}",
+            f"Of the {len(measured)} measurements on an {measured[0].device}, {len(same)} are of kernels whose machine code "
+            f"was the same when they were predicted; {len(countable)} of these can be followed, and "
+            f"{sum(map(fits, countable))} are within 25 %. Of the other {len(others)}, {sum(map(fits, others))} are. "
+            + _since(measured, current),
             "\n".join(table),
             _MISSES,
             "## Not measured yet",
