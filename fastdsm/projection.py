@@ -43,7 +43,7 @@ def sinkhorn(logits: Tensor, *, return_info: Literal[False] = ..., **options: Un
 def sinkhorn(logits: Tensor, *, return_info: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, SinkhornInfo]: ...
 @overload
 def sinkhorn(logits: Tensor, *, return_info: bool, **options: Unpack[_Options]) -> Tensor | tuple[Tensor, SinkhornInfo]: ...
-@sharded.by_shards("logits", temperature=0, f0=1, row_marginal=1, col_marginal=1, mask=2)
+@sharded.by_shards("logits", rows=True, temperature=0, f0=1, row_marginal=1, col_marginal=1, mask=2)
 def sinkhorn(
     logits: Tensor,
     *,

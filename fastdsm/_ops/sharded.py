@@ -76,12 +76,13 @@ def own(x: Tensor, apart: bool) -> Tensor:
     return local
 
 
-def by_shards(lead: str, dims: int = 2, **trailing: int | None) -> Callable[[_Function], _Function]:
+def by_shards(lead: str, dims: int = 2, rows: bool = False, **trailing: int | None) -> Callable[[_Function], _Function]:
     """Decorator: DTensors are taken apart, and what every process has is an ordinary call.
 
     lead: the argument whose batch, all but its last ``dims`` dimensions, is sharded or replicated; so are the results.
     trailing: the other tensors, and how many dimensions each has behind its batch; None where that is as long as the lead's.
-    Tensors that are not named are parameters without a batch.
+    Tensors that are not named are parameters without a batch. rows: the rows of matrices may lie apart on one dimension of the
+    mesh, and the call is then that of :mod:`fastdsm.distributed` of the same name.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -90,7 +91,7 @@ def by_shards(lead: str, dims: int = 2, **trailing: int | None) -> Callable[[_Fu
             if "torch.distributed.tensor" in sys.modules and any(map(is_sharded, (*args, *kwargs.values()))):
                 from .shards import called
 
-                return called(function, lead, dims, trailing, args, kwargs)
+                return called(function, lead, dims, rows, trailing, args, kwargs)
             return function(*args, **kwargs)
 
         return cast(_Function, call)

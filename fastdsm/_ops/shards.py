@@ -21,11 +21,18 @@ from torch.utils import _pytree as pytree
 from .sharded import unread
 
 Placements = tuple[Any, ...]
+_ROWS = {"row_marginal": -1, "mask": -2}  # which of an argument's dimensions are rows
 _OF_LINES = frozenset(("key_padding_mask", "query_padding_mask"))  # without heads, which are the last of a query's batch
 
 
 def called(
-    function: Callable[..., Any], lead: str, dims: int, trailing: Mapping[str, int | None], args: Any, kwargs: Any
+    function: Callable[..., Any],
+    lead: str,
+    dims: int,
+    rows: bool,
+    trailing: Mapping[str, int | None],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """The call's results, sharded as its leading argument ``lead``."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -35,6 +42,8 @@ def called(
     mesh = next(x for x in given.values() if isinstance(x, DTensor)).device_mesh
     if not isinstance(whole, DTensor):
         whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if rows and (over := _mesh_dimension_of_rows(whole)) is not None:
+        return _of_rows(function, lead, whole, over, given)
     batch = whole.shape[: whole.dim() - dims] if whole.dim() > dims else torch.Size()
     placements = _of_batch(whole, lead, len(batch))
     for name, x in given.items():
@@ -49,6 +58,56 @@ def called(
     with unread() if apart else nullcontext():
         found = function(**given)
     return pytree.tree_map_only(Tensor, lambda x: _joined(x, mesh, placements, batch), found)
+
+
+def _mesh_dimension_of_rows(x: DTensor) -> int | None:
+    """Where rows lie apart, if nothing else does."""
+    apart = [i for i, placement in enumerate(x.placements) if not isinstance(placement, Replicate)]
+    return apart[0] if len(apart) == 1 and x.placements[apart[0]] == Shard(x.dim() - 2) else None
+
+
+def _of_rows(function: Callable[..., Any], lead: str, whole: DTensor, over: int, given: dict[str, Any]) -> Any:
+    """The call of :mod:`fastdsm.distributed`: what is of rows lies apart as they do, what is of columns is on every process."""
+    from .. import distributed
+
+    mesh, matrices = whole.device_mesh, whole.shape[:-2]
+    given.pop("backend", None)
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            continue
+        dim = _ROWS.get(name)
+        if name == "f0" and given.get("first", "col") == "col":
+            dim = -1
+        if name == lead:
+            given[name] = whole.to_local()
+            continue
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        wanted: list[Any] = [Replicate()] * mesh.ndim
+        gradients: list[Any] = list(wanted)
+        if dim is not None and x.dim() >= -dim and x.shape[dim] > 1:
+            wanted[over] = gradients[over] = Shard(x.dim() + dim)
+        else:
+            gradients[over] = Partial()
+        given[name] = x.redistribute(placements=wanted).to_local(grad_placements=gradients)
+    plan = getattr(distributed, function.__name__)(**given, group=mesh.get_group(over))
+    lines = whole.shape[-2]
+
+    def joined(x: Tensor, at: int | None) -> DTensor:
+        placements: list[Any] = [Replicate()] * mesh.ndim
+        shape = list(x.shape)
+        if at is not None:
+            placements[over], shape[at] = Shard(at), lines
+        steps = tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()
+        return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=steps)
+
+    if isinstance(plan, Tensor):
+        return joined(plan, len(matrices))
+    plan, info = plan
+    of_rows = len(matrices)
+    return joined(plan, of_rows), type(info)(
+        *(joined(x, of_rows if name == "f" else None) for name, x in info._asdict().items())
+    )
 
 
 def _of_batch(x: DTensor, name: str, batch: int) -> Placements:

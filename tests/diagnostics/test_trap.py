@@ -120,6 +120,7 @@ def test_digits(trained: Result, tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_language_models_on_streams(tmp_path: Path) -> None:
     with torch.no_grad():
         result = language.run(seeds=1, steps=4, blocks=1)

@@ -251,8 +251,7 @@ def test_runs_agree_to_the_bit_whatever_else_is_asked_for() -> None:
     assert torch.equal(bare_gradients.logits, gradients.logits)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
-@pytest.mark.parametrize("first", ["col", "row"])
+@pytest.mark.parametrize(("dtype", "first"), [(SINGLE, "col"), (torch.bfloat16, "row")])
 def test_sigma2_comes_from_the_plan_of_these_kernels(dtype: torch.dtype, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniform and given marginals, excluded lines and entries; the PyTorch path projects nothing."""
 

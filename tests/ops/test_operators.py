@@ -189,8 +189,9 @@ def _projection_inputs(x: Tensor) -> tuple[object, ...]:
     return (x, None, None, None, None, None, 1.0, 5, True, -1.0, "torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["contiguous", "transposed", "empty"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("contiguous", torch.float32), ("transposed", torch.bfloat16), ("empty", torch.float32)]
+)
 def test_opcheck(dtype: torch.dtype, kind: str) -> None:
     x = torch.randn(0 if kind == "empty" else 3, 4, 5, dtype=dtype)
     x = x.mT if kind == "transposed" else x

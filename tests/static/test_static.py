@@ -274,6 +274,7 @@ def _newton() -> list[dict[str, Any]]:
     return newton.rows((2.0,), 12) + newton.rows((2.0,), 16, lines=8)
 
 
+@pytest.mark.slow
 def test_newton_takes_fewer_instructions_than_20_sweeps() -> None:
     found = rows_of(__name__, "_newton")
     for row, sweeps in (found[:2], found[2:]):
