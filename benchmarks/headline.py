@@ -52,8 +52,8 @@ def proof(rows: Rows) -> str:
     )
 
 
-def section(rows: Rows) -> str:
-    """The table, how to read it, and the losses."""
+def section(rows: Rows, lost_beside: Sequence[str] = ()) -> str:
+    """The table, how to read it, and the losses, those of other results among them."""
     cases = [(shown.peers, *_found(rows, shown)) for shown in SHOWN]
     runs = "; ".join(dict.fromkeys(_conditions(ours) for _, ours, _ in cases))
     lines = [
@@ -61,7 +61,7 @@ def section(rows: Rows) -> str:
         "| --- | --- | --- | --- | ---: | --- |",
         *(_line(*case) for case in cases),
     ]
-    return "\n".join([*lines, "", f"{runs}. {_READING}", "", *losses(rows)])
+    return "\n".join([*lines, "", f"{runs}. {_READING}", "", *losses(rows, lost_beside)])
 
 
 _READING = (
@@ -72,8 +72,8 @@ _READING = (
 )
 
 
-def losses(rows: Rows) -> list[str]:
-    """Every case in which what was measured beside fastdsm is faster, a line for each machine, and flash attention."""
+def losses(rows: Rows, beside: Sequence[str] = ()) -> list[str]:
+    """Every case in which what was measured beside fastdsm is faster, a line for each machine, ``beside``, flash attention."""
     lost: dict[str, list[str]] = {}
     flash: list[float] = []
     for device in dict.fromkeys(shown.device for shown in SHOWN):
@@ -84,7 +84,7 @@ def losses(rows: Rows) -> list[str]:
                 case = f"`{ours.operation}` of {size_text(ours.shape)}" + (", with backward" * (ours.direction != FORWARD))
                 lost.setdefault(_chip(ours), []).append(f"{case} ({_figures(slower)})")
             flash += [ratio for ratio in [ratio_to(ours, others, FLASH)] if ratio is not None]
-    lines = [f"- {where}: {'; '.join(what)}." for where, what in lost.items()]
+    lines = [f"- {where}: {'; '.join(what)}." for where, what in lost.items()] + list(beside)
     if flash:
         lines.append(
             f"- PyTorch's flash attention, which is of softmax, another function: {min(flash):.2f} to {max(flash):.2f} times."

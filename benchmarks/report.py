@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from . import headline, machine_code
+from . import headline, machine_code, replaced
 from .host import rows as host_rows
 from .host import section as host_section
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
@@ -30,6 +30,9 @@ def main() -> None:
     for name, rows in found.items():
         draw(rows, RESULTS / f"{name}-speedup.png")
         sections.append(section(rows, f"{RESULTS.name}/{name}-speedup.png"))
+    loops = replaced.read() if replaced.ORIGINS.exists() else []
+    if loops:
+        sections.append(replaced.section(loops))
     if machine_code.STATIC.exists():
         sections.append(machine_code.section())
     if host_rows.HOST.exists():
@@ -42,7 +45,7 @@ def main() -> None:
         )
     PERFORMANCE.write_text(spliced(PERFORMANCE.read_text(), "benchmark", "\n\n".join(sections)))
     text = spliced(README.read_text(), "proof", headline.proof(found))
-    README.write_text(spliced(text, "benchmark", headline.section(found)))
+    README.write_text(spliced(text, "benchmark", headline.section(found, replaced.losses(loops))))
 
 
 def spliced(text: str, name: str, content: str) -> str:

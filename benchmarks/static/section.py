@@ -30,12 +30,14 @@ def section(rows: Sequence[Predicted], current: Collection[str]) -> str:
         [
             "# Prediction against measurement",
             _ABOUT,
-            f"Of the {len(measured)} measurements on an {measured[0].device}, {len(same)} are of kernels whose machine code is "
-            f"the same today; {len(countable)} of these can be followed, and {sum(map(fits, countable))} are within 25 %. Of "
-            f"the other {len(others)}, {sum(map(fits, others))} are.",
+            f"Of the {len(measured)} measurements on an {measured[0].device}, {len(same)} are of kernels whose machine code "
+            f"was the same when they were predicted; {len(countable)} of these can be followed, and "
+            f"{sum(map(fits, countable))} are within 25 %. Of the other {len(others)}, {sum(map(fits, others))} are. "
+            + _since(measured, current),
             "\n".join(table),
             _MISSES,
             "## Not measured yet",
+            _since([row for row in rows if not row.where], current),
             *_not_measured(rows),
             "## Constants",
             *(_constants(device) for device in DEVICES),
@@ -66,11 +68,22 @@ of the time, those of 64 lines three at a bank."""
 
 def _line(row: Predicted, current: Collection[str]) -> str:
     remarks = ["another kernel was measured"] * row.changed + ["cannot be followed"] * (row.predicted is None)
-    remarks += ["predicted before the kernel was changed"] * (not set(row.sources) <= set(current))
+    remarks += ["predicted before the kernel was changed"] * _is_old(row, current)
     if row.ratio is not None and not fits(row):
         remarks.insert(0, "**off**")
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     return f"| {_call(row)} ({row.where}) | {_time(row.measured)} | {_time(row.predicted)} | {ratio} | {', '.join(remarks)} |"
+
+
+def _is_old(row: Predicted, current: Collection[str]) -> bool:
+    """Whether one of its kernels is not what it was when it was predicted."""
+    return not set(row.sources) <= set(current)
+
+
+def _since(rows: Sequence[Predicted], current: Collection[str]) -> str:
+    """How many of these predictions are of today's kernels."""
+    old = sum(_is_old(row, current) for row in rows)
+    return f"Since they were predicted the kernels of {old} of these {len(rows)} have changed."
 
 
 def _not_measured(rows: Sequence[Predicted]) -> Iterator[str]:

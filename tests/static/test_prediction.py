@@ -151,3 +151,8 @@ def test_the_section_says_where_the_model_is_off() -> None:
     assert "**off**" in line
     (line,) = [x for x in section(rows, ()).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
     assert "predicted before the kernel was changed" in line
+    measured = sum(bool(x.where) for x in rows)
+    text = section(rows, ())
+    assert "have changed.\n\n| float32, 20 sweeps |" in text
+    for count in (measured, len(rows) - measured):
+        assert f"Since they were predicted the kernels of {count} of these {count} have changed." in text
