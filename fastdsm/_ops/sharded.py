@@ -72,8 +72,8 @@ def own(x: Tensor, apart: bool) -> Tensor:
             "before a forward, fastdsm.distributed.HyperConnectionParallel keeps them replicated"
         )
     summed = [module.Partial() if apart else module.Replicate()] * len(whole.placements)
-    local: Tensor = whole.to_local(grad_placements=summed)
-    return local
+    held: Tensor = whole.to_local(grad_placements=summed)
+    return held
 
 
 def by_shards(lead: str, dims: int = 2, rows: bool = False, **trailing: int | None) -> Callable[[_Function], _Function]:

@@ -2,14 +2,14 @@
 
 The batch of the leading argument stays as it is sharded; other arguments are brought to match it. What is replicated where the
 batch is sharded has on each process the gradient of that part alone: their sum is taken once, by the placement Partial.
-Partial inputs are reduced. Matrices themselves are not taken apart.
+Partial inputs are reduced. Matrices themselves are not taken apart, but for rows that ``fastdsm.distributed`` serves.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -40,8 +40,7 @@ def called(
     if not isinstance(whole, Tensor):
         return function(*args, **kwargs)
     mesh = next(x for x in given.values() if isinstance(x, DTensor)).device_mesh
-    if not isinstance(whole, DTensor):
-        whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    whole = _on_mesh(whole, lead, mesh)
     if rows and (over := _mesh_dimension_of_rows(whole)) is not None:
         return _of_rows(function, lead, whole, over, given)
     batch = whole.shape[: whole.dim() - dims] if whole.dim() > dims else torch.Size()
@@ -57,7 +56,7 @@ def called(
     apart = any(isinstance(x, Shard) for x in placements) and not torch.compiler.is_compiling()
     with unread() if apart else nullcontext():
         found = function(**given)
-    return pytree.tree_map_only(Tensor, lambda x: _joined(x, mesh, placements, batch), found)
+    return pytree.tree_map_only(Tensor, lambda x: _global(x, mesh, placements, (*batch, *x.shape[len(batch) :])), found)
 
 
 def _mesh_dimension_of_rows(x: DTensor) -> int | None:
@@ -81,8 +80,7 @@ def _of_rows(function: Callable[..., Any], lead: str, whole: DTensor, over: int,
         if name == lead:
             given[name] = whole.to_local()
             continue
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        x = _on_mesh(x, name, mesh)
         wanted: list[Any] = [Replicate()] * mesh.ndim
         gradients: list[Any] = list(wanted)
         if dim is not None and x.dim() >= -dim and x.shape[dim] > 1:
@@ -91,23 +89,16 @@ def _of_rows(function: Callable[..., Any], lead: str, whole: DTensor, over: int,
             gradients[over] = Partial()
         given[name] = x.redistribute(placements=wanted).to_local(grad_placements=gradients)
     plan = getattr(distributed, function.__name__)(**given, group=mesh.get_group(over))
-    lines = whole.shape[-2]
+    lines = len(matrices)
 
-    def joined(x: Tensor, at: int | None) -> DTensor:
-        placements: list[Any] = [Replicate()] * mesh.ndim
-        shape = list(x.shape)
-        if at is not None:
-            placements[over], shape[at] = Shard(at), lines
-        steps = tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()
-        return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=steps)
+    def joined(x: Tensor, of_rows: bool) -> DTensor:
+        shape = (*x.shape[:lines], whole.shape[lines], *x.shape[lines + 1 :]) if of_rows else x.shape
+        return _global(x, mesh, [Shard(lines) if of_rows and i == over else Replicate() for i in range(mesh.ndim)], shape)
 
     if isinstance(plan, Tensor):
-        return joined(plan, len(matrices))
+        return joined(plan, True)
     plan, info = plan
-    of_rows = len(matrices)
-    return joined(plan, of_rows), type(info)(
-        *(joined(x, of_rows if name == "f" else None) for name, x in info._asdict().items())
-    )
+    return joined(plan, True), info._replace(**{name: joined(x, name == "f") for name, x in info._asdict().items()})
 
 
 def _of_batch(x: DTensor, name: str, batch: int) -> Placements:
@@ -127,10 +118,7 @@ def _of_batch(x: DTensor, name: str, batch: int) -> Placements:
 
 def _argument(x: Tensor, name: str, trailing: int, mesh: Any, placements: Placements, batch: torch.Size) -> Tensor:
     """This process's part of an argument that is broadcast to the batch with ``trailing`` dimensions behind."""
-    if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    elif x.device_mesh != mesh:
-        raise ValueError(f"{name} must be on the mesh of the other DTensors, {mesh}, got {x.device_mesh}")
+    x = _on_mesh(x, name, mesh)
     behind = 0 if name in _OF_LINES else x.dim() - trailing - len(batch)
     wanted: list[Any] = []
     gradients: list[Any] = []
@@ -142,8 +130,16 @@ def _argument(x: Tensor, name: str, trailing: int, mesh: Any, placements: Placem
     return x.redistribute(placements=wanted).to_local(grad_placements=gradients)
 
 
-def _joined(x: Tensor, mesh: Any, placements: Placements, batch: torch.Size) -> DTensor:
-    """A result of the batch's part as one of the batch; parts may be of different sizes."""
-    shape = torch.Size((*batch, *x.shape[len(batch) :]))
-    steps = tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
-    return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=shape, stride=steps)
+def _on_mesh(x: Tensor, name: str, mesh: Any) -> DTensor:
+    """A plain tensor is one that every process has."""
+    if not isinstance(x, DTensor):
+        return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if x.device_mesh != mesh:
+        raise ValueError(f"{name} must be on the mesh of the other DTensors, {mesh}, got {x.device_mesh}")
+    return x
+
+
+def _global(x: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    """What every process has a part of, of a shape in all; parts may be of different sizes."""
+    steps = tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()
+    return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=steps)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .collectives import reduced
-from .rows import Problem, blocks, column_sums, divided, entries, first_columns, log_row_sums, logs, off
+from .rows import Problem, blocks, column_sums, columns_of, divided, entries, first_columns, log_row_sums, off, rows_of
 
 _SWEEPS = 5  # first, and cheap beside a step
 _STEPS_OF_GRADIENTS = 400
@@ -28,34 +28,29 @@ _ACCURACY = 1e-2  # of a step's equation; of a gradient's:
 _EXACT = 1e-11  # further on, what rounding has left along the null space would grow
 
 
-def fixed_point(problem: Problem, given: Tensor | None, most: int, tol: float) -> tuple[Problem, Tensor, Tensor, Tensor, int]:
-    """The problem with masses of columns, f and g with rows exact, the residual (B,), and steps, until all are there."""
+def fixed_point(problem: Problem, given: Tensor | None, most: int, tol: float) -> tuple[Problem, Tensor, Tensor, int]:
+    """The problem with masses of columns, f and g with rows exact, and steps, until all are there."""
     f, g = torch.zeros_like(problem.r), problem.S.new_zeros(problem.S.shape[0], problem.S.shape[2], dtype=torch.float64)
     g, c = first_columns(problem, f, given)
     problem = problem._replace(c=c)
-    f = rows_of(problem, g)
+    f = rows_of(problem.r, log_row_sums(problem, g))
     for done in range(1, most + 1):
         sums = reduced(column_sums(problem, f, g), "sum", problem.group)
         residual = off(sums, c).amax(1) if c.shape[1] else f.new_zeros(len(f))
         there = ~(residual > tol)  # NaN is not waited for
         if bool(there.all()) or done == most:
             break
-        swept = (g + logs(c) - sums.where(c > 0, 1.0).log()).where(c > 0, 0.0)
+        swept = columns_of(c, g, sums)
         g = swept if done < _SWEEPS else torch.where(there[:, None], g, _step(problem, f, g, sums, swept))
-        f = rows_of(problem, g)
-    return problem, f, g, residual, done
+        f = rows_of(problem.r, log_row_sums(problem, g))
+    return problem, f, g, done
 
 
 def with_exact_columns(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     """g, for plans whose columns are to be the exact side."""
     assert problem.c is not None
     sums = reduced(column_sums(problem, f, g), "sum", problem.group)
-    return (g + logs(problem.c) - sums.where(problem.c > 0, 1.0).log()).where(problem.c > 0, 0.0)
-
-
-def rows_of(problem: Problem, g: Tensor) -> Tensor:
-    """f."""
-    return (logs(problem.r) - log_row_sums(problem, g)).where(problem.r > 0, 0.0)
+    return columns_of(problem.c, g, sums)
 
 
 def _step(problem: Problem, f: Tensor, g: Tensor, sums: Tensor, swept: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._ops.attention_call import Checked
 from .._ops.attention_operators import problem_of
 from .._ops.backends import attention_passes
-from .._ops.problem import Attention, Dropout, Potentials, Terms, compute_dtype
+from .._ops.problem import Attention, Dropout, Potentials, compute_dtype
 from .._ops.streamed.gradient import AttentionGradients, Cotangents, attention_backward
 from .._ops.streamed.sweeps import Passes, State, Sweeps, attention_forward, slots
 from .collectives import place_of, reduced
@@ -44,6 +44,8 @@ class Reduced:
     def __init__(self, passes: Passes, of: Queries) -> None:
         self._passes, self._of = passes, of
         self.UNIT = passes.UNIT
+        # Of this process's queries; what these give values' and keys' gradients is its part of a sum.
+        self.attend, self.apply, self.gradient = passes.attend, passes.apply, passes.gradient
 
     def lse(
         self, problem: Attention, over: str, at: Potentials, online: bool, out: Tensor, active: Tensor | None = None
@@ -68,23 +70,6 @@ class Reduced:
         other.copy_(self._of.sum(other.exp()).log())
         return True
 
-    def attend(
-        self,
-        problem: Attention,
-        at: Potentials,
-        online: bool,
-        value: Tensor,
-        dropout: Dropout | None,
-        out: Tensor,
-        line: Tensor,
-    ) -> None:
-        """As there."""
-        self._passes.attend(problem, at, online, value, dropout, out, line)
-
-    def apply(self, problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dropout | None, out: Tensor) -> None:
-        """As there; over "rows" this process's part of the sum."""
-        self._passes.apply(problem, over, at, x, dropout, out)
-
     def weigh(self, problem: Attention, over: str, at: Potentials, w: Tensor, out: Tensor) -> None:
         """As there."""
         self._passes.weigh(problem, over, at, w, out)
@@ -103,19 +88,6 @@ class Reduced:
         """As there."""
         self._passes.products(problem, over, at, value, grad_out, dropout, out)
         self._add(over, out)
-
-    def gradient(
-        self,
-        problem: Attention,
-        which: str,
-        terms: Terms,
-        value: Tensor,
-        grad_out: Tensor,
-        dropout: Dropout | None,
-        out: Tensor,
-    ) -> None:
-        """As there; of a key this process's part of the sum."""
-        self._passes.gradient(problem, which, terms, value, grad_out, dropout, out)
 
     def _add(self, over: str, out: Tensor) -> None:
         if over == "rows":

@@ -19,7 +19,7 @@ from .rows import Problem, Step, blocks, divided, entries, swept
 
 
 class Rows(torch.autograd.Function):
-    """The local rows of the plan; and f, g, c, the residual if it was asked for, and the half steps, without a gradient.
+    """The local rows of the plan; and f, g, c, and the half steps or steps, without a gradient.
 
     Of logits, scale, r, c or None, and f0. What all processes share, scale, c and an f0 of columns, has on each a share of its
     gradient: their sum is the whole, as that of any parameter beside data that lie apart.
@@ -31,17 +31,16 @@ class Rows(torch.autograd.Function):
         first, count, tol, group, newton, implicit = options
         problem = Problem(S, scale, r, None, group)
         if newton:
-            problem, f, g, off, done = fixed_point(problem, c, count, tol)
-            residual: Tensor | None = off
+            problem, f, g, done = fixed_point(problem, c, count, tol)
             steps = [Step(False, f, g if first else with_exact_columns(problem, f, g))]
         else:
-            problem, steps, residual = swept(problem, c, f0, first, count, tol)
+            problem, steps = swept(problem, c, f0, first, count, tol)
             done = len(steps) - 1
         f, g = steps[-1].f, steps[-1].g
         plan = torch.empty_like(S)
         for rows in blocks(S):
             plan[:, rows] = entries(problem, rows, f, g).to(S.dtype)
-        found = f, g, g if problem.c is None else problem.c, f.new_empty(0) if residual is None else residual
+        found = f, g, g if problem.c is None else problem.c
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(S, scale, r, c, problem.c, *(x for step in steps for x in (step.f, step.g)))

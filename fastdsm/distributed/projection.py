@@ -125,7 +125,7 @@ def sinkhorn(
     side, role = (n, "row") if columns else (m, "column")
     start = r.new_zeros(len(S), side) if f0 is None or n_iters == 0 else _lines(f0, "f0", logits, side, role)
     settings = (columns, count, tol, group, newton, newton or grad == "implicit")
-    plan, f, g, c_used, residual, done = Rows.apply(S, scale, r, c, start, settings)
+    plan, f, g, c_used, done = Rows.apply(S, scale, r, c, start, settings)
     plan = plan.to(logits.dtype).reshape(logits.shape)
     if not return_info:
         return plan

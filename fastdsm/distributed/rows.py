@@ -1,7 +1,7 @@
 """Sinkhorn on a matrix whose rows the processes of a group share: samples over ranks, or a matrix larger than a device.
 
-Row sums are a process's own, column sums are reduced: one all-reduce of m + 1 numbers for every normalisation of the columns,
-forward and backward, and one maximum before the first. Half steps, S = logits / temperature,
+Row sums are a process's own, column sums are reduced: one all-reduce of m numbers for every normalisation of the columns,
+forward and backward, the first with the rows' total, and one maximum before it. Half steps, S = logits / temperature,
 
     g_j <- g_j + log c_j - log sum_i exp(S_ij + f_i + g_j)   (the first from the common maximum of its column),
     f_i <- log r_i - LSE_j(S_ij + g_j),
@@ -109,14 +109,24 @@ def of_total(there: Tensor, given: Tensor | None, total: Tensor) -> Tensor:
     return c * torch.where(same, ratio, torch.nan)
 
 
+def columns_of(c: Tensor, g: Tensor, sums: Tensor) -> Tensor:
+    """g that gives columns, whose ``sums`` over all processes are of the g that was, their masses."""
+    return (g + logs(c) - sums.where(c > 0, 1.0).log()).where(c > 0, 0.0)
+
+
+def rows_of(r: Tensor, log_sums: Tensor) -> Tensor:
+    """f that gives rows, of :func:`log_row_sums`, their masses."""
+    return (logs(r) - log_sums).where(r > 0, 0.0)
+
+
 def swept(
     problem: Problem, given: Tensor | None, f0: Tensor, first: bool, count: int, tol: float | None
-) -> tuple[Problem, list[Step], Tensor | None]:
-    """Half steps, of the columns first or of the rows, the masses of the columns, and the residual where ``tol`` asked."""
+) -> tuple[Problem, list[Step]]:
+    """The problem with the masses of its columns, and half steps, of the columns first or of the rows, until all are there."""
     f, g = (f0, problem.S.new_zeros(f0.shape[0], problem.S.shape[2], dtype=torch.float64))
     if not first:
         f, g = torch.zeros_like(problem.r), f0
-    steps, columns, residual = [Step(first, f, g)], first, None
+    steps, columns = [Step(first, f, g)], first
     for number in range(count):
         limit = tol if number >= 2 and columns == first else None
         if columns and problem.c is None:
@@ -125,21 +135,17 @@ def swept(
         elif columns:
             assert problem.c is not None
             sums = reduced(column_sums(problem, f, g), "sum", problem.group)
-            if limit is not None:
-                residual = off(sums, problem.c).amax(1)
-                if bool((residual <= limit).all()):
-                    break
-            g = (g + logs(problem.c) - sums.where(problem.c > 0, 1.0).log()).where(problem.c > 0, 0.0)
+            if limit is not None and bool((off(sums, problem.c) <= limit).all()):
+                break
+            g = columns_of(problem.c, g, sums)
         else:
             sums = log_row_sums(problem, g)
-            if limit is not None:
-                residual = worst(off((sums + f).exp(), problem.r), problem.group)
-                if bool((residual <= limit).all()):
-                    break
-            f = (logs(problem.r) - sums).where(problem.r > 0, 0.0)
+            if limit is not None and bool((worst(off((sums + f).exp(), problem.r), problem.group) <= limit).all()):
+                break
+            f = rows_of(problem.r, sums)
         steps.append(Step(columns, f, g))
         columns = not columns
-    return problem, steps, residual
+    return problem, steps
 
 
 def off(sums: Tensor, masses: Tensor) -> Tensor:
