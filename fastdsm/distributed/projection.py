@@ -69,8 +69,9 @@ def sinkhorn(
         temperature: as there, the same on all processes.
         tol: as there, but all matrices go on until every one is there.
         f0: as there: (..., n) of this process's rows for "col", (..., m) for "row".
-        row_marginal: of this process's rows. col_marginal: of all columns, the same on all processes; it is scaled to the total
-            of all rows. mask: of this process's rows.
+        row_marginal: of this process's rows; one below 0 is an error on every process, and NaN where values cannot be read
+            or nothing is reduced (one half step of rows). col_marginal: of all columns, the same on all processes; it is
+            scaled to the total of all rows. mask: of this process's rows.
         solver: "sinkhorn"; or "newton", the fixed point to ``tol`` (1e-6, 1e-12 for float64), by Newton's method on the dual of
             the columns, whose products are an all-reduce each; without f0. It serves logits up to a standard deviation of 8 in
             some 15 steps; of colder ones it may end with ``converged`` False.
@@ -113,12 +114,17 @@ def sinkhorn(
         None if x is None else _lines(x, name, logits, lines, role)
         for x, name, lines, role in ((row_marginal, "row_marginal", n, "row"), (col_marginal, "col_marginal", m, "column"))
     )
+    if r is not None:
+        r = r.where(r >= 0, torch.nan)
+    arguments.check_marginals(None, c)
     for x, dim in ((r, 2), (c, 1)):
         if x is not None:
             nothing = (x == 0).unsqueeze(dim).expand_as(S)
             excluded = nothing if excluded is None else excluded | nothing
     if excluded is not None:
         S = S.masked_fill(excluded, -torch.inf)
+    if r is not None:
+        S = S.masked_fill(r.isnan().unsqueeze(2), torch.nan)  # which other processes have to learn of
     there = (-torch.inf < S).any(2) | S.isnan().any(2)
     r = there.double() if r is None else r * there
     scale = 1.0 / _temperature(temperature, logits)

@@ -96,7 +96,12 @@ def first_columns(problem: Problem, f: Tensor, given: Tensor | None) -> tuple[Te
 
 
 def of_total(there: Tensor, given: Tensor | None, total: Tensor) -> Tensor:
-    """Masses of columns that are ``there``, scaled to the rows' total; ValueError, or NaN on a GPU, where theirs is another."""
+    """Masses of columns that are ``there``, scaled to the rows' total; ValueError, or NaN on a GPU, where theirs is another.
+
+    What is wrong with the rows' is in their total, so that all processes raise or none does.
+    """
+    if arguments.may_read(total) and bool(total.isnan().any()):
+        raise ValueError("row_marginal must be >= 0 everywhere, on all processes")
     if given is None:
         return there * (total / there.double().sum(1, keepdim=True))
     c = given * there

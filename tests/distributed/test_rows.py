@@ -239,6 +239,34 @@ def test_bad_input(workers: Pool) -> None:
         assert "equal totals" in texts[0]
 
 
+def below_nothing() -> tuple[list[str], Tensor]:
+    import fastdsm.distributed
+
+    rank, texts = torch.distributed.get_rank(), []
+    rows = torch.ones(3)
+    if rank == 1:
+        rows[2] = -0.5
+    for name, options in (
+        ("row_marginal", {"row_marginal": rows}),
+        ("row_marginal", {"row_marginal": rows, "first": "row"}),
+        ("row_marginal", {"row_marginal": rows, "solver": "newton"}),
+        ("row_marginal", {"row_marginal": rows, "half_steps": 1, "first": "row", "return_info": True}),
+        ("col_marginal", {"col_marginal": torch.tensor([1.0, 1.0, -1.0, 1.0])}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be >= 0") as raised:
+            fastdsm.distributed.sinkhorn(torch.randn(3, 4), **options)
+        texts.append(str(raised.value))
+    return texts, fastdsm.distributed.sinkhorn(torch.randn(3, 4), row_marginal=rows, half_steps=1, first="row")
+
+
+def test_a_mass_below_nothing_on_one_process_is_an_error_on_all(workers: Pool) -> None:
+    (texts, plan), (others, broken) = workers.run(below_nothing)
+    assert [text.split(" must")[0] for text in texts] == [text.split(" must")[0] for text in others]
+    assert plan.isfinite().all()
+    assert broken[:2].isfinite().all()
+    assert broken[2].isnan().all()
+
+
 def test_without_a_group() -> None:
     import fastdsm.distributed
 
