@@ -10,7 +10,7 @@ from . import headline, machine_code, replaced
 from .host import rows as host_rows
 from .host import section as host_section
 from .rows import BACKWARD, FORWARD, RESULTS, ROOT, Row, Run, read_rows
-from .static import predicted
+from .static import layer, predicted
 from .static import section as prediction_section
 from .targets import fastest_other
 from .text import pass_text, size_text, time_text
@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit(f"no results in {RESULTS}; run fastdsm bench first")
     if predicted.PREDICTIONS.exists():
         predicted.PREDICTIONS.with_suffix(".md").write_text(
-            prediction_section.section(predicted.read(), machine_code.sources()) + "\n"
+            prediction_section.section(predicted.read(), layer.read(), machine_code.sources()) + "\n"
         )
     PERFORMANCE.write_text(spliced(PERFORMANCE.read_text(), "benchmark", "\n\n".join(sections)))
     text = spliced(README.read_text(), "proof", headline.proof(found))

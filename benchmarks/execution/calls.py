@@ -151,7 +151,7 @@ def layer_calls() -> Iterator[Call]:
         for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
             for option in ("deepseek", "paper", "info", "head"):
                 yield _call(verify_mhc_case, MhcCase((3, n, 16), dtype, 1.0, 20, option))
-        for tokens, n in itertools.product((40, 70), (1, 2, 4, 6, 9)):
+        for tokens, n in itertools.product((40, 260), (1, 2, 4, 6, 9)):
             yield _call(verify_mhc_case, MhcCase((tokens, n, 8), dtype, 4.0, 3, "deepseek"))
         for channels, option in itertools.product((16, 5), ("post pre", "shifted")):
             yield _call(verify_mhc_case, MhcCase((130, 4, channels), dtype, 1.0, 20, option))

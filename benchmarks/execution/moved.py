@@ -1,9 +1,9 @@
 """Bytes that the compiled kernels of an mHC layer move, counted as they run: python -m benchmarks.execution.moved [tokens]
 
-bfloat16 streams, n = 4, C = 4096, by default 256 tokens: as many as a program of the product takes, so that fn costs a token
-what it costs of 8,192. Streams are counted by what a warp has from L2 in one instruction, sectors of 32 bytes, other tensors by
-the sectors that a program reads at all, as it keeps these in L1; stores by their bytes. Streams and their gradients stand
-beside the least bytes, what is not theirs (fn, mixes, partial sums, history, fn's gradient) beside these as well. Rows replace
+bfloat16 streams, n = 4, C = 4096, by default 8,192 tokens (a quarter of an hour on one core), shared out as on an H100. Streams
+are counted by what a warp has from L2 in one instruction, sectors of 32 bytes, other tensors by the sectors that a program
+reads at all, as it keeps these in L1; stores by their bytes. Streams and their gradients stand beside the least bytes, what is
+not theirs (fn, mixes, partial sums, history, fn's gradient) beside these as well. Rows of 8,192 tokens replace
 benchmarks/results/moved.jsonl.
 """
 
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 os.environ["TRITON_INTERPRET"] = "0"  # while kernels are imported
 
@@ -24,29 +24,21 @@ import numpy as np
 import torch
 
 from fastdsm._ops.mixing import Mixing
-from fastdsm.kernels.mhc import launch
+from fastdsm.kernels.mhc import launch, launch_post, launch_pre
 
 from ..rows import RESULTS
+from ..static.devices import H100
+from ..static.layer import ALLOWED, TOKENS, C, N, least_bytes
 from .elements import SIZE
 from .global_memory import GlobalMemory
 from .hook import Execution
 from .regions import Region
 
-_N, _C, _SECTOR = 4, 4096, 32
+_SECTOR = 32
 _STREAMS = {
     "X_ptr", "h_ptr", "dh_ptr", "dX_ptr", "add_ptr", "branch_ptr", "streams_ptr", "new_streams_ptr", "grad_new_streams_ptr",
     "grad_branch_ptr", "grad_streams_ptr",
 }  # fmt: skip
-# In bytes a token of X, n C, and of F, h and their like, C; and how much more there may be.
-_LEAST = {
-    "pre": (2, 1, 1.15),
-    "post": (2, 1, 1.05),
-    "post_pre": (3, 2, 1.1),
-    "post_pre, shifted": (2, 2, 1.1),
-    "post_backward": (3, 2, 1.25),
-    "pre_backward": (3, 2, 1.25),
-    "pre_backward, added": (4, 2, 1.25),
-}
 
 
 class Moved:
@@ -105,14 +97,14 @@ def counting(moved: Moved, execution: Execution) -> Iterator[None]:
 
 def main() -> None:
     """Run each call once, print and record."""
-    tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    tokens = int(sys.argv[1]) if len(sys.argv) > 1 else TOKENS
     execution, moved = Execution("sm_90"), Moved()
     execution.install()
     torch.manual_seed(0)
-    rows = _N * (_N + 2)
-    X, mixed, add = torch.randn(3, tokens, _N, _C).bfloat16().unbind()
-    x, dh = torch.randn(2, tokens, _C).bfloat16().unbind()
-    fn, scale, base = torch.randn(rows, _N * _C) / 128, torch.ones(3), torch.randn(rows)
+    rows = N * (N + 2)
+    X, mixed, add = torch.randn(3, tokens, N, C).bfloat16().unbind()
+    x, dh = torch.randn(2, tokens, C).bfloat16().unbind()
+    fn, scale, base = torch.randn(rows, N * C) / 128, torch.ones(3), torch.randn(rows)
     layer, mixing = (fn, scale, base), Mixing()
     _, pre, post, comb, _, sums = launch.pre(X, *layer, mixing)
     assert post is not None
@@ -128,18 +120,21 @@ def main() -> None:
         "pre_backward": lambda: launch.pre_backward(*cotangents, X, *layer, sums, mixing),
         "pre_backward, added": lambda: launch.pre_backward(*cotangents, X, *layer, sums, mixing, add=add),
     }
-    found = []
-    print(f"{tokens} tokens, n = {_N}, C = {_C}, bfloat16, sm_90; KB a token")
+    found, multiprocessors = [], Mock(return_value=H100.multiprocessors)
+    print(f"{tokens} tokens, n = {N}, C = {C}, bfloat16, sm_90; KB a token")
     print(f"{'':22}{'streams':>9}{'least':>8}{'ratio':>8}{'allowed':>9}{'others':>8}{'share':>8}")
     for name, call in calls.items():
         moved.clear()
-        with counting(moved, execution):
+        with (
+            patch.object(launch_pre, "multiprocessors", multiprocessors),
+            patch.object(launch_post, "multiprocessors", multiprocessors),
+            counting(moved, execution),
+        ):
             call()
         totals = moved.totals()
         of_streams = sum(count for pointer, count in totals.items() if pointer in _STREAMS) / tokens
         others = totals.total() / tokens - of_streams
-        whole, lines, allowed = _LEAST[name]
-        least = 2 * _C * (whole * _N + lines)
+        allowed, least = ALLOWED[name], least_bytes(name)
         row = {"call": name, "tokens": tokens, "streams": of_streams, "least": least, "ratio": of_streams / least}
         found.append(row | {"allowed": allowed, "others": others, "share": others / least, "by_pointer": dict(totals)})
         print(
@@ -147,7 +142,8 @@ def main() -> None:
             f"{others / 1024:8.1f}{others / least:8.3f}",
             flush=True,
         )
-    (RESULTS / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    if tokens == TOKENS:
+        (RESULTS / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     print(f"issues: {sum(not issue.benign for issue in execution.report.issues.values())}")
 
 

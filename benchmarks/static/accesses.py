@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .execution import Execution, behind, destinations, mentioned, step_of
-from .integers import Machine
+from .machine import Machine
 from .sass import Instruction
 
 WARP, LINE, SECTOR, BANKS = 32, 128, 32, 32
@@ -40,8 +40,13 @@ def width_of(opcode: str) -> int:
     return 4
 
 
-def accesses(run: Execution, parameters: Mapping[int, int], l1_bytes: int) -> dict[tuple[int, int], Access]:
-    """By place in the path and in its block, what each instruction of memory does. l1_bytes: the warp's share of that cache."""
+def accesses(
+    run: Execution, parameters: Mapping[int, int], l1_bytes: int, common: Sequence[range] = ()
+) -> dict[tuple[int, int], Access]:
+    """By place in the path and in its block, what each instruction of memory does. l1_bytes: the warp's share of that cache.
+
+    common: lower words of addresses that others touch too, so that nothing there is new.
+    """
     program = run.program
     moving = [i for i in program.instructions if i.kind in KINDS]
     names = set().union(*(mentioned(i) for i in moving)) if moving else set()
@@ -62,7 +67,9 @@ def accesses(run: Execution, parameters: Mapping[int, int], l1_bytes: int) -> di
                 if instruction.kind in ("LDS", "STS"):
                     found[at, place] = _shared(instruction, addresses)
                 else:
-                    found[at, place] = _global(instruction, addresses, cache, seen, l1_bytes)
+                    access = _global(instruction, addresses, cache, seen, l1_bytes)
+                    ours = addresses and any(addresses[0] in place_of for place_of in common)
+                    found[at, place] = replace(access, new=0) if ours else access
             if step is not None:
                 for machine in lanes:
                     step(machine)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .integers import INTEGER_OPERATIONS, Machine
+from .integers import INTEGER_OPERATIONS
+from .machine import Machine
 from .sass import JUMPS, Instruction, Program, count
 
 _PARAMETERS_AT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}

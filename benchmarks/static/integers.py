@@ -8,74 +8,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import product
 
-_MASK = 0xFFFFFFFF
-_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
-
-Value = int | None
-Logical = bool | None
-
-
-class Machine:
-    """Registers, predicates and the constant bank of one thread of warp 0 in program 0.
-
-    guessing: of a choice or an extremum with one side known, that side is taken, as bounds of loops are; lanes hold the same.
-    """
-
-    def __init__(
-        self, parameters: Mapping[int, int], reductions: Iterable[int] = (), guessing: bool = False, lane: int = 0
-    ) -> None:
-        self.parameters, self.guessing, self.lane = parameters, guessing, lane
-        self.reductions, self.registers = iter(reductions), dict[str, Value]()
-        self.predicates: dict[str, Logical] = {}
-
-    def read(self, operand: str, high: int = 0) -> Value:
-        """32-bit value of a source operand; ``high`` = 1: of the register or word that follows it."""
-        sign, operand = ("", operand) if operand[0] not in "-~" else (operand[0], operand[1:])
-        operand = operand.removesuffix(".64")
-        value: Value
-        if operand in ("RZ", "URZ", "SRZ"):
-            value = 0
-        elif match := re.fullmatch(r"(U?R)(\d+)", operand):
-            value = self.registers.get(f"{match.group(1)}{int(match.group(2)) + high}")
-        elif match := _CONSTANT.fullmatch(operand):
-            value = self.parameters.get(int(match.group(1), 16) + 4 * high)
-        elif re.fullmatch(r"0x[0-9a-f]+", operand):
-            value = 0 if high else int(operand, 16)
-        else:
-            return None
-        if value is None:
-            return None
-        return (-value if sign == "-" else ~value if sign == "~" else value) & _MASK
-
-    def predicate(self, operand: str) -> Logical:
-        """Truth of a predicate operand such as "P0", "!UP1", "PT"."""
-        name = operand.removeprefix("!")
-        value = True if name in ("PT", "UPT") else self.predicates.get(name)
-        return value if value is None or name == operand else not value
-
-    def write(self, name: str, value: Value) -> None:
-        """Set a register."""
-        self.registers[name] = value if value is None else value & _MASK
-
-    def set(self, name: str, value: Logical) -> None:
-        """Set a predicate."""
-        self.predicates[name] = value
-
-    def values(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Current values of registers and predicates."""
-        return {name: (self.predicates if "P" in name else self.registers).get(name) for name in names}
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Mark registers and predicates unknown."""
-        for name in names:
-            (self.predicates if "P" in name else self.registers).pop(name, None)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 32) if value >> 31 else value
+from .division import absolute, reciprocal, to_float, to_integer
+from .machine import MASK, Logical, Machine, Value, signed
 
 
 def _is_predicate(operand: str) -> bool:
@@ -103,7 +40,7 @@ def _add(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
         value = machine.read(source.lstrip("-"))
         if value is None:
             return False
-        total += (~value & _MASK) + 1 if source[0] == "-" else value
+        total += (~value & MASK) + 1 if source[0] == "-" else value
     for carry in ins if "X" in suffixes else []:
         truth = machine.predicate(carry)
         if truth is None:
@@ -111,7 +48,7 @@ def _add(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
         total += truth
     machine.write(destination, total)
     for place, out in enumerate(outs):
-        machine.set(out, total > _MASK if place == 0 else total >> 32 > 1)
+        machine.set(out, total > MASK if place == 0 else total >> 32 > 1)
     return True
 
 
@@ -124,8 +61,8 @@ def _multiply_add(machine: Machine, suffixes: list[str], operands: list[str]) ->
     known_zero = 0 in (a, b)
     if not known_zero and (a is None or b is None):
         return False
-    signed = "U32" not in suffixes
-    x, y = (0 if value is None else _signed(value) if signed else value for value in (a, b))
+    with_sign = "U32" not in suffixes
+    x, y = (0 if value is None else signed(value) if with_sign else value for value in (a, b))
     high = machine.read(sources[2], 1) if {"WIDE", "HI"} & set(suffixes) else 0
     carry = machine.predicate(ins[0]) if ins and "X" in suffixes else False
     if c is None or high is None or carry is None:
@@ -151,12 +88,12 @@ def _shifted_add(machine: Machine, suffixes: list[str], operands: list[str]) -> 
         high = -(a >> 31) if "SX32" in suffixes else above[0]
         if high is None:
             return False
-        a = ((high << 32 | a) << amount >> 32) & _MASK
+        a = ((high << 32 | a) << amount >> 32) & MASK
     else:
-        a = a << amount & _MASK
+        a = a << amount & MASK
     machine.write(destination, a + b + carry)
     for out in outs:
-        machine.set(out, a + b + carry > _MASK)
+        machine.set(out, a + b + carry > MASK)
     return True
 
 
@@ -205,8 +142,8 @@ def _extremum(machine: Machine, suffixes: list[str], operands: list[str]) -> boo
         return False
     known = [value for value in values if value is not None]
     if len(known) == 3:
-        known = [(known[0] + known[1]) & _MASK, known[2]]
-    key = (lambda value: value) if "U32" in suffixes else _signed
+        known = [(known[0] + known[1]) & MASK, known[2]]
+    key = (lambda value: value) if "U32" in suffixes else signed
     machine.write(destination, min(known, key=key) if smallest else max(known, key=key))
     return True
 
@@ -252,7 +189,7 @@ def _shift(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
     if "R" in suffixes and "HI" in suffixes:
         if high is None:
             return False
-        machine.write(operands[0], (_signed(high) if "S32" in suffixes or "S64" in suffixes else high) >> amount)
+        machine.write(operands[0], (signed(high) if "S32" in suffixes or "S64" in suffixes else high) >> amount)
     elif "L" in suffixes and "HI" not in suffixes:
         if low is None:
             return False
@@ -295,7 +232,7 @@ def _comparison(machine: Machine, suffixes: list[str], operands: list[str]) -> L
     if relation is None or a is None or b is None or {"64", "U64", "S64"} & set(suffixes):
         return None
     if "U32" not in suffixes:
-        a, b = _signed(a), _signed(b)
+        a, b = signed(a), signed(b)
     if "EX" not in suffixes:
         return relation(a, b)
     lower = machine.predicate(operands[5])
@@ -317,7 +254,7 @@ def _vote(machine: Machine, suffixes: list[str], operands: list[str]) -> bool:
         machine.set(out, truth)
     for register in registers:
         if register not in ("RZ", "URZ"):
-            machine.write(register, None if truth is None else _MASK * truth)
+            machine.write(register, None if truth is None else MASK * truth)
     return True
 
 
@@ -413,6 +350,10 @@ INTEGER_OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("SGXT", "USGXT"), _extend),
     **dict.fromkeys(("P2R", "UP2UR"), _from_predicates),
     "R2P": _to_predicates,
+    "IABS": absolute,
+    "I2F": to_float,
+    "MUFU": reciprocal,
+    "F2I": to_integer,
     "SHFL": _shuffle,
     "REDUX": _reduction,
     "HFMA2": _half_constant,

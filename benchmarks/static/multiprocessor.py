@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from .accesses import IDLE, Access, accesses
 from .devices import Device
 from .execution import Execution
-from .pipes import BARRIER, GLOBAL, ISSUE, PIPES, READ_LATENCY, SHARED, Use, use_of
+from .pipes import BARRIER, COMMITS, COPIED, GLOBAL, ISSUE, PIPES, READ_LATENCY, SHARED, Use, use_of
 from .sass import Instruction
 
 _PARTS = 4
 _HANDED_OVER = 2  # cycles in which a part hands an instruction over to what it shares with the others
 _NONE = 7  # no counter
+COPIES, PRODUCTS = 6, 8  # what stands for a counter of copies to shared memory, and of a warpgroup's products
+_COUNTERS = 9
 _OUTSTANDING = 600.0  # cycles of work that memory holds likewise: about its latency
 _QUEUE = 32.0  # cycles of work that the pipe of shared memory holds before a warp has to wait with issuing more
 
@@ -27,12 +29,14 @@ _QUEUE = 32.0  # cycles of work that the pipe of shared memory holds before a wa
 Step = tuple[int, float, float, int, int, int, int, float, float]
 
 
-def steps_of(run: Execution, parameters: Mapping[int, int], warps: int, device: Device) -> list[Step]:
+def steps_of(
+    run: Execution, parameters: Mapping[int, int], warps: int, device: Device, common: Sequence[range] = ()
+) -> list[Step]:
     """Pipe, its cycles, latency, stall, counters waited for, raised by the result and by reading, cycles of memory and of L2.
 
-    warps: on the multiprocessor at a time, which share its L1.
+    warps: on the multiprocessor at a time, which share its L1. common: lower words of addresses that all programs read.
     """
-    moved = accesses(run, parameters, device.l1_bytes // warps)
+    moved = accesses(run, parameters, device.l1_bytes // warps, common)
     found: list[Step] = []
     of_block: dict[int, list[tuple[int, Use, tuple[int, int, int, int]]]] = {}
     for at, number in enumerate(run.path):
@@ -52,7 +56,14 @@ def steps_of(run: Execution, parameters: Mapping[int, int], warps: int, device: 
 
 def _scheduled(instruction: Instruction) -> tuple[int, int, int, int]:
     control = instruction.control
-    return max(control & 15, 1), control >> 11 & 63, control >> 5 & 7, control >> 8 & 7
+    waits, result = control >> 11 & 63, control >> 5 & 7
+    if instruction.base == "LDGSTS":
+        result = COPIES
+    elif instruction.base == "HGMMA":
+        result = PRODUCTS
+    elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+        waits |= 1 << PRODUCTS
+    return max(control & 15, 1), waits, result, control >> 8 & 7
 
 
 def _latency(use: Use, access: Access, device: Device) -> float:
@@ -74,7 +85,8 @@ def cycles(steps: Sequence[Step], warps: int, programs: int, resident: int) -> f
     resident = min(resident, programs)
     issue, own = [0.0] * _PARTS, [[0.0] * PIPES for _ in range(_PARTS)]  # when each part, and each pipe of it, is free
     all_memory = memory = l2 = 0.0  # when the pipe to any memory is free, and this multiprocessor's share of two
-    counters = [[0.0] * 8 for _ in range(warps * resident)]  # of each warp, when they will be down
+    counters = [[0.0] * _COUNTERS for _ in range(warps * resident)]  # of each warp, when they will be down
+    copied: list[list[float]] = [[] for _ in range(warps * resident)]  # of each warp, when each group of copies is there
     place = [0] * (warps * resident)
     left, running = programs - resident, [warps] * resident
     at_barrier: list[list[int]] = [[] for _ in range(resident)]
@@ -110,6 +122,10 @@ def cycles(steps: Sequence[Step], warps: int, programs: int, resident: int) -> f
             of_warp[reading] = max(of_warp[reading], read)
         place[warp] += 1
         following = start + stall
+        if pipe == COMMITS:
+            copied[warp].append(max(of_warp[COPIES], *copied[warp][-1:], 0.0))
+        elif pipe == COPIED and len(copied[warp]) > latency:
+            following = max(following, copied[warp][-1 - int(latency)])
         if place[warp] == len(steps):
             end = max(end, following)
             running[slot] -= 1
@@ -117,7 +133,7 @@ def cycles(steps: Sequence[Step], warps: int, programs: int, resident: int) -> f
                 left -= 1
                 running[slot] = warps
                 for other in range(slot * warps, (slot + 1) * warps):
-                    place[other], counters[other] = 0, [0.0] * 8
+                    place[other], counters[other], copied[other] = 0, [0.0] * _COUNTERS, []
                     heapq.heappush(ready, (following, following, other))
         elif pipe == BARRIER:
             at_barrier[slot].append(warp)
@@ -135,7 +151,7 @@ def cycles(steps: Sequence[Step], warps: int, programs: int, resident: int) -> f
 def _ready(at: float, waits: int, counters: Sequence[float]) -> float:
     """When the counters that the next instruction waits for are down."""
     if waits:
-        for number in range(6):
+        for number in range(_COUNTERS):
             if waits >> number & 1 and counters[number] > at:
                 at = counters[number]
     return at

@@ -7,7 +7,7 @@ of a call follow one another, each after the launch's own time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -23,6 +23,7 @@ from .report import FEWER_SWEEPS, SWEEPS
 from .sass import Program, parse
 
 _MOST_STEPS = 60_000  # of a warp; what takes more is followed for fewer sweeps, and the others take as long each
+_MOST_STEPS_OF_ONE = 1_000_000  # where no number of sweeps could be less
 _STEADY = (2, 4)  # times as many programs as run at a time
 
 
@@ -46,12 +47,17 @@ def predict(call: Call, batch: int, device: Device) -> Prediction:
     return Prediction(names, sources, sum(known) / batch if len(known) == len(times) else None)
 
 
+def launch_time(launch: Launch, programs: int, common: Sequence[range], device: Device) -> float | None:
+    """Nanoseconds of a launch of so many programs that each do the same once; common: lower words of what all of them read."""
+    code = _code(launch, device, common)
+    run = code.run(launch, device, _MOST_STEPS_OF_ONE)
+    each = -(-programs // device.multiprocessors)
+    return None if run is None else device.launch + code.cycles(run, each, each, device) / device.clock_ghz
+
+
 def _time(call: Call, place: int, launch: Launch, batch: int, device: Device) -> float | None:
     """Nanoseconds of one launch."""
-    compiled = compile_configuration(launch.configuration, device.target)
-    resources, text = disassemble(compiled.cubin)
-    warps = launch.configuration.num_warps
-    code = _Code(parse(text), warps, resident(warps, resources.registers, compiled.shared))
+    code = _code(launch, device)
     blocks = -(-batch // launch.configuration.matrices)
     most = -(-launch.programs // device.multiprocessors)
     each = -(-blocks // device.multiprocessors)
@@ -64,6 +70,13 @@ def _time(call: Call, place: int, launch: Launch, batch: int, device: Device) ->
     return None
 
 
+def _code(launch: Launch, device: Device, common: Sequence[range] = ()) -> _Code:
+    compiled = compile_configuration(launch.configuration, device.target)
+    resources, text = disassemble(compiled.cubin)
+    warps = launch.configuration.num_warps
+    return _Code(parse(text), warps, resident(warps, resources.registers, compiled.shared), common)
+
+
 _Run = tuple[Execution, Mapping[int, int]]  # what ran, with which parameters
 
 
@@ -72,17 +85,18 @@ class _Code:
     program: Program
     warps: int
     programs: int  # on a multiprocessor at a time, as far as registers and shared memory decide
+    common: Sequence[range]  # lower words of addresses that all programs read
 
-    def run(self, launch: Launch, device: Device) -> _Run | None:
+    def run(self, launch: Launch, device: Device, most_steps: int = _MOST_STEPS) -> _Run | None:
         """The path of one program, unless its loops end by data or it is too long."""
         parameters = parameter_words(launch.configuration.signature(), launch.arguments, device.target)
         found = execute(self.program, parameters, guessing=True)
-        return None if found is None or found.counts.total() > _MOST_STEPS else (found, parameters)
+        return None if found is None or found.counts.total() > most_steps else (found, parameters)
 
     def cycles(self, run: _Run, each: int, most: int, device: Device) -> float:
         """Of ``each`` blocks of matrices on a multiprocessor, at most ``most`` of them at a time."""
         together = min(self.programs, most)
-        steps = steps_of(*run, self.warps * together, device)
+        steps = steps_of(*run, self.warps * together, device, self.common)
         few, more = (times * together for times in _STEADY)
         if each <= more:
             return cycles(steps, self.warps, each, together)

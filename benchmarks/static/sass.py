@@ -16,7 +16,7 @@ JUMPS = frozenset({"BRA", "BRX", "JMP", "CALL", "RET", "EXIT"})
 """Opcodes after which another block begins."""
 
 _LINE = re.compile(
-    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T0-9]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);"
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T0-9]+)\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);"
     r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/)?",
     re.MULTILINE,
 )

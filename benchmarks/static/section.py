@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
+from . import layer
 from .devices import DEVICES, Device
 from .predicted import Predicted
 
@@ -15,7 +17,7 @@ def fits(row: Predicted) -> bool:
     return row.ratio is not None and 1 / WITHIN <= row.ratio <= WITHIN
 
 
-def section(rows: Sequence[Predicted], current: Collection[str]) -> str:
+def section(rows: Sequence[Predicted], layers: list[dict[str, Any]], current: Collection[str]) -> str:
     """What was measured beside what the model says, and what it says of what nobody measured; current: sources of the table."""
     measured = [row for row in rows if row.where]
     same = [row for row in measured if not row.changed]
@@ -39,6 +41,8 @@ def section(rows: Sequence[Predicted], current: Collection[str]) -> str:
             "## Not measured yet",
             _since([row for row in rows if not row.where], current),
             *_not_measured(rows),
+            "## The mHC layer, not measured yet",
+            layer.section(layers, current),
             "## Constants",
             *(_constants(device) for device in DEVICES),
         ]

@@ -22,7 +22,7 @@ from ..registers.memory import load_line, store_line
 from ..registers.sweeps import products as products_of
 from ..registers.values import load_value, store_value
 from .collapse import matrix_logits, sigmoids
-from .exact import exact_product
+from .exact import pieces_of, product_of_pieces
 from .mixes import (
     MAX_LINES,
     Options,
@@ -224,7 +224,9 @@ def _mhc_streams_bwd_kernel(
     for start in range(part * tokens_of_part, end, BLOCK_T):
         token, live = tokens_from(start, tokens, BLOCK_T)
         ds = load_ds(ds_ptr, width, token, live, row, rows)
+        pieces = pieces_of(tl.trans(ds), X_ptr.dtype.element_ty)
         there = (token >= 0) & (first_row == 0)
+        adding = live & (has_add != 0) & (first_row == 0)
         dh = load_tile(dh_ptr, dh_strides.token, token, there, channel, channels, BLOCK_C)
         mask = inside(live, channel, channels, X_ptr, BLOCK_C)
         more = []
@@ -232,7 +234,9 @@ def _mhc_streams_bwd_kernel(
             stream = first_stream + i
             X_stream_ptr = X_ptr + stream * X_strides.stream
             x = load_tile(X_stream_ptr, X_strides.token, token, token >= 0, channel, channels, BLOCK_C)
-            more = more + [dw[i] + exact_product(tl.trans(x), tl.trans(ds))]
+            add_stream_ptr = add_ptr + stream * add_strides.stream
+            more_dX = load_tile(add_stream_ptr, add_strides.token, token, adding, channel, channels, BLOCK_C)
+            more = more + [dw[i] + product_of_pieces(tl.trans(x), pieces)]
             if SINGLE or first_row == 0:
                 c = tl.load(ds_ptr + token * width + rows)
                 weight = tl.load(weights_ptr + token * streams + stream)
@@ -245,9 +249,7 @@ def _mhc_streams_bwd_kernel(
                         fn_stream_ptr = fn_ptr + stream * channels
                         tile = load_fn(fn_stream_ptr, k, other, rows, channel, channels, WIDE, BLOCK_C)
                         dX = add_product(dX, load_ds(ds_ptr, width, token, live, other, rows), tile)
-                if has_add != 0:
-                    add_stream_ptr = add_ptr + stream * add_strides.stream
-                    dX += load_tile(add_stream_ptr, add_strides.token, token, live, channel, channels, BLOCK_C).to(tl.float32)
+                dX += more_dX.to(tl.float32)
                 dX_pointers = vectors(dX_ptr + stream * channels, k, token, channel, BLOCK_C)
                 tl.store(dX_pointers, narrow(dX, X_ptr.dtype.element_ty), mask=mask)
         dw = more

@@ -16,6 +16,8 @@ from .spectrum import store_spectrum
 from .tiles import Strides, inside, load_tile, tokens_from, vectors
 from .wide import places, wide_logits, wide_plan, wide_project
 
+AT_ONCE = tl.constexpr(8)  # partial sums that are on their way together
+
 
 @triton.jit
 def add_partials(partials_ptr, sums_ptr, token, live, tokens, columns, width, parts):
@@ -24,9 +26,11 @@ def add_partials(partials_ptr, sums_ptr, token, live, tokens, columns, width, pa
         column = first + tl.arange(0, 32)
         mask = live[:, None] & (column < columns)[None, :]
         total = tl.zeros([token.shape[0], 32], tl.float32)
-        for part in range(parts):
-            start = partials_ptr + (part * tokens + token) * width
-            total += tl.load(start[:, None] + column[None, :], mask=mask, other=0.0)
+        own_ptr = partials_ptr + ((token * width)[:, None] + column[None, :])
+        for first_part in range(0, parts, AT_ONCE):
+            for place in tl.static_range(AT_ONCE):
+                part = first_part + place
+                total += tl.load(own_ptr + part * (tokens * width), mask=mask & (part < parts), other=0.0)
         tl.store((sums_ptr + token * columns)[:, None] + column[None, :], total, mask=mask)
 
 

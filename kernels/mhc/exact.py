@@ -24,14 +24,32 @@ def kept(x):
 
 
 @triton.jit
-def exact_product(x, w):
-    """x w^T to float32's accuracy, w in float32."""
-    total = tl.zeros([x.shape[0], w.shape[0]], tl.float32)
-    if x.dtype == tl.bfloat16:
+def pieces_of(w, dtype: tl.constexpr):
+    """What float32 w is multiplied as where the other factor is of this dtype."""
+    if dtype == tl.bfloat16:
+        pieces = []
         for _ in tl.static_range(3):
             piece = kept(narrow(w, tl.bfloat16))
-            total = dot(x, tl.trans(piece), total, "ieee")
+            pieces = pieces + [piece]
             w -= piece.to(tl.float32)
     else:
-        total = dot(x.to(tl.float32), tl.trans(w), total, "tf32x3")
+        pieces = [w]
+    return pieces
+
+
+@triton.jit
+def product_of_pieces(x, pieces):
+    """x w^T to float32's accuracy, w in its :func:`pieces_of` the dtype of x."""
+    total = tl.zeros([x.shape[0], pieces[0].shape[0]], tl.float32)
+    if x.dtype == tl.bfloat16:
+        for place in tl.static_range(3):
+            total = dot(x, tl.trans(pieces[place]), total, "ieee")
+    else:
+        total = dot(x.to(tl.float32), tl.trans(pieces[0]), total, "tf32x3")
     return total
+
+
+@triton.jit
+def exact_product(x, w):
+    """x w^T to float32's accuracy, w in float32."""
+    return product_of_pieces(x, pieces_of(w, x.dtype))

@@ -41,6 +41,7 @@ _FEATURES = {
 # and two steps on their way to shared memory behind the one at work, as a program has an SM to itself.
 TOKENS, TOKENS_WARPS, STAGES, ROWS = 128, 8, 3, 32
 MAX_PARTS, FIRST_STEPS = 32, 4  # what a program does once takes about as long as so many of its steps
+FEW_TOKENS = 128  # of as many the parts, a launch each, are done sooner: in one they are a block, whatever their number
 MAX_STRIDE = 1 << 24  # offsets in a tile of 128 lines are of 32 bits
 
 
@@ -163,7 +164,7 @@ def _partials(
     out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """X', h if it comes with it, and partial sums: in one launch, or in that of :func:`post` and that of ``pre``'s product."""
-    if fuses(x, X, fn) and (out is None or aligned(*out)):
+    if X.shape[0] > FEW_TOKENS and fuses(x, X, fn) and (out is None or aligned(*out)):
         return post_partials(x, X, weights, comb, fn, given, out)
     new_streams = post(x, X, weights, comb, out[0] if out else None)
     return new_streams, None, product(new_streams, fn)

@@ -18,6 +18,7 @@ from .product import _mhc_product_fwd_kernel
 _ROWS = (16, 32, 64, 128)  # of fn, of a program of the product
 # Its tokens and channels at a time, by rows.
 _FEW = 16
+FEW_TOKENS = 256  # as many are cut into blocks of _FEW: more programs are worth more than fn, which each reads
 _MANY: dict[torch.dtype, tuple[tuple[int, int], ...]] = {
     torch.bfloat16: ((256, 64), (256, 32), (128, 32), (64, 32)),
     torch.float16: ((256, 32), (256, 16), (128, 16), (64, 32)),
@@ -115,7 +116,7 @@ def _streams(dtype: torch.dtype, streams: int, block_d: int, single: bool) -> Co
         | dict.fromkeys(("fn_ptr", "ds_ptr", "weights_ptr", "dfn_ptr"), "fp32"),
         constants={"STREAMS": streams, "BLOCK_T": block_t, "BLOCK_C": 64, "BLOCK_D": block_d, "SINGLE": single},
         num_warps=4 if few else 8,
-        num_stages=2,
+        num_stages=3 if few else 2,
         matrices=block_t,
         label=f"mhc streams backward {TYPES[dtype]} {streams} streams {block_d} rows" + " of more" * (not single),
     )
@@ -136,7 +137,7 @@ def sum_backward() -> Configuration:
 
 def product_of(dtype: torch.dtype, tokens: int, rows: int) -> Configuration:
     """What multiplies by fn of so many rows."""
-    return _product(dtype, tokens > 4 * _FEW, block_of(rows, _ROWS))
+    return _product(dtype, tokens > FEW_TOKENS, block_of(rows, _ROWS))
 
 
 def mix_of(dtype: torch.dtype, streams: int, head: bool, info: bool) -> Configuration:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdsm import mhc
 from fastdsm.kernels.common.configuration import Configuration
+from fastdsm.kernels.mhc import launch_post
 from fastdsm.nn import HyperConnection, HyperConnections
 
 
@@ -69,9 +70,12 @@ def test_a_connection_of_narrow_streams(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=2 * unit, atol=2 * unit * size)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("recompute", [None, 2])
-def test_a_stack(recompute: int | None, launches: list[str]) -> None:
-    """Between two branches streams are written and read in two launches, between two segments in three."""
+def test_a_stack(recompute: int | None, few: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two branches streams are written and read in two launches, between two segments, and of few tokens, in three."""
+    if not few:
+        monkeypatch.setattr(launch_post, "FEW_TOKENS", 0)
 
     def make(backend: str) -> nn.Module:
         branches = [nn.Linear(8, 8) for _ in range(3)]
@@ -80,8 +84,9 @@ def test_a_stack(recompute: int | None, launches: list[str]) -> None:
     kernels, paths = of_both(make, torch.randn(2, 3, 8))
     for found, expected in zip(kernels, paths, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
-    border = ["post_pre", "mix"] if recompute is None else ["post", "product", "mix"]
-    forward = ["product", "mix", "post_pre", "mix", *border, "post", "product", "mix"]
+    apart = ["post", "product", "mix"]
+    together = apart if few else ["post_pre", "mix"]
+    forward = ["product", "mix", *together, *(together if recompute is None else apart), *apart]
     assert launches[: len(forward)] == [f"_mhc_{name}_fwd_kernel" for name in forward]
 
 

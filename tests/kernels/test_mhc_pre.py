@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdsm._ops.mixing import Mixing
 from fastdsm._verify.sinkhorn import budget
 from fastdsm.kernels.common.configuration import recorded
-from fastdsm.kernels.mhc import launch, launch_pre
+from fastdsm.kernels.mhc import launch, launch_pre, table_pre
 
 DEEPSEEK = Mixing()
 PLAIN = Mixing(sinkhorn_eps=0.0)
@@ -185,6 +185,37 @@ def test_values_and_gradients(case: Case) -> None:
     ours = backward(case, inputs, cotangents, sums, None)
     for at, (x, y, z) in enumerate(zip(ours, true, rough, strict=True)):
         assert_close(x, y, z, 1 if at in (0, 4) else case.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 4, 9])
+def test_many_tokens_are_multiplied_in_larger_blocks(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(n=n, tokens=37, channels=40, dtype=dtype)
+    X, fn, *_ = case.inputs()
+    few = launch_pre.product(X, fn)
+    monkeypatch.setattr(table_pre, "FEW_TOKENS", 36)
+    with recorded() as launches:
+        launch_pre.product(X, fn)
+    assert launches[0].configuration.matrices >= 64
+    many = launch_pre.product(X, fn)
+    exact = X.double().flatten(1) @ fn.double().T
+    size = X.double().flatten(1).abs() @ fn.double().abs().T
+    for partials in (few, many):
+        assert ((partials.double().sum(0)[:, : len(fn)] - exact).abs() <= 3e-7 * size).all()
+
+
+@pytest.mark.parametrize("parts", [1, 7, 8, 9, 17])
+def test_parts_are_added_up_in_their_order(parts: int) -> None:
+    """Whatever their number, eight of them are on their way together."""
+    case = Case(tokens=5, channels=16)
+    X, fn, scale, base, _ = case.inputs()
+    partials = launch_pre.product(X, fn)
+    shares = torch.rand(parts, *partials.shape[1:])
+    *_rest, sums = launch_pre.mix(shares, X, scale, base, case.mixing)
+    expected = torch.zeros_like(shares[0])
+    for share in shares:
+        expected = expected + share
+    assert torch.equal(sums, expected[:, : sums.shape[1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import machine_code
+from benchmarks.static import layer
 from benchmarks.static.accesses import IDLE, Access, accesses
 from benchmarks.static.devices import H100, resident
-from benchmarks.static.execution import execute
-from benchmarks.static.multiprocessor import Step, cycles, steps_of
-from benchmarks.static.pipes import BARRIER, FMA, GLOBAL, SHARED, XU
+from benchmarks.static.execution import execute, step_of
+from benchmarks.static.machine import Machine
+from benchmarks.static.multiprocessor import COPIES, Step, cycles, steps_of
+from benchmarks.static.pipes import BARRIER, COMMITS, COPIED, FMA, GLOBAL, SHARED, TENSOR, XU
 from benchmarks.static.predicted import read
 from benchmarks.static.sass import parse
 from benchmarks.static.section import fits, section
@@ -132,6 +134,76 @@ def test_memory_that_was_touched_comes_from_a_cache() -> None:
     assert latencies == [H100.memory_latency, H100.l1_latency]
 
 
+DIVISION = """
+I2F.RP R2, R1
+MUFU.RCP R2, R2
+VIADD R3, R2, 0xffffffe
+F2I.FTZ.U32.TRUNC.NTZ R3, R3
+IMAD.MOV R4, RZ, RZ, -R3
+IMAD R5, R4, R1, RZ
+IMAD.MOV.U32 R2, RZ, RZ, RZ
+IMAD.HI.U32 R3, R3, R5, R2
+IMAD.HI.U32 R6, R3, R0, RZ
+IMAD.MOV R7, RZ, RZ, -R6
+IMAD R7, R7, R1, R0
+ISETP.GE.U32.AND P0, PT, R7, R1, PT
+@P0 IMAD.IADD R7, R7, 0x1, -R1
+@P0 VIADD R6, R6, 0x1
+ISETP.GE.U32.AND P1, PT, R7, R1, PT
+@P1 VIADD R6, R6, 0x1
+"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(0, 1), (7, 3), (8191, 256), (1 << 31, 3), (0xFFFFFFFF, 1), (0xFFFFFFFF, 0x7FFFFFFF), (16777217, 16777217)]
+)
+def test_a_division_by_a_reciprocal_is_followed(a: int, b: int) -> None:
+    lines = DIVISION.strip().splitlines()
+    text = "\n".join(f"        /*{16 * place:04x}*/       {line} ;" for place, line in enumerate(lines))
+    machine = Machine({})
+    machine.write("R0", a)
+    machine.write("R1", b)
+    for instruction in parse(text).instructions:
+        step_of(instruction)(machine)
+    assert machine.read("R6") == a // b
+
+
+def test_copies_to_shared_memory_are_waited_for_by_groups() -> None:
+    copy = step(GLOBAL, 4, 570, result=COPIES, new=40)
+    one_by_one = [copy, step(COMMITS), step(COPIED)] * 10
+    behind = [copy, step(COMMITS), step(COPIED, latency=3)] * 10  # three may be on their way
+    assert cycles(one_by_one, warps=1, programs=1, resident=1) == pytest.approx(10 * 614, rel=0.02)
+    # The fourth goes on when the first is there, at 614, the eighth when the fifth is, which went behind that; then two more.
+    assert cycles(behind, warps=1, programs=1, resident=1) == pytest.approx(2 * 614 + 2 * 40, rel=0.02)
+
+
+def test_products_of_a_warpgroup_are_waited_for() -> None:
+    product = "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR24], R24"
+    lines = [product, product, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "EXIT"]
+    control = "/* 0x0000000000000000 */ /* 0x000fe20000000000 */"
+    run = execute(parse("\n".join(f"   /*{16 * i:04x}*/   {line} ; {control}" for i, line in enumerate(lines))), {})
+    assert run is not None
+    steps = steps_of(run, {}, 4, H100)
+    assert [x[0] for x in steps[:2]] == [TENSOR] * 2
+    assert cycles(steps, warps=4, programs=1, resident=1) == pytest.approx(2 * 16 + 32, abs=8)
+    many = cycles([*steps[:2] * 100, *steps[2:]], warps=4, programs=1, resident=1)
+    assert many == pytest.approx(200 * 16 + 32, rel=0.02)  # a part's rate
+
+
+def test_what_all_programs_read_is_not_new() -> None:
+    text = SASS.format(access="LDG.E R4, [R2.64]", stride="0x4", guard="    ")
+    run = execute(parse(text), {})
+    assert run is not None
+    assert list(accesses(run, {}, 4096, [range(128)]).values()) == [Access(1, 0, 128)]
+    assert list(accesses(run, {}, 4096, [range(128, 256)]).values()) == [Access(1, 128, 128)]
+
+
+def test_mixes_are_at_most_a_tenth_of_the_pre() -> None:
+    times = {(row["device"], row["call"]): row["whole"] for row in layer.read()}
+    assert all(0 < times[name, layer.MIXES] <= 0.1 * times[name, "pre"] for name, _ in times)
+    assert all(time is not None for time in times.values())
+
+
 def test_the_committed_predictions_explain_what_was_measured() -> None:
     """All that can be followed and is the same kernel, but for the two whose squarings the data end."""
     rows = [row for row in read() if row.where and not row.changed and row.predicted is not None]
@@ -144,15 +216,15 @@ def test_the_section_says_where_the_model_is_off() -> None:
     rows = read()
     (row,) = [x for x in rows if x.case.endswith("forward, 1024 of 128x128")]
     current = machine_code.sources()
-    (line,) = [x for x in section(rows, current).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
+    (line,) = [x for x in section(rows, layer.read(), current).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
     assert "off" not in line
     wrong = [replace(x, predicted=0.5 * x.predicted) if x == row and x.predicted else x for x in rows]
-    (line,) = [x for x in section(wrong, current).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
+    (line,) = [x for x in section(wrong, layer.read(), current).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
     assert "**off**" in line
-    (line,) = [x for x in section(rows, ()).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
+    (line,) = [x for x in section(rows, layer.read(), ()).splitlines() if x.startswith("| 1,024 of 128 × 128: forward (")]
     assert "predicted before the kernel was changed" in line
     measured = sum(bool(x.where) for x in rows)
-    text = section(rows, ())
+    text = section(rows, layer.read(), ())
     assert "have changed.\n\n| float32, 20 sweeps |" in text
     for count in (measured, len(rows) - measured):
         assert f"Since they were predicted the kernels of {count} of these {count} have changed." in text

@@ -16,8 +16,9 @@ from benchmarks.static import record as record_file
 from benchmarks.static.compilation import Resources, describe, kernel_name, read_resources
 from benchmarks.static.devices import H200
 from benchmarks.static.execution import execute, parameter_words
-from benchmarks.static.integers import INTEGER_OPERATIONS, Machine
+from benchmarks.static.integers import INTEGER_OPERATIONS
 from benchmarks.static.launches import OPERATIONS, Call
+from benchmarks.static.machine import Machine
 from benchmarks.static.model import CLOCK_GHZ, predicted_time
 from benchmarks.static.report import analyse, faults, title, usages
 from benchmarks.static.sass import count, parse
