@@ -39,6 +39,7 @@ def configurations() -> list[Configuration]:
         stream.launch,
         spectrum.launch,
         attention.launch,
+        attention.launch_short,
         mhc.launch,
     )
     return [x for family in families for x in family.configurations()]

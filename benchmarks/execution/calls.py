@@ -145,6 +145,30 @@ def _attentions(dtype: torch.dtype, precision: str, d: int) -> Iterator[Call]:
         yield call(sigma2, "col", replace(case(2.0, 3, option, FEW_LINES), shape=(1, 2, 2, *FEW_LINES, d, 20)))
 
 
+def short_attention_calls() -> Iterator[Call]:
+    """Attention of heads that fit on chip: with gradients, and results alone of more features and lines."""
+    for dtype, first in itertools.product((HALF, BRAIN), ("col", "row")):
+        yield from _short_attentions(dtype, first)
+
+
+def _short_attentions(dtype: torch.dtype, first: str) -> Iterator[Call]:
+    def call(judge: Any, shape: tuple[int, ...], option: str = "", dropout: bool = False, n_iters: int = 3) -> Call:
+        case = AttentionCase((1, 2, 1, *shape), dtype, 2.0, n_iters, option)
+        words = ["short", f"{first} first"] + ["dropout"] * dropout
+        return _call(partial(judge, first=first, dropout=dropout), case, ", ".join(words))
+
+    attend, result, shape = judged_attention.attention, judged_attention.result_alone, (40, 33, 24, 20)
+    for option in ("", "bias", "mask", "padding", "temperature"):
+        yield call(attend, shape, option)
+    yield call(attend, shape, dropout=True)
+    for n_iters in (0, 20):
+        yield call(attend, shape, n_iters=n_iters)
+    for option, dropout in (("", False), ("bias", False), ("", True)):
+        yield call(result, (40, 33, 72, 20), option, dropout)
+        yield call(result, shape, option, dropout)
+    yield call(result, (100, 128, 24, 20))
+
+
 def layer_calls() -> Iterator[Call]:
     """mHC layers by streams; by tokens, of which few are cut otherwise; channels of whole vectors, and not."""
     for dtype in NARROW:
@@ -163,5 +187,14 @@ def _noisy(calls: Callable[[], Iterator[Call]]) -> Callable[[], Iterator[Call]]:
     return lambda: (replace(call, noise=True) for call in calls())
 
 
-FAMILIES = (_noisy(register_calls), tile_calls, spectrum_calls, panel_calls, stream_calls, layer_calls, attention_calls)
+FAMILIES = (
+    _noisy(register_calls),
+    tile_calls,
+    spectrum_calls,
+    panel_calls,
+    stream_calls,
+    layer_calls,
+    short_attention_calls,
+    attention_calls,
+)
 """By what they cost."""

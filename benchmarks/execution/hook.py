@@ -87,7 +87,10 @@ class Execution:
             own = configuration.own
             return own if own is not None and own.targets == (self.target,) else configuration
 
-        for name, function in {"runner": runner, "on": on}.items():
+        def runs_on(configuration: Configuration, device: torch.device) -> bool:
+            return self.target in configuration.targets
+
+        for name, function in {"runner": runner, "on": on, "runs_on": runs_on}.items():
             setattr(Configuration, name, function)
         Kept.forget()  # launches prepared before
         triton.knobs.runtime.interpret = True  # what is asked whether kernels take CPU tensors; they have been decorated

@@ -97,6 +97,21 @@ def attention(
     return [*results, *_of_gradients("gradient of", slopes, expected, usual, cotangent, case, target)]
 
 
+def result_alone(case: AttentionCase, target: Target, *, first: str = "col", dropout: bool = False) -> list[Record]:
+    """Output, where no gradient will be asked for."""
+    operands, cotangent = _inputs(case, target.device)
+    operands["first"] = first
+    oracle = _oracle(DROPPED, _kept(operands, target.backend)) if dropout else reference.sinkhorn_attention
+    torch.manual_seed(SEED)
+    call = partial(sinkhorn_attention, dropout_p=DROPPED * dropout, backend=target.backend, enable_gqa=True)
+    found, _ = call(**operands, return_info=True)
+    truth, plain = (
+        oracle(**_held_in(dtype, operands, cotangent)[0], return_info=True)[0] for dtype in (torch.float64, torch.float32)
+    )
+    size = max(1.0, truth.abs().max().item())
+    return [compare("attention", "output", found, truth, plain, size=size, target=target, case=case)]
+
+
 def _plain_runs(
     precision: str, oracle: Callable[..., Any], operands: Mapping[str, Any], cotangent: Tensor
 ) -> list[tuple[Any, dict[str, Tensor]]]:

@@ -60,6 +60,9 @@ _ATTENTION_BACKWARD = (
 )  # fmt: skip
 
 
+_SHORT_BACKWARD = ("_attention_short_adjoint_bwd_kernel", "_attention_short_gradient_bwd_kernel")
+
+
 def calls(device: str) -> list[Call]:
     """Every public call, on ``device``."""
     draw = torch.Generator().manual_seed(0)
@@ -117,6 +120,11 @@ def calls(device: str) -> list[Call]:
         Call(
             "sinkhorn_attention(x, x, x)", normal(1, HEADS, 64, FEATURES), lambda x: fastdsm.sinkhorn_attention(x, x, x),
             lambda x: reference.sinkhorn_attention(x, x, x), (*_SWEEPS, _ATTEND), _ATTENTION_BACKWARD,
+        ),
+        Call(
+            "sinkhorn_attention(x, x, x), bfloat16", normal(1, HEADS, 64, FEATURES).bfloat16(),
+            lambda x: fastdsm.sinkhorn_attention(x, x, x), lambda x: reference.sinkhorn_attention(x, x, x),
+            ("_attention_short_fwd_kernel",), _SHORT_BACKWARD, tolerance=2e-2,
         ),
         # Two lines and steps: Lanczos' matrix of two has eigenvalues, and the time is the same, whatever a stub leaves in it.
         Call(

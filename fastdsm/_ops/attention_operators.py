@@ -57,17 +57,25 @@ def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
     return None if seed is None else Dropout(p, seed)
 
 
-def _sweeps(options: Sequence[Any], saving: bool) -> Sweeps:
-    """The kernels keep every sweep's potentials for an unrolled backward; the PyTorch path sweeps again."""
+def _sweeps(options: Sequence[Any], saving: bool, short: bool) -> Sweeps:
+    """The passes of kernels keep every sweep's potentials for an unrolled backward; the PyTorch path, and kernels of heads
+    that are ``short``, sweep again."""
     n_iters, columns_first, tol, _, implicit, backend = options
-    return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton" and not implicit)
+    return Sweeps(n_iters, columns_first, tol, keep=saving and backend == "triton" and not implicit and not short)
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> bool:
+    """Of the forward's inputs."""
+    bias, mask, _, _, _, seed = inputs[:6]
+    *_, implicit, backend, _, saving = inputs
+    return backends.short(query, key, value, any(x is not None for x in (bias, mask, seed)), implicit, saving, backend)
 
 
 def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Uninitialised (out, f, g, residual, sweeps)."""
     *options, _, saving = inputs[-8:]
     B, H, N, _ = query.shape
-    K = slots(_sweeps(options, saving))
+    K = slots(_sweeps(options, saving, _is_short(query, key, value, *inputs)))
     dtype = compute_dtype(query.dtype)
     return (
         value.new_empty((B, H, N, value.shape[3])),
@@ -83,15 +91,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple
     out, f, g, residual, sweeps = results = _results_like(query, key, value, *inputs)
     *options, wanted, saving = inputs[-8:]
     _, _, _, p, _, backend = options
+    short = _is_short(query, key, value, *inputs)
     backends.attention_forward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
-        _sweeps(options, saving),
+        _sweeps(options, saving, short),
         _dropout(inputs[5], p),
         out,
         State(f, g, residual, sweeps),
         wanted,
         backend,
+        short,
     )
     return results
 
@@ -126,6 +136,7 @@ def _attention_backward(
         AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
         implicit,
         backend,
+        _is_short(query, key, value, *inputs[:-1], False, True),
     )
     return results
 

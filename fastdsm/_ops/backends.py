@@ -156,6 +156,18 @@ def attention_passes(problem: Attention, backend: str) -> streamed.Passes:
     return passes
 
 
+def short(query: Tensor, key: Tensor, value: Tensor, entries: bool, implicit: bool, saving: bool, backend: str) -> bool:
+    """Whether heads are served by launches that hold all their logits. entries: there is a bias, a mask or dropout."""
+    served: bool = not implicit and backend == "triton" and _short_launches().serves(query, key, value, entries, saving)
+    return served
+
+
+def _short_launches() -> Any:
+    kernels = _kernels("triton")
+    assert kernels is not None
+    return kernels.attention.launch_short
+
+
 def attention_forward(
     problem: Attention,
     value: Tensor,
@@ -165,14 +177,17 @@ def attention_forward(
     state: streamed.State,
     residual: bool,
     backend: str,
+    short: bool,
 ) -> None:
-    """Fill ``out`` and ``state``; without logits there is nothing but zeros."""
+    """Fill ``out`` and ``state``; without logits there is nothing but zeros. short: as :func:`short` says."""
     if _without_logits(problem):
         for x in (out, state.f, state.g, state.residual, state.sweeps):
             x.zero_()
         return
     kernels = _attention_kernels(problem, backend)
-    if kernels is not None:
+    if short:
+        _short_launches().forward(problem, value, sweeps, dropout, out, state)
+    elif kernels is not None:
         streamed.attention_forward(kernels, problem, value, sweeps, dropout, out, state, residual)
     else:
         pytorch.attention_forward(problem, value, sweeps, dropout, out, state, residual)
@@ -188,6 +203,7 @@ def attention_backward(
     gradients: streamed_gradient.AttentionGradients,
     implicit: bool,
     backend: str,
+    short: bool,
 ) -> None:
     """Fill ``gradients``."""
     if _without_logits(problem):
@@ -196,7 +212,9 @@ def attention_backward(
                 x.zero_()
         return
     kernels = _attention_kernels(problem, backend)
-    if kernels is not None:
+    if short:
+        _short_launches().backward(problem, value, sweeps, dropout, given, state, gradients)
+    elif kernels is not None:
         streamed_gradient.attention_backward(kernels, problem, value, sweeps, dropout, given, state, gradients, implicit)
     else:
         pytorch.attention_backward(problem, value, sweeps, dropout, given, state, gradients, implicit)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.common.configuration import TARGETS, Configuration, recorded
+from ..kernels.attention import launch_short
+from ..kernels.common.configuration import Configuration, recorded
 from ..kernels.registers.backward import MAX_BACKWARD_SWEEPS
 from ..kernels.stream import spectrum as stream_spectrum
 from . import backends, newton  # transforms: it makes the operators complete
@@ -31,7 +32,7 @@ MATRICES: tuple[Shape, ...] = (
     *((7, 8), (200, 40), (200, 104), (264, 200)),
     *((16, m) for m in (304, 1000, 2000, 4000, 8000, 9000)),
 )
-LINES: tuple[Shape, ...] = tuple((n, n) for n in (100, 200, 400, 600))
+LINES: tuple[Shape, ...] = tuple((n, n) for n in (64, 100, 200, 400, 600))
 FEATURES = (64, 128, 256)
 STREAMS: tuple[Shape, ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16))
 CHANNELS = (64,)
@@ -54,12 +55,9 @@ def places(
     calls: None for the whole table, whatever else is given. sizes: of matrices as they are passed, of attention (queries, keys)
     and of an mHC layer its streams, twice. features: of query, key and value, or of a stream. None for any.
     """
-    table = kernels.configurations()
-    if calls is None:
-        found = [x for x in table if x.own is not None or x.targets == TARGETS]
-    else:
-        found = list(_found(calls, dtypes, sizes, features))
-    return sorted({table.index(_on(target, configuration)) for configuration in found})
+    table, of_its_kind = kernels.configurations(), f"{target[:-1]}0"
+    found = table if calls is None else [_on(target, x) for x in _found(calls, dtypes, sizes, features)]
+    return sorted({table.index(x) for x in found if of_its_kind in x.targets})
 
 
 def _on(target: str, configuration: Configuration) -> Configuration:
@@ -185,12 +183,15 @@ def _attention_inputs(shape: Shape, d: int, dtype: torch.dtype, value: Tensor) -
 
 
 def _attend(shape: Shape, d: int, dtype: torch.dtype, value: Tensor) -> None:
-    """Attention and its gradients, in its own dtype and in that of a temperature, if it is differentiated."""
-    for wide in {dtype, compute_dtype(dtype)}:
-        wide_value = value if wide == dtype else value.to(wide)
-        for inputs in _attention_inputs(shape, d, wide, wide_value):
-            out, f, g, _, sweeps = _OPERATORS.sinkhorn_attention(*inputs, True, True)
-            _OPERATORS.sinkhorn_attention_backward(out, None, None, f, g, sweeps, *inputs, True)
+    """Attention and its gradients, in its own dtype and in that of a temperature, if it is differentiated; where a target has
+    no launches for heads of few lines, too."""
+    for short in (launch_short.serves, lambda *_: False):
+        with patch.object(launch_short, "serves", short):
+            for wide in {dtype, compute_dtype(dtype)}:
+                for inputs in _attention_inputs(shape, d, wide, value if wide == dtype else value.to(wide)):
+                    _OPERATORS.sinkhorn_attention(*inputs, True, False)
+                    out, f, g, _, sweeps = _OPERATORS.sinkhorn_attention(*inputs, True, True)
+                    _OPERATORS.sinkhorn_attention_backward(out, None, None, f, g, sweeps, *inputs, True)
 
 
 def _sinkhorn_attention(shape: Shape, d: int, dtype: torch.dtype) -> None:

@@ -1,5 +1,8 @@
-"""Sinkhorn attention: logits made of query and key tile by tile, never stored; one pass over them per half sweep."""
+"""Sinkhorn attention: logits made of query and key, never stored.
 
-from . import launch
+Tile by tile, one pass over them per half sweep; or, of few lines, all of a head's on chip.
+"""
 
-__all__ = ["launch"]
+from . import launch, launch_short
+
+__all__ = ["launch", "launch_short"]

@@ -119,6 +119,10 @@ class Configuration:
             return self
         return self.own if self.own.targets == (f"sm_{torch.cuda.get_device_capability(device)[0]}0",) else self
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it is compiled for ``device``; on a CPU every kernel can be interpreted."""
+        return device.type != "cuda" or f"sm_{torch.cuda.get_device_capability(device)[0]}0" in self.targets
+
     def everywhere(self) -> list[Configuration]:
         """This one, and the one that a target has of its own."""
         return [self] if self.own is None else [self, self.own]
