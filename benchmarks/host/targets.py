@@ -10,6 +10,7 @@ from .rows import COMPILED, STUBBED, HostRow
 
 FOUR: Shape = (64, 4, 4)
 EIGHT: Shape = (64, 8, 8)
+HEADS_OF_64: Shape = (4, 64, 3, 32)
 Key = tuple[str, Shape, str]
 # At most so many empty autograd.Functions of the same direction; of COMPILED at most so many microseconds.
 MOST: dict[Key, float] = {
@@ -27,6 +28,8 @@ MOST: dict[Key, float] = {
     ("sigma2_bounds(p)", EIGHT, FORWARD): 5.0,
     ("round_to_birkhoff(p)", EIGHT, FORWARD): 10.4,
     ("temperature_for_sigma2(x, 0.5)", EIGHT, FORWARD): 17.4,
+    ("sinkhorn_attention(x, x, x), bfloat16", HEADS_OF_64, FORWARD): 12.0,
+    ("sinkhorn_attention(x, x, x), bfloat16", HEADS_OF_64, BACKWARD): 8.0,
 }
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.static.short``: attention of heads that fit on chip, warp-instructions of a head and the model's times.
+"""``python -m benchmarks.static.short``: attention of heads that fit on chip, counted, and the model's times.
 
 bfloat16, 64 features, 3 sweeps, 768 heads; times are predictions.
 """
@@ -56,8 +56,8 @@ def rows(lines: int) -> Iterator[Counted]:
 
 def _launches(lines: int) -> list[Launch]:
     query, key, value, cotangent = torch.empty(4, 1, HEADS, lines, FEATURES, dtype=torch.bfloat16).unbind()
-    potentials = torch.empty(2, 1, HEADS, 1, lines, dtype=torch.float64).unbind()
-    state = State(*potentials, torch.empty(1, HEADS), torch.full((1, HEADS), SWEEPS, dtype=torch.int32))
+    f, g = torch.empty(2, 1, HEADS, 1, lines, dtype=torch.float64).unbind()
+    state = State(f, g, torch.empty(1, HEADS), torch.empty(1, HEADS, dtype=torch.int32))
     problem, sweeps = Attention(query, key, FEATURES**-0.5), Sweeps(SWEEPS, True)
     with recorded() as launches:
         launch_short.forward(problem, value, sweeps, None, cotangent, state)

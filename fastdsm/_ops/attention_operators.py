@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .attention_runs import ShortBackward, ShortForward
 from .operators import LIBRARY, implement
 from .problem import Attention, Dropout, compute_dtype
+from .runs import Forms, Run, Tensors, run_of
 from .streamed.gradient import AttentionGradients, Cotangents
 from .streamed.spectrum import Accuracy, Spectrum
 from .streamed.sweeps import State, Sweeps, slots
@@ -87,21 +89,25 @@ def _results_like(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tu
 
 
 @implement("sinkhorn_attention")
-def _attention(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *inputs: Any, run: Run | None = None, forms: Forms = None
+) -> Tensors | tuple[Tensor, ...]:
+    if _is_short(query, key, value, *inputs):
+        tensors = (query, key, value, *inputs[:6])
+        run = run or run_of(ShortForward, query, tensors, forms, key.shape[2], value.shape[3], tuple(inputs[6:-2]))
+        return run(tensors)
     out, f, g, residual, sweeps = results = _results_like(query, key, value, *inputs)
     *options, wanted, saving = inputs[-8:]
     _, _, _, p, _, backend = options
-    short = _is_short(query, key, value, *inputs)
     backends.attention_forward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
-        _sweeps(options, saving, short),
+        _sweeps(options, saving, False),
         _dropout(inputs[5], p),
         out,
         State(f, g, residual, sweeps),
         wanted,
         backend,
-        short,
     )
     return results
 
@@ -123,8 +129,17 @@ def _attention_backward(
     key: Tensor,
     value: Tensor,
     *inputs: Any,
-) -> tuple[Tensor, ...]:
+    run: Run | None = None,
+    forms: Forms = None,
+) -> Tensors | tuple[Tensor, ...]:
     n_iters, columns_first, tol, p, implicit, backend, with_bias = inputs[-7:]
+    if _is_short(query, key, value, *inputs[:-1], False, True):
+        bias = inputs[0] if with_bias else None
+        tensors = (grad_out, grad_f, grad_g, sweeps, query, key, value, *inputs[:6])
+        like = tuple((tuple(x.shape), x.dtype) for x in (query, key, value, bias) if x is not None)
+        run = run or run_of(ShortBackward, query, tensors, forms, like, tuple(inputs[6:-1]))
+        *found, d_bias = run(tensors)
+        return *found, query.new_empty((0,)) if d_bias is None else d_bias
     d_query, d_key, d_value, d_bias = results = _gradients_like(with_bias, query, key, value, inputs[0])
     backends.attention_backward(
         problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
@@ -136,7 +151,6 @@ def _attention_backward(
         AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
         implicit,
         backend,
-        _is_short(query, key, value, *inputs[:-1], False, True),
     )
     return results
 

@@ -162,6 +162,16 @@ def short(query: Tensor, key: Tensor, value: Tensor, entries: bool, implicit: bo
     return served
 
 
+def short_attention_forward(*arguments: Any) -> None:
+    """Fill ``out`` and ``state`` of heads that are :func:`short`."""
+    _short_launches().forward(*arguments)
+
+
+def short_attention_backward(*arguments: Any) -> None:
+    """Fill ``gradients`` likewise."""
+    _short_launches().backward(*arguments)
+
+
 def _short_launches() -> Any:
     kernels = _kernels("triton")
     assert kernels is not None
@@ -177,17 +187,14 @@ def attention_forward(
     state: streamed.State,
     residual: bool,
     backend: str,
-    short: bool,
 ) -> None:
-    """Fill ``out`` and ``state``; without logits there is nothing but zeros. short: as :func:`short` says."""
+    """Fill ``out`` and ``state``; without logits there is nothing but zeros."""
     if _without_logits(problem):
         for x in (out, state.f, state.g, state.residual, state.sweeps):
             x.zero_()
         return
     kernels = _attention_kernels(problem, backend)
-    if short:
-        _short_launches().forward(problem, value, sweeps, dropout, out, state)
-    elif kernels is not None:
+    if kernels is not None:
         streamed.attention_forward(kernels, problem, value, sweeps, dropout, out, state, residual)
     else:
         pytorch.attention_forward(problem, value, sweeps, dropout, out, state, residual)
@@ -203,7 +210,6 @@ def attention_backward(
     gradients: streamed_gradient.AttentionGradients,
     implicit: bool,
     backend: str,
-    short: bool,
 ) -> None:
     """Fill ``gradients``."""
     if _without_logits(problem):
@@ -212,9 +218,7 @@ def attention_backward(
                 x.zero_()
         return
     kernels = _attention_kernels(problem, backend)
-    if short:
-        _short_launches().backward(problem, value, sweeps, dropout, given, state, gradients)
-    elif kernels is not None:
+    if kernels is not None:
         streamed_gradient.attention_backward(kernels, problem, value, sweeps, dropout, given, state, gradients, implicit)
     else:
         pytorch.attention_backward(problem, value, sweeps, dropout, given, state, gradients, implicit)

@@ -10,9 +10,10 @@ from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel._attention"
+_WHOLE = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -88,10 +89,11 @@ def by_shards(lead: str, dims: int = 2, rows: bool = False, **trailing: int | No
     def decorate(function: _Function) -> _Function:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if "torch.distributed.tensor" in sys.modules and any(map(is_sharded, (*args, *kwargs.values()))):
-                from .shards import called
+            for x in (*args, *kwargs.values()) if kwargs else args:
+                if type(x) not in _WHOLE and is_sharded(x):  # asked by type first: this is most of what a call costs
+                    from .shards import called
 
-                return called(function, lead, dims, rows, trailing, args, kwargs)
+                    return called(function, lead, dims, rows, trailing, args, kwargs)
             return function(*args, **kwargs)
 
         return cast(_Function, call)

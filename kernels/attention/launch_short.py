@@ -15,7 +15,7 @@ from fastdsm._ops.problem import Attention, Dropout, Potentials
 from fastdsm._ops.streamed.gradient import AttentionGradients, Cotangents
 from fastdsm._ops.streamed.sweeps import State, Sweeps
 
-from ..common.configuration import Configuration, pointers_of
+from ..common.configuration import Configuration, pointers_of, stand_in
 from .arguments import EntryStrides
 from .operands import by_line, dropout_arguments, drops, has_entries, logits_of, whole_lines
 from .short_backward import Target, _attention_short_adjoint_bwd_kernel, _attention_short_gradient_bwd_kernel
@@ -128,7 +128,7 @@ class _Call:
             dropped,
             not sweeps.columns_first,
         )
-        absent = torch.empty(1, dtype=torch.float32, device=query.device)
+        absent = stand_in(query.device, "fp32")
         arguments = {
             **logits_of(problem, over, Potentials(absent, absent, absent, absent, sweeps.columns_first))._asdict(),
             "line_group": 1 if over == "cols" else query.shape[1] // key.shape[1],

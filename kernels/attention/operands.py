@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fastdsm._ops.problem import Attention, Dropout, Potentials
 
+from ..common.configuration import ELEMENTS, stand_in
 from .arguments import EntryStrides, Logits, Operands, Scales, Sizes, Strides, VectorStrides
 
 MAX_STRIDE = 1 << 24
+ELEMENT_OF = {dtype: element for element, dtype in ELEMENTS.items()}
 
 
 def whole_lines(tensor: Tensor) -> Tensor:
@@ -52,16 +54,16 @@ def by_line(tensor: Tensor) -> VectorStrides:
 
 
 def logits_of(problem: Attention, over: str, at: Potentials) -> Logits:
-    """The arguments that all passes share. What is absent is never read: any tensor of the right dtype stands in for it."""
+    """The arguments that all passes share. What is absent is never read: a tensor of the right dtype stands in for it."""
     query, key, bias = whole_lines(problem.query), whole_lines(problem.key), problem.bias
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
-    absent = torch.empty((1, 1, 1, 1), dtype=torch.float32, device=query.device)
-    byte = absent.view(torch.uint8)
+    device, none = query.device, EntryStrides(0, 0, 0, 0)
+    absent, byte = stand_in(device, "fp32"), stand_in(device, "u8")
     kind = 0
     if bias is not None:
         kind = 1 if bias.dtype == query.dtype else 2
         bias = near_entries(bias, bias.dtype if kind == 1 else torch.float32)
-    mask = byte if problem.mask is None else near_entries(problem.mask, torch.bool).view(torch.uint8)
+    mask = None if problem.mask is None else near_entries(problem.mask, torch.bool).view(torch.uint8)
     sides = (
         (query, problem.query_padding, at.f_base, at.f_fine),
         (key, problem.key_padding, at.g_base, at.g_fine),
@@ -74,9 +76,9 @@ def logits_of(problem: Attention, over: str, at: Potentials) -> Logits:
         Operands(
             line_ptr=line,
             stream_ptr=stream,
-            bias_ptr=bias if kind == 1 else query,
+            bias_ptr=bias if kind == 1 else stand_in(device, ELEMENT_OF[query.dtype]),
             bias32_ptr=bias if kind == 2 else absent,
-            mask_ptr=mask,
+            mask_ptr=byte if mask is None else mask,
             line_padding_ptr=byte if line_padding is None else line_padding.contiguous().view(torch.uint8),
             stream_padding_ptr=byte if stream_padding is None else stream_padding.contiguous().view(torch.uint8),
             temperature_ptr=temperature.contiguous() if isinstance(temperature, Tensor) else absent,
@@ -88,8 +90,8 @@ def logits_of(problem: Attention, over: str, at: Potentials) -> Logits:
         Strides(
             line=by_line(line),
             stream=by_line(stream),
-            bias=EntryStrides(0, 0, 0, 0) if bias is None else oriented(bias, over),
-            mask=oriented(mask, over),
+            bias=none if bias is None else oriented(bias, over),
+            mask=none if mask is None else oriented(mask, over),
         ),
         Sizes(
             heads=heads,
@@ -120,7 +122,7 @@ def drops(dropout: Dropout | None) -> bool:
 def dropout_arguments(dropout: Dropout | None, device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel that may drop entries; those of one that does not are not read."""
     if dropout is None:
-        return {"seed_ptr": torch.empty(1, dtype=torch.int64, device=device), "dropout_p": 0.0, "dropout_scale": 1.0}
+        return {"seed_ptr": stand_in(device, "i64"), "dropout_p": 0.0, "dropout_scale": 1.0}
     return {"seed_ptr": dropout.seed, "dropout_p": dropout.p, "dropout_scale": 1 / (1 - dropout.p) if dropout.p < 1 else 0.0}
 
 

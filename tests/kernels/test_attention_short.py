@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastdsm
 from fastdsm._ops import attention_operators
+from fastdsm._ops.plain import Kept
 from fastdsm._ops.problem import Attention, Dropout
 from fastdsm._ops.streamed import gradient as streamed_gradient
 from fastdsm._ops.streamed import sweeps as streamed
@@ -163,6 +164,36 @@ def test_what_is_dropped_is_what_the_passes_drop(first: bool) -> None:
         results.append([out, gradients.query, gradients.key, gradients.value])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("first", ["col", "row"])
+@pytest.mark.parametrize("name", ["three", "one", "two", "temperature", "dropout", "unaligned", "info"])
+def test_a_call_that_is_known_takes_what_it_is_given(name: str, first: str) -> None:
+    """Launches are prepared for a form of tensors, and then made for others: also where several operands are one."""
+
+    def called(i: int) -> list[Tensor]:
+        torch.manual_seed(i)
+        x, y, z = (torch.randn(2, 2, 17, 16).to(BRAIN) for _ in range(3))
+        if name == "unaligned" and i >= 2:
+            x, y, z = (torch.randn(2, 2, 17, 17).to(BRAIN)[..., 1:] for _ in range(3))
+        leaves = [t.detach().requires_grad_() for t in {"one": (x,), "two": (x, y)}.get(name, (x, y, z))]
+        options: dict[str, Any] = {"first": first, "backend": "triton"}
+        if name == "temperature":
+            leaves.append((0.5 + torch.rand(2, 2)).requires_grad_())
+            options["temperature"] = leaves[-1]
+        if name == "dropout":
+            options["dropout_p"] = 0.3
+        query, key, value = {"one": leaves[:1] * 3, "two": [*leaves, leaves[-1]]}.get(name, leaves[:3])
+        out, info = fastdsm.sinkhorn_attention(query, key, value, return_info=True, **options)
+        total = (out.float() * torch.randn(out.shape)).sum() + (info.f.sum() if name == "info" else 0.0)
+        return [out.detach(), info.f.detach(), info.g.detach(), info.residual, *torch.autograd.grad(total, leaves)]
+
+    Kept.forget()
+    known = [called(i) for i in range(4)]
+    for i, found in enumerate(known):
+        Kept.forget()
+        for x, y in zip(found, called(i), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_a_broken_head_leaves_the_others_their_bits() -> None:

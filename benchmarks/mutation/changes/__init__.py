@@ -10,6 +10,9 @@ from .modes import MODES
 from .paths import PATHS
 from .potentials import POTENTIALS
 from .processes import PROCESSES
+from .short import SHORT
 from .streams import STREAMS
 
-CHANGES = [*KERNELS, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *INTEGRATIONS, *PROCESSES, *JUDGES]
+CHANGES = [
+    *KERNELS, *SHORT, *STREAMS, *PATHS, *MODES, *DOORS, *POTENTIALS, *DIAGNOSTICS, *LAYERS, *INTEGRATIONS, *PROCESSES, *JUDGES,
+]  # fmt: skip
