@@ -97,11 +97,13 @@ def cases() -> Iterator[Case]:
         for reg in (0.1, 0.01):
             loop = partial(products, cost, reg, 100)
             yield Case(f"products, eps {reg:g}", (n, n), 100, FORWARD, partial(_transport, cost, reg, 100), loop, 1e-10)
-    for lines in (16, 64, 128, 197):
+    for lines in (16, 64, 128, 197, 256):
         operands = [torch.randn(8, 12, lines, 64) for _ in range(3)]
         for direction in (FORWARD, BACKWARD):
             own, usual = (_attention(call, operands, direction) for call in (_attended, _of_stored_logits))
             yield Case("attention", (96, lines, 64), _SWEEPS_OF_ATTENTION, direction, own, usual, 1e-5)
+            loop = _attention(_looped, operands, direction)
+            yield Case("attention, eager loop", (96, lines, 64), _SWEEPS_OF_ATTENTION, direction, own, loop, 1e-4)
     yield from layers.cases()
 
 
@@ -118,6 +120,16 @@ def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _of_stored_logits(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     plan = fastdsm.sinkhorn(query @ key.mT / query.shape[-1] ** 0.5, n_iters=_SWEEPS_OF_ATTENTION)
     return plan @ value
+
+
+def _looped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As it is written down: logsumexp after logsumexp, and autograd."""
+    S = query @ key.mT / query.shape[-1] ** 0.5
+    f = torch.zeros_like(S[..., :1])
+    for _ in range(_SWEEPS_OF_ATTENTION):
+        g = -torch.logsumexp(S + f, -2, keepdim=True)
+        f = -torch.logsumexp(S + g, -1, keepdim=True)
+    return (S + f + g).exp() @ value
 
 
 def _attention(call: Callable[..., Tensor], operands: list[Tensor], direction: str) -> Callable[[], Tensor]:
