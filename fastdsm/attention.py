@@ -100,7 +100,7 @@ def sinkhorn_attention(
     out = P value, P = exp(S + f + g) after ``n_iters`` sweeps on S = (scale query key^T + attn_mask) / temperature. Each
     query line has mass 1, each key line (valid queries) / (valid keys). On a GPU no (N, M) matrix is ever stored, forward or
     backward: memory beside inputs and outputs is O(n_iters (N + M)) per head; on a CPU a few heads' plans at most, or all where
-    they have four million entries.
+    they have eight million entries.
 
     Args:
         query: (..., H, N, d), float16, bfloat16, float32 or float64, any strides; 2 and 3 dimensions are without heads. One

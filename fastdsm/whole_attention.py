@@ -17,7 +17,7 @@ from .projection import looked, sinkhorn
 from .pytorch import attention as pytorch_attention
 from .results import AttentionInfo, SinkhornInfo
 
-WHOLE_ENTRIES = 1 << 22
+WHOLE_ENTRIES = 1 << 23
 
 
 def serves(call: Checked) -> bool:
