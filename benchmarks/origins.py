@@ -102,8 +102,8 @@ def cases() -> Iterator[Case]:
         for direction in (FORWARD, BACKWARD):
             own, usual = (_attention(call, operands, direction) for call in (_attended, _of_stored_logits))
             yield Case("attention", (96, lines, 64), _SWEEPS_OF_ATTENTION, direction, own, usual, 1e-5)
-            loop = _attention(_looped, operands, direction)
-            yield Case("attention, eager loop", (96, lines, 64), _SWEEPS_OF_ATTENTION, direction, own, loop, 1e-4)
+            eager = _attention(_looped, operands, direction)
+            yield Case("attention, eager loop", (96, lines, 64), _SWEEPS_OF_ATTENTION, direction, own, eager, 1e-4)
     yield from layers.cases()
 
 

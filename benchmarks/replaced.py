@@ -26,8 +26,9 @@ def section(rows: Sequence[OriginRow]) -> str:
     lines = [
         "**Loops that calls replace**, on a CPU: fastdsm's time / the loop's, and how many times faster it is; slower in bold. "
         "SwAV's loop in place, that of Megatron-LM's router, POT's products with K in float64, `sinkhorn(q k^T) v` in 8 batches"
-        " of 12 heads and the eager loop of attention, the mHC layer (tokens, streams, channels) as its definition, as `torch.compile` of it, and as "
-        "hyper-connections' module. Medians of interleaved rounds, results held to each other first.",
+        " of 12 heads and the eager loop of attention, the mHC layer (tokens, streams, channels) as its definition, as "
+        "`torch.compile` of it, and as hyper-connections' module. "
+        "Medians of interleaved rounds, results held to each other first.",
         "",
         f"| replaced | input | sweeps | pass | {' | '.join(heads)} |",
         f"| --- | --- | ---: | --- |{' ---: |' * len(threads)}",
