@@ -63,7 +63,7 @@ def _launches(lines: int) -> list[Launch]:
         launch_short.forward(problem, value, sweeps, None, cotangent, state)
         if launch_short.serves(query, key, value, False, True):
             gradients = AttentionGradients(query, key, value, None)
-            launch_short.backward(problem, value, sweeps, None, Cotangents(cotangent), state, gradients)
+            launch_short.backward(problem, value, sweeps, None, Cotangents(cotangent), state.sweeps, gradients)
     return launches
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .attention_runs import ShortBackward, ShortForward
 from .operators import LIBRARY, implement
-from .problem import Attention, Dropout, compute_dtype
+from .problem import attention_of, compute_dtype, dropout_of
 from .runs import Forms, Run, Tensors, run_of
 from .streamed.gradient import AttentionGradients, Cotangents
 from .streamed.spectrum import Accuracy, Spectrum
@@ -35,28 +35,6 @@ LIBRARY.define(
 LIBRARY.define(
     f"sinkhorn_attention_sigma2({_INPUTS}, float accuracy, int max_steps, bool bounds) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def problem_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    query_padding: Tensor | None,
-    key_padding: Tensor | None,
-    scale: float,
-    tau: float,
-) -> Attention:
-    """Canonical form of an operator's inputs."""
-    shape = (*query.shape[:3], key.shape[2])
-    bias, mask = (None if x is None else x.expand(shape) for x in (bias, mask))
-    return Attention(query, key, scale, tau if temperature is None else temperature, bias, mask, query_padding, key_padding)
-
-
-def _dropout(seed: Tensor | None, p: float) -> Dropout | None:
-    return None if seed is None else Dropout(p, seed)
 
 
 def _sweeps(options: Sequence[Any], saving: bool, short: bool) -> Sweeps:
@@ -100,10 +78,10 @@ def _attention(
     *options, wanted, saving = inputs[-8:]
     _, _, _, p, _, backend = options
     backends.attention_forward(
-        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        attention_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
         _sweeps(options, saving, False),
-        _dropout(inputs[5], p),
+        dropout_of(inputs[5], p),
         out,
         State(f, g, residual, sweeps),
         wanted,
@@ -142,10 +120,10 @@ def _attention_backward(
         return *found, query.new_empty((0,)) if d_bias is None else d_bias
     d_query, d_key, d_value, d_bias = results = _gradients_like(with_bias, query, key, value, inputs[0])
     backends.attention_backward(
-        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        attention_of(query, key, value, *inputs[:5], *inputs[6:8]),
         value,
         Sweeps(n_iters, columns_first, tol, keep=f.shape[2] == n_iters + 1 > 1),
-        _dropout(inputs[5], p),
+        dropout_of(inputs[5], p),
         Cotangents(grad_out, grad_f, grad_g),
         State(f, g, torch.empty_like(sweeps), sweeps),
         AttentionGradients(d_query, d_key, d_value, d_bias if d_bias.dim() > 1 else None),
@@ -166,7 +144,7 @@ def _attention_sigma2(query: Tensor, key: Tensor, value: Tensor, *inputs: Any) -
     results = _spectrum_like(query, key)
     n_iters, columns_first, tol, _, _, backend, accuracy, max_steps, bounds = inputs[-9:]
     backends.attention_sigma2(
-        problem_of(query, key, value, *inputs[:5], *inputs[6:8]),
+        attention_of(query, key, value, *inputs[:5], *inputs[6:8]),
         Sweeps(n_iters, columns_first, tol),
         Accuracy(accuracy, max_steps, bounds),
         Spectrum(*results),

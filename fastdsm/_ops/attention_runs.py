@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .problem import Attention, Dropout, compute_dtype
+from .problem import Attention, Dropout, attention_of, compute_dtype, dropout_of
 from .runs import Run, Tensors
 from .streamed.gradient import AttentionGradients, Cotangents
 from .streamed.sweeps import State, Sweeps
@@ -38,12 +38,8 @@ class _Short(Run):
         assert query is not None
         assert key is not None
         assert value is not None
-        shape = (*query.shape[:3], key.shape[2])
-        bias, mask = (None if x is None else x.expand(shape) for x in (bias, mask))
-        problem = Attention(
-            query, key, scale, tau if temperature is None else temperature, bias, mask, query_padding, key_padding
-        )
-        return problem, value, Sweeps(n_iters, columns_first, tol), None if seed is None else Dropout(p, seed)
+        problem = attention_of(query, key, value, bias, mask, temperature, query_padding, key_padding, scale, tau)
+        return problem, value, Sweeps(n_iters, columns_first, tol), dropout_of(seed, p)
 
     def _serves(self, kernels: Any, inputs: Tensors, *others: Tensor | None) -> bool:
         """Whether the launches are all there is to do: nothing is copied, or added up, before or after them."""
@@ -67,10 +63,8 @@ class ShortForward(_Short):
         super().__init__(query, [((B, H, N, e), query.dtype), *potentials, *info], options)
 
     def _run(self, inputs: Tensors, scale: float, results: Tensors) -> None:
-        problem, value, sweeps, dropout = self.problem(inputs)
-        out, *state = results
-        given: Any = (problem, value, sweeps, dropout, out, State(*state))  # type: ignore[arg-type]
-        backends.short_attention_forward(*given)
+        out, *state = cast("tuple[Tensor, ...]", results)
+        backends.short_launches().forward(*self.problem(inputs), out, State(*state))
 
     def _served(self, kernels: Any, inputs: Tensors, scale: float, results: Tensors) -> bool:
         if not self._serves(kernels, inputs):
@@ -90,12 +84,14 @@ class ShortBackward(_Short):
 
     def _run(self, inputs: Tensors, scale: float, results: Tensors) -> None:
         grad_out, grad_f, grad_g, done, *operands = inputs
-        problem, value, sweeps, dropout = self.problem(tuple(operands))
-        absent = torch.empty(0)
-        cotangents: Any = Cotangents(grad_out, grad_f, grad_g)  # type: ignore[arg-type]
-        state: Any = State(absent, absent, absent, done)  # type: ignore[arg-type]
-        gradients: Any = AttentionGradients(*results)  # type: ignore[arg-type]
-        backends.short_attention_backward(problem, value, sweeps, dropout, cotangents, state, gradients)
+        d_query, d_key, d_value, d_bias = results
+        assert grad_out is not None
+        assert done is not None
+        assert d_query is not None
+        assert d_key is not None
+        assert d_value is not None
+        cotangents, gradients = Cotangents(grad_out, grad_f, grad_g), AttentionGradients(d_query, d_key, d_value, d_bias)
+        backends.short_launches().backward(*self.problem(tuple(operands)), cotangents, done, gradients)
 
     def _served(self, kernels: Any, inputs: Tensors, scale: float, results: Tensors) -> bool:
         packed = all(x is None or x.is_contiguous() for x in inputs[1:4])

@@ -158,21 +158,12 @@ def attention_passes(problem: Attention, backend: str) -> streamed.Passes:
 
 def short(query: Tensor, key: Tensor, value: Tensor, entries: bool, implicit: bool, saving: bool, backend: str) -> bool:
     """Whether heads are served by launches that hold all their logits. entries: there is a bias, a mask or dropout."""
-    served: bool = not implicit and backend == "triton" and _short_launches().serves(query, key, value, entries, saving)
+    served: bool = not implicit and backend == "triton" and short_launches().serves(query, key, value, entries, saving)
     return served
 
 
-def short_attention_forward(*arguments: Any) -> None:
-    """Fill ``out`` and ``state`` of heads that are :func:`short`."""
-    _short_launches().forward(*arguments)
-
-
-def short_attention_backward(*arguments: Any) -> None:
-    """Fill ``gradients`` likewise."""
-    _short_launches().backward(*arguments)
-
-
-def _short_launches() -> Any:
+def short_launches() -> Any:
+    """Forward and backward of heads that are :func:`short`."""
     kernels = _kernels("triton")
     assert kernels is not None
     return kernels.attention.launch_short

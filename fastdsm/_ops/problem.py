@@ -172,12 +172,35 @@ class Attention:
         return compute_dtype(self.query.dtype)
 
 
+def attention_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    query_padding: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+    tau: float,
+) -> Attention:
+    """Canonical form of an operator's inputs."""
+    shape = (*query.shape[:3], key.shape[2])
+    bias, mask = (None if x is None else x.expand(shape) for x in (bias, mask))
+    return Attention(query, key, scale, tau if temperature is None else temperature, bias, mask, query_padding, key_padding)
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Entries of the plan that are dropped: each with probability ``p``, drawn from ``seed`` (1,) int64; the rest / (1 - p)."""
 
     p: float
     seed: Tensor
+
+
+def dropout_of(seed: Tensor | None, p: float) -> Dropout | None:
+    """None where nothing is dropped."""
+    return None if seed is None else Dropout(p, seed)
 
 
 @dataclass(frozen=True)

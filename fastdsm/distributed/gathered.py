@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .._ops.attention_call import Checked
-from .._ops.attention_operators import problem_of
 from .._ops.backends import attention_passes
-from .._ops.problem import Attention, Dropout, Potentials, compute_dtype
+from .._ops.problem import Attention, Dropout, Potentials, attention_of, compute_dtype
 from .._ops.streamed.gradient import AttentionGradients, Cotangents, attention_backward
 from .._ops.streamed.sweeps import Passes, State, Sweeps, attention_forward, slots
 from .collectives import place_of, reduced
@@ -144,5 +143,5 @@ class _Gathered(torch.autograd.Function):
 def _problem(group: Any, query: Tensor, *others: Any) -> tuple[Attention, Reduced]:
     *inputs, backend = others
     of = Queries(query.shape[2], group)
-    problem = replace(problem_of(query, *inputs), processes=of)
+    problem = replace(attention_of(query, *inputs), processes=of)
     return problem, Reduced(attention_passes(problem, backend), of)

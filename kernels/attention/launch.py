@@ -20,6 +20,7 @@ from ..common.configuration import Configuration
 from .arguments import EntryStrides, Logits
 from .gradient import Factors
 from .operands import (
+    block_of,
     by_line,
     dropout_arguments,
     drops,
@@ -68,11 +69,6 @@ def _kind(dtype: torch.dtype) -> tuple[str, str]:
     return "fp32", "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _block(size: int) -> int:
-    """The block that ``size`` features are padded to."""
-    return next(block for block in BLOCKS_D if size <= block)
-
-
 def _blocks(configuration: Configuration, logits: Logits) -> int:
     """Programs per head."""
     return -(-logits.sizes.n_lines // configuration.constants["BLOCK_L"])
@@ -84,7 +80,7 @@ def _sweep(
     """Launch the sweep kernel."""
     query = problem.query
     logits = logits_of(problem, over, at)
-    kind = _kind(query.dtype), _block(query.shape[3]), has_entries(problem), stream_first(at, over), what
+    kind = _kind(query.dtype), block_of(query.shape[3], BLOCKS_D), has_entries(problem), stream_first(at, over), what
     configuration = SWEEPS[kind].on(query.device)
     configuration.launch(
         query.shape[0] * query.shape[1] * _blocks(configuration, logits),
@@ -117,7 +113,7 @@ def sweep(problem: Attention, over: str, at: Potentials, online: bool, out: Tens
         return False
     across = "rows" if over == "cols" else "cols"
     block = next(block for block in WHOLE_LINES if lines <= block)
-    configuration = WHOLES[ELEMENTS[query.dtype], _block(d), block, online].on(query.device)
+    configuration = WHOLES[ELEMENTS[query.dtype], block_of(d, BLOCKS_D), block, online].on(query.device)
     logits, step = logits_of(problem, across, at), configuration.constants["BLOCK_S"]
     heads, blocks = query.shape[0] * query.shape[1], -(-logits.sizes.n_stream // step)
     chunk = step * min(max(heads * blocks // WHOLE_PROGRAMS, 1), WHOLE_STEPS)
@@ -167,7 +163,7 @@ def attend(
         return
     value, e = whole_lines(value), value.shape[3]
     logits = logits_of(problem, "cols", at)
-    configuration = ATTENDS[_kind(query.dtype), _block(query.shape[3]), has_entries(problem)].on(query.device)
+    configuration = ATTENDS[_kind(query.dtype), block_of(query.shape[3], BLOCKS_D), has_entries(problem)].on(query.device)
     configuration.launch(
         query.shape[0] * query.shape[1] * _blocks(configuration, logits) * -(-e // configuration.constants["BLOCK_E"]),
         **logits._asdict(),
@@ -197,7 +193,7 @@ def apply(problem: Attention, over: str, at: Potentials, x: Tensor, dropout: Dro
     target = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
     dropped = drops(dropout)
     entries = dropped or has_entries(problem)
-    configuration = APPLIES[(element, precision), _block(query.shape[3]), entries, stream_first(at, over), dropped]
+    configuration = APPLIES[(element, precision), block_of(query.shape[3], BLOCKS_D), entries, stream_first(at, over), dropped]
     configuration, logits = configuration.on(query.device), logits_of(problem, over, at)
     configuration.launch(
         out.shape[0] * out.shape[1] * _blocks(configuration, logits) * -(-e // configuration.constants["BLOCK_E"]),
@@ -229,7 +225,7 @@ def products(
     if not problem.query.dtype == value.dtype == grad_out.dtype:
         problem, value, grad_out = widened(problem), value.float(), grad_out.float()
     query, e, kind, dropped = problem.query, value.shape[3], _kind(problem.query.dtype), drops(dropout)
-    block = _block(max(query.shape[3], min(e, MAX_D)))
+    block = block_of(max(query.shape[3], min(e, MAX_D)), BLOCKS_D)
     configuration = PRODUCTS[kind, block, dropped or has_entries(problem), stream_first(at, over), dropped]
     configuration, logits = configuration.on(query.device), logits_of(problem, over, at)
     step = configuration.constants["BLOCK_E"]
@@ -271,7 +267,7 @@ def gradient(
         problem = widened(problem)
         value, grad_out = value.float(), grad_out.float()
     e, kind = value.shape[3], _kind(problem.query.dtype)
-    block = _block(max(query.shape[3], min(e, MAX_D)))
+    block = block_of(max(query.shape[3], min(e, MAX_D)), BLOCKS_D)
     step = vector_block(kind, block)
     if e <= step:
         _gradient(problem, which, kind, block, terms, value, grad_out, dropout, out)

@@ -17,11 +17,12 @@ from fastdsm._ops.streamed.sweeps import State, Sweeps
 
 from ..common.configuration import Configuration, pointers_of, stand_in
 from .arguments import EntryStrides
-from .operands import by_line, dropout_arguments, drops, has_entries, logits_of, whole_lines
+from .operands import block_of, by_line, dropout_arguments, drops, has_entries, logits_of, whole_lines
 from .short_backward import Target, _attention_short_adjoint_bwd_kernel, _attention_short_gradient_bwd_kernel
 from .short_forward import _attention_short_fwd_kernel
+from .table import ELEMENTS
 
-_ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_HALVES = (torch.float16, torch.bfloat16)
 _FORWARD, *_BACKWARDS = (
     _attention_short_fwd_kernel,
     _attention_short_adjoint_bwd_kernel,
@@ -35,10 +36,6 @@ _FEW, _NARROW = LINES[0], FEATURES[0]
 _HOPPER, _ALL = ("sm_90",), ("sm_80", "sm_90")
 
 
-def _block(size: int, blocks: tuple[int, ...]) -> int:
-    return next(block for block in blocks if size <= block)
-
-
 def serves(query: Tensor, key: Tensor, value: Tensor, entries: bool, saving: bool) -> bool:
     """Whether these launches do, and those of a gradient where one is to be saved for: of 16 bits and 2 to 64 lines a side.
 
@@ -46,12 +43,12 @@ def serves(query: Tensor, key: Tensor, value: Tensor, entries: bool, saving: boo
     """
     most, features = max(query.shape[2], key.shape[2]), max(query.shape[3], value.shape[3])
     least = min(query.shape[2], key.shape[2])
-    if query.dtype not in _ELEMENTS or value.dtype != query.dtype or least < 2 or 0 in (query.numel(), value.numel()):
+    if query.dtype not in _HALVES or value.dtype != query.dtype or least < 2 or 0 in (query.numel(), value.numel()):
         return False
     many = most > _FEW
     if most > LINES[-1] or features > (_NARROW if saving or many else FEATURES[-1]) or (many and (saving or entries)):
         return False
-    kind = _ELEMENTS[query.dtype], LINES[many], _NARROW, entries, False, False
+    kind = ELEMENTS[query.dtype], LINES[many], _NARROW, entries, False, False
     return _configuration(_BACKWARDS[0] if saving else _FORWARD, *kind).runs_on(query.device)
 
 
@@ -99,9 +96,9 @@ def configurations() -> list[Configuration]:
     backward = [(kernel, _FEW, _NARROW, *kind) for kernel, kind in itertools.product(_BACKWARDS, kinds)]
     many = (_FORWARD, LINES[1], _NARROW, False, False)
     return [
-        _configuration(kernel, element, *rest, by_key)
+        _configuration(kernel, ELEMENTS[dtype], *rest, by_key)
         for kernel, *rest in (*few, many, *backward)
-        for element, by_key in itertools.product(_ELEMENTS.values(), (False, True))
+        for dtype, by_key in itertools.product(_HALVES, (False, True))
     ]
 
 
@@ -121,9 +118,9 @@ class _Call:
         over, dropped = "cols" if sweeps.columns_first else "rows", drops(dropout)
         most = max(query.shape[2], key.shape[2])
         kind = (
-            _ELEMENTS[query.dtype],
-            _block(most, LINES),
-            _block(max(query.shape[3], value.shape[3]), FEATURES),
+            ELEMENTS[query.dtype],
+            block_of(most, LINES),
+            block_of(max(query.shape[3], value.shape[3]), FEATURES),
             dropped or has_entries(problem),
             dropped,
             not sweeps.columns_first,
@@ -170,10 +167,10 @@ def backward(
     sweeps: Sweeps,
     dropout: Dropout | None,
     given: Cotangents,
-    state: State,
+    done: Tensor,
     gradients: AttentionGradients,
 ) -> None:
-    """Fill ``gradients``; of the state the sweeps done are looked at alone."""
+    """Fill ``gradients``; done (B, H): the sweeps of each head."""
     (B, H, N, d), (G, M) = problem.query.shape, problem.key.shape[1:3]
     call, columns = _Call.of(problem, value, sweeps, dropout), sweeps.columns_first
     absent, lines = call.absent, call.kind[1]
@@ -184,7 +181,7 @@ def backward(
     shared = {
         "line_v_ptr": line_v,
         "stream_v_ptr": stream_v,
-        "sweeps_ptr": state.sweeps,
+        "sweeps_ptr": done,
         "history_ptr": history,
         "line_v_strides": by_line(line_v),
         "stream_v_strides": by_line(stream_v),

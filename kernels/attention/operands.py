@@ -11,11 +11,16 @@ from torch import Tensor
 
 from fastdsm._ops.problem import Attention, Dropout, Potentials
 
-from ..common.configuration import ELEMENTS, stand_in
+from ..common.configuration import stand_in
 from .arguments import EntryStrides, Logits, Operands, Scales, Sizes, Strides, VectorStrides
+from .table import ELEMENTS
 
 MAX_STRIDE = 1 << 24
-ELEMENT_OF = {dtype: element for element, dtype in ELEMENTS.items()}
+
+
+def block_of(size: int, blocks: tuple[int, ...]) -> int:
+    """The one of ``blocks`` that ``size`` is padded to."""
+    return next(block for block in blocks if size <= block)
 
 
 def whole_lines(tensor: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ def logits_of(problem: Attention, over: str, at: Potentials) -> Logits:
         Operands(
             line_ptr=line,
             stream_ptr=stream,
-            bias_ptr=bias if kind == 1 else stand_in(device, ELEMENT_OF[query.dtype]),
+            bias_ptr=bias if kind == 1 else stand_in(device, ELEMENTS[query.dtype]),
             bias32_ptr=bias if kind == 2 else absent,
             mask_ptr=byte if mask is None else mask,
             line_padding_ptr=byte if line_padding is None else line_padding.contiguous().view(torch.uint8),
